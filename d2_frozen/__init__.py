@@ -1,0 +1,14 @@
+"""d2_frozen: train task heads on frozen image backbones, the Detectron2 way.
+
+Importing it makes ``import detectron2`` work (an installed one, else the embedded engine).
+Heavy modules register themselves when ``add_frozen_config`` is called.
+"""
+
+from d2_frozen.provider import engine_name, provide_detectron2
+
+provide_detectron2()
+
+from d2_frozen.config import add_frozen_config  # noqa: E402  (needs detectron2)
+
+__version__ = "0.1.0"
+__all__ = ["__version__", "add_frozen_config", "engine_name"]

@@ -1,0 +1,102 @@
+"""Every config key that this project adds to Detectron2's, its meaning above its default."""
+
+from __future__ import annotations
+
+import importlib
+
+from detectron2.config import CfgNode
+
+# Imported by add_frozen_config: these modules register themselves in Detectron2's registries.
+_REGISTERING = ("d2_frozen.backbone", "d2_frozen.neck", "d2_frozen.detection")
+
+
+def add_frozen_config(cfg: CfgNode) -> CfgNode:
+    """Add this project's keys to a Detectron2 config, in place, and register its models.
+
+    In someone else's Detectron2 project, ``import d2_frozen; add_frozen_config(cfg)`` and
+    ``MODEL.BACKBONE.NAME: build_frozen_backbone`` in the yaml are all that is needed.
+
+    Returns:
+        The same ``cfg``, for chaining.
+    """
+    _add_model_keys(cfg)
+    _add_data_keys(cfg)
+    _add_training_keys(cfg)
+    for name in _REGISTERING:
+        importlib.import_module(name)
+    return cfg
+
+
+def _add_model_keys(cfg: CfgNode) -> None:
+    # What of the bottom-up network does not train: "all" (the paper's frozen setting), "none" (full fine-tuning), or
+    # a number of stages from the input on (1 = stem, 2 = stem and res2, ... as MODEL.BACKBONE.FREEZE_AT counts).
+    # Read by MODEL.BACKBONE.NAME: build_frozen_backbone.
+    cfg.MODEL.BACKBONE.FREEZE = "all"
+
+    cfg.MODEL.FROZEN = CfgNode()
+    # Bottom-up network under the neck: any name in Detectron2's BACKBONE registry that gives a feature pyramid.
+    cfg.MODEL.FROZEN.BOTTOM_UP = "build_timm_backbone"
+    # Arithmetic of the frozen forward only: "fp32" | "bf16" | "fp16". Neck and heads follow SOLVER.AMP.
+    cfg.MODEL.FROZEN.PRECISION = "fp32"
+    # False: checkpoints hold the trained part and the backbone's fingerprint. True: the whole model, in one file.
+    cfg.MODEL.FROZEN.SAVE_FULL_MODEL = False
+
+    cfg.MODEL.TIMM = CfgNode()
+    # Name of any timm model with a feature pyramid (strides 4, 8, 16, 32).
+    # swinv2_pico_window8_256 is this project's own small one; its weights ship with the package.
+    cfg.MODEL.TIMM.NAME = "swinv2_pico_window8_256"
+    # Weights of the bottom-up network: "" (random), "hub" (timm's, downloaded), or a file: a path, a URL, or
+    # d2_frozen://NAME for a file that ships with the package.
+    cfg.MODEL.TIMM.PRETRAINED = ""
+    # Feature maps to expose: res2..res5 have strides 4, 8, 16, 32 pixels.
+    cfg.MODEL.TIMM.OUT_FEATURES = ["res2", "res3", "res4", "res5"]
+    # Stochastic depth rate of the bottom-up network; acts on its trained part only.
+    cfg.MODEL.TIMM.DROP_PATH_RATE = 0.0
+
+    cfg.MODEL.NECK = CfgNode()
+    # Neck on top of the bottom-up network: "FPN" | "ResidualFPN" | "BiFPN".
+    # MODEL.FPN.{IN_FEATURES, OUT_CHANNELS, NORM} hold for each of them, FUSE_TYPE for the two FPNs.
+    cfg.MODEL.NECK.NAME = "BiFPN"
+
+    cfg.MODEL.BIFPN = CfgNode()
+    # Number of bidirectional layers. The paper's Figure 4 finds 5 (ImageNet-22K) to 9 (1K) best.
+    cfg.MODEL.BIFPN.NUM_LAYERS = 5
+    # Depthwise-separable 3x3 convolutions (EfficientDet) or plain ones.
+    cfg.MODEL.BIFPN.SEPARABLE_CONV = True
+    # How inputs of a node are weighted: "fast_normalized" | "softmax" | "sum" (EfficientDet, section 3.3).
+    cfg.MODEL.BIFPN.FUSE_TYPE = "fast_normalized"
+
+    cfg.MODEL.RESIDUAL_FPN = CfgNode()
+    # Residual blocks (two 3x3 convolutions each) per pyramid level. The paper's Table 2 uses 4.
+    cfg.MODEL.RESIDUAL_FPN.NUM_BLOCKS = 4
+
+
+def _add_data_keys(cfg: CfgNode) -> None:
+    # Own data without code; a list of entries such as
+    #   - {name: nuts_train, type: coco_instances, json: PATH, images: DIR}
+    # Relative paths are relative to DETECTRON2_DATASETS where that is set and the file exists there, else to the
+    # working directory. `classes` (list or file) is optional; it must then name the data's categories.
+    cfg.DATASETS.REGISTER = []
+    # Bad records (broken image, box outside, empty segmentation ...): False stops before training with the list of
+    # them; True leaves them out, counts and logs them.
+    cfg.DATASETS.SKIP_BAD = False
+    # Image check before training: "auto" (decode all up to 5000 images, else "header"), "full", "header", "off".
+    cfg.DATASETS.CHECK_IMAGES = "auto"
+
+    # Training augmentation: "resize_shortest_edge" (Detectron2's, by INPUT.MIN_SIZE_TRAIN), or "scale_crop" (the
+    # paper's section 3.3: random resize, then a random square crop; Simple Copy-Paste's large-scale jittering).
+    # Test resize follows: "resize_shortest_edge" by INPUT.MIN_SIZE_TEST; "scale_crop" long side to SCALE_CROP.SIZE.
+    cfg.INPUT.AUGMENTATION = "resize_shortest_edge"
+    cfg.INPUT.SCALE_CROP = CfgNode()
+    # Side of the square crop in pixels; smaller images are padded at the right and bottom.
+    cfg.INPUT.SCALE_CROP.SIZE = 1024
+    # Range of the random scale, relative to the size at which the image just fits the square.
+    cfg.INPUT.SCALE_CROP.MIN_SCALE = 0.1
+    cfg.INPUT.SCALE_CROP.MAX_SCALE = 2.0
+
+
+def _add_training_keys(cfg: CfgNode) -> None:
+    # "SGD" | "ADAMW". AdamW uses SOLVER.BASE_LR, WEIGHT_DECAY, WEIGHT_DECAY_NORM, WEIGHT_DECAY_BIAS, BIAS_LR_FACTOR.
+    cfg.SOLVER.OPTIMIZER = "SGD"
+    # Pictures in OUTPUT_DIR/inference/predictions_*.jpg after training: truth beside prediction. 0 for none.
+    cfg.TEST.PICTURES = 12

@@ -1,0 +1,1 @@
+"""Data by config, augmentation, and the generated world."""

@@ -1,0 +1,1 @@
+"""Detection on the frozen pyramid: boxes and masks."""

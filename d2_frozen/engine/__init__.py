@@ -1,0 +1,1 @@
+"""Training, checkpoints and hooks that all tasks share."""

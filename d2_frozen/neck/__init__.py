@@ -1,0 +1,1 @@
+"""Necks: bottom-up maps in, pyramid out."""
