@@ -1,0 +1,20 @@
+"""Shared by all tests: which Detectron2 runs, and quiet, repeatable torch."""
+
+import os
+
+# Before torch: the shapes in the tests are tiny, and thread pools only slow them down.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import d2_frozen  # noqa: F401,E402  (makes `import detectron2` work)
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
+
+def pytest_report_header(config: pytest.Config) -> str:
+    return f"Detectron2 engine: {d2_frozen.engine_name()}, torch {torch.__version__}"
+
+
+@pytest.fixture(autouse=True)
+def _one_thread_and_seed() -> None:
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
