@@ -1,0 +1,96 @@
+"""Picture sheets: what is labelled on the left, what the model finds on the right."""
+
+from __future__ import annotations
+
+import logging
+import os
+from pathlib import Path
+
+import cv2
+import numpy as np
+import torch
+from detectron2.config import CfgNode
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data import detection_utils as utils
+from detectron2.utils.visualizer import Visualizer
+from torch import nn
+
+from d2_frozen.data import build_test_loader
+
+logger = logging.getLogger(__name__)
+
+_ROW_HEIGHT_PX = 320
+_COLUMNS = 3
+
+
+def write_prediction_sheet(
+    cfg: CfgNode, model: nn.Module, dataset_name: str, count: int, score_threshold: float = 0.5
+) -> Path | None:
+    """Predict ``count`` images spread over a dataset and write one picture beside the ground truth.
+
+    Args:
+        cfg: for the loader and OUTPUT_DIR.
+        model: in any mode; it is left in the mode it came in.
+        dataset_name: a registered dataset with annotations.
+        count: number of images; 0 writes nothing.
+        score_threshold: detections below it are not drawn.
+    Returns:
+        Path of ``OUTPUT_DIR/inference/predictions_NAME.jpg``, or None.
+    """
+    records = DatasetCatalog.get(dataset_name)
+    if count <= 0 or not records:
+        return None
+    wanted = {int(i) for i in np.linspace(0, len(records) - 1, min(count, len(records)))}
+    metadata = MetadataCatalog.get(dataset_name)
+    truth = {record["file_name"]: record for record in records}
+    pairs = []
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            for index, batch in enumerate(build_test_loader(cfg, dataset_name, indices=sorted(wanted))):
+                logger.debug("picture %d of %d", index + 1, len(wanted))
+                found = model(batch)[0]["instances"].to("cpu")
+                record = truth[batch[0]["file_name"]]
+                pairs.append(_pair(record, found[found.scores >= score_threshold], metadata))
+    finally:
+        model.train(was_training)
+    folder = Path(cfg.OUTPUT_DIR, "inference")
+    os.makedirs(folder, exist_ok=True)
+    path = folder / f"predictions_{dataset_name}.jpg"
+    cv2.imwrite(str(path), _grid(pairs)[:, :, ::-1], [cv2.IMWRITE_JPEG_QUALITY, 90])
+    return path
+
+
+def _pair(record: dict, instances, metadata) -> np.ndarray:
+    """Truth and prediction side by side, (h, w, 3) uint8 RGB."""
+    image = utils.read_image(record["file_name"], format="RGB")
+    left = Visualizer(image, metadata).draw_dataset_dict(record).get_image()
+    right = Visualizer(image, metadata).draw_instance_predictions(instances).get_image()
+    halves = [_captioned(_scaled(left), "labelled"), _captioned(_scaled(right), "predicted")]
+    gap = np.full((halves[0].shape[0], 4, 3), 255, np.uint8)
+    return np.hstack([halves[0], gap, halves[1]])
+
+
+def _scaled(image: np.ndarray) -> np.ndarray:
+    h, w = image.shape[:2]
+    size = (max(1, round(w * _ROW_HEIGHT_PX / h)), _ROW_HEIGHT_PX)
+    return cv2.resize(np.ascontiguousarray(image), size, interpolation=cv2.INTER_AREA)
+
+
+def _captioned(image: np.ndarray, text: str) -> np.ndarray:
+    band = np.full((22, image.shape[1], 3), 255, np.uint8)
+    cv2.putText(band, text, (4, 16), cv2.FONT_HERSHEY_SIMPLEX, 0.5, (60, 60, 60), 1, cv2.LINE_AA)
+    return np.vstack([band, image])
+
+
+def _grid(pairs: list[np.ndarray]) -> np.ndarray:
+    width = max(pair.shape[1] for pair in pairs) + 16
+    columns = min(_COLUMNS, len(pairs))
+    height = max(pair.shape[0] for pair in pairs) + 16
+    rows = -(-len(pairs) // columns)
+    sheet = np.full((rows * height, columns * width, 3), 255, np.uint8)
+    for index, pair in enumerate(pairs):
+        y, x = (index // columns) * height + 8, (index % columns) * width + 8
+        sheet[y : y + pair.shape[0], x : x + pair.shape[1]] = pair
+    return sheet

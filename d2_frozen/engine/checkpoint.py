@@ -1,0 +1,239 @@
+"""Checkpoints that hold what was trained, and the fingerprint of the frozen backbone that it belongs to.
+
+A file is ``{"model": tensors, "frozen": [{"prefix", "name", "sha256", "source"}], ...}`` plus what Detectron2 stores
+(optimizer and scheduler inside "trainer", "iteration"). Loading it against another backbone is refused.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import tempfile
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from detectron2.checkpoint import DetectionCheckpointer
+from torch import nn
+
+from d2_frozen.backbone import FrozenBackbone
+
+logger = logging.getLogger(__name__)
+
+
+class CheckpointMismatchError(RuntimeError):
+    """A checkpoint does not belong to this model: another backbone, or tensors of other shapes."""
+
+
+class FrozenCheckpointer(DetectionCheckpointer):
+    """Detectron2's checkpointer, without the frozen tensors.
+
+    Args:
+        model: may hold any number of :class:`FrozenBackbone`; with none this is a plain checkpointer.
+        save_dir: folder of the checkpoints.
+        save_full_model: also store the frozen tensors, for people who need one file.
+        strict: a missing or mis-shaped tensor is an error (evaluation, resuming), not only a warning (fine-tuning).
+        extra: plain values stored with every checkpoint, e.g. ``{"seed": 1}``.
+        checkpointables: as in Detectron2, e.g. ``trainer=...``.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        save_dir: str = "",
+        *,
+        save_to_disk: bool | None = None,
+        save_full_model: bool = False,
+        strict: bool = False,
+        extra: Mapping[str, Any] | None = None,
+        **checkpointables: Any,
+    ) -> None:
+        super().__init__(model, save_dir, save_to_disk=save_to_disk, **checkpointables)
+        self.save_full_model = save_full_model
+        self.strict = strict
+        self.extra = dict(extra or {})
+        # Where frozen weights came from when a checkpoint brought them (a zoo file, say), to find them again.
+        self._frozen_source = ""
+
+    def save(self, name: str, **kwargs: Any) -> None:
+        """Write ``save_dir/name.pth`` and point ``last_checkpoint`` at it; a kill leaves the old file or the new one.
+
+        Raises:
+            OSError: the disk is full or not writable; the previous files are untouched then.
+        """
+        if not self.save_dir or not self.save_to_disk:
+            return
+        content: dict[str, Any] = {"model": self._model_state(), **self.extra}
+        content["frozen"] = self._frozen_facts()
+        content.update({key: item.state_dict() for key, item in self.checkpointables.items()})
+        content.update(kwargs)
+        path = os.path.join(self.save_dir, f"{name}.pth")
+        logger.info("Saving checkpoint to %s", path)
+        write_atomically(path, lambda stream: torch.save(content, stream))
+        tag = os.path.join(self.save_dir, "last_checkpoint")
+        write_atomically(tag, lambda stream: stream.write(os.path.basename(path).encode()))
+
+    def resume_or_load(self, path: str, *, resume: bool = True) -> dict[str, Any]:
+        """As in Detectron2: the last checkpoint of ``save_dir`` when resuming and there is one, else ``path``.
+
+        What a run continues from, or what is evaluated, must fit in every tensor; a starting point need not.
+        """
+        if resume and self.has_checkpoint():
+            strict, self.strict = self.strict, True
+            try:
+                return self.load(self.get_checkpoint_file())
+            finally:
+                self.strict = strict
+        return self.load(path, checkpointables=[])
+
+    def load(self, path: str, checkpointables: list[str] | None = None) -> dict[str, Any]:
+        """Load a file of this project, of Detectron2, or of its model zoo.
+
+        Raises:
+            FileNotFoundError: no such file.
+            CheckpointMismatchError: it belongs to another backbone, or does not fit (see ``strict``).
+            ValueError: the file is damaged.
+        """
+        if path and "://" not in path:
+            plain_path = path.split("?", 1)[0]
+            if not os.path.isfile(plain_path):
+                raise FileNotFoundError(
+                    f"no weights at {path}. Give an existing file in MODEL.WEIGHTS, or MODEL.WEIGHTS '' to start anew."
+                )
+        self._loading_from = path
+        return super().load(path, checkpointables)
+
+    def _load_file(self, filename: str) -> dict[str, Any]:
+        if not filename.endswith((".pth", ".pt")):
+            return super()._load_file(filename)
+        try:
+            with self.path_manager.open(filename, "rb") as stream:
+                content = torch.load(stream, map_location="cpu", weights_only=True)
+        except Exception as err:
+            raise ValueError(
+                f"{filename} cannot be read as a checkpoint ({type(err).__name__}: {str(err)[:200]}). It is damaged, "
+                "or holds more than tensors and plain values, which is not loaded for safety."
+            ) from err
+        return content if isinstance(content, dict) and "model" in content else {"model": content}
+
+    def _load_model(self, checkpoint: dict[str, Any]) -> Any:
+        facts = checkpoint.pop("frozen", None) or []
+        if facts:
+            self._check_backbones(facts)
+        prefixes = tuple(f"{prefix}." for prefix in self._frozen_parts())
+        if prefixes and any(str(key).startswith(prefixes) for key in checkpoint["model"]):
+            self._frozen_source = self._loading_from
+        incompatible = super()._load_model(checkpoint)
+        if incompatible is None:
+            return None
+        if facts and prefixes:
+            kept = [key for key in incompatible.missing_keys if not key.startswith(prefixes)]
+            incompatible.missing_keys[:] = kept
+        if self.strict:
+            self._refuse_misfits(incompatible)
+        return incompatible
+
+    def _refuse_misfits(self, incompatible: Any) -> None:
+        problems = [
+            f"{key}: shape {tuple(found)} in the file, {tuple(wanted)} in the model"
+            for key, found, wanted in incompatible.incorrect_shapes
+        ] + [f"{key}: not in the file" for key in incompatible.missing_keys]
+        if problems:
+            shown = "\n  ".join(problems[:10])
+            more = f"\n  ... and {len(problems) - 10} more" if len(problems) > 10 else ""
+            raise CheckpointMismatchError(
+                f"{self._loading_from} does not fit this model:\n  {shown}{more}\n"
+                "Use the config it was trained with (config.yaml beside it), class count included."
+            )
+
+    def _model_state(self) -> dict[str, torch.Tensor]:
+        state = self.model.state_dict()
+        if self.save_full_model:
+            return dict(state)
+        prefixes = tuple(f"{prefix}." for prefix in self._frozen_parts())
+        return {key: value for key, value in state.items() if not (prefixes and key.startswith(prefixes))}
+
+    def _frozen_parts(self) -> dict[str, FrozenBackbone]:
+        return frozen_parts(self.model)
+
+    def _frozen_facts(self) -> list[dict[str, str]]:
+        return [
+            {"prefix": prefix, **part.fingerprint(), "source": self._frozen_source}
+            for prefix, part in self._frozen_parts().items()
+        ]
+
+    def _check_backbones(self, facts: list[dict[str, str]]) -> None:
+        """Compare fingerprints; where the file names the source of its backbone's weights, fetch them from there."""
+        parts = self._frozen_parts()
+        for fact in facts:
+            part = parts.get(fact["prefix"])
+            if part is None:
+                raise CheckpointMismatchError(
+                    f"{self._loading_from} was trained on the frozen backbone {fact['name']} at '{fact['prefix']}', "
+                    f"but this model has {'frozen parts at ' + ', '.join(parts) if parts else 'no frozen part'}. "
+                    "Set MODEL.BACKBONE.FREEZE: all, or save with MODEL.FROZEN.SAVE_FULL_MODEL True."
+                )
+            if part.fingerprint()["sha256"] == fact["sha256"]:
+                continue
+            source = fact.get("source", "")
+            if source:
+                self._load_frozen_from(source, fact["prefix"])
+            present = part.fingerprint()
+            if present["sha256"] != fact["sha256"]:
+                raise CheckpointMismatchError(
+                    f"{self._loading_from} holds heads for the backbone {fact['name']} (sha256 {fact['sha256'][:16]}), "
+                    f"but this model has {present['name']} (sha256 {present['sha256'][:16]})"
+                    + (", other weights of the same name" if present["name"] == fact["name"] else "")
+                    + f". Set MODEL.TIMM.NAME and MODEL.TIMM.PRETRAINED to those of {fact['name']}"
+                    + (f"; its weights came from {source}." if source else ".")
+                )
+
+    def _load_frozen_from(self, source: str, prefix: str) -> None:
+        logger.info("Frozen weights of %s come from %s", prefix, source)
+        keep = self._loading_from
+        try:
+            loader = FrozenCheckpointer(self.model)
+            loader.load(source, checkpointables=[])
+        except FileNotFoundError as err:
+            raise CheckpointMismatchError(
+                f"{keep} holds heads only; the weights of its backbone came from {source}, which is not there any more."
+            ) from err
+        self._frozen_source = source
+
+
+def frozen_parts(model: nn.Module) -> dict[str, FrozenBackbone]:
+    """Prefix -> each :class:`FrozenBackbone` inside the model, e.g. ``{"backbone.bottom_up": ...}``."""
+    return {name: part for name, part in model.named_modules() if isinstance(part, FrozenBackbone)}
+
+
+def saved_seed(save_dir: str) -> int | None:
+    """The seed stored in the last checkpoint of a folder; None where there is none."""
+    tag = os.path.join(save_dir, "last_checkpoint")
+    if not os.path.isfile(tag):
+        return None
+    with open(tag) as stream:
+        path = os.path.join(save_dir, stream.read().strip())
+    if not os.path.isfile(path):
+        return None
+    content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    return content.get("seed")
+
+
+def write_atomically(path: str, write: Any) -> None:
+    """Call ``write(stream)`` on a temporary file beside ``path``, flush it to disk, then rename it over ``path``."""
+    folder = os.path.dirname(os.path.abspath(path))
+    handle, temporary = tempfile.mkstemp(prefix=f".{os.path.basename(path)}.", suffix=".tmp", dir=folder)
+    try:
+        with os.fdopen(handle, "wb") as stream:
+            write(stream)
+            stream.flush()
+            os.fsync(stream.fileno())
+        # mkstemp gives 0600; a checkpoint is as readable as any file the user writes.
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(temporary, 0o666 & ~umask)
+        os.replace(temporary, path)
+    except BaseException:
+        if os.path.exists(temporary):
+            os.unlink(temporary)
+        raise

@@ -1,0 +1,148 @@
+"""Hooks that every task shares: repeatable draws per iteration, leaving on a signal, one line of progress."""
+
+from __future__ import annotations
+
+import datetime
+import logging
+import random
+import signal
+import sys
+import time
+from types import FrameType
+
+import numpy as np
+import torch
+from detectron2.engine import HookBase
+from detectron2.utils import comm
+from detectron2.utils.events import EventWriter, get_event_storage
+
+logger = logging.getLogger(__name__)
+
+
+class StoppedBySignal(SystemExit):
+    """Training left after saving; the exit code is 128 + the signal's number, as shells expect."""
+
+    def __init__(self, signal_number: int) -> None:
+        super().__init__(128 + signal_number)
+
+
+class SeedEachIteration(HookBase):
+    """Make what the model draws in iteration ``i`` a function of (seed, i, rank).
+
+    So a resumed run equals an uninterrupted one without storing generator states.
+    """
+
+    def __init__(self, seed: int) -> None:
+        self.seed = seed
+
+    def before_step(self) -> None:
+        words = np.random.SeedSequence([self.seed, self.trainer.iter, comm.get_rank()]).generate_state(3)
+        torch.manual_seed(int(words[0]))
+        np.random.seed(int(words[1]))
+        random.seed(int(words[2]))
+
+
+class SaveAndLeaveOnSignal(HookBase):
+    """On SIGTERM (a cluster's notice) finish the iteration, save, and leave; ``--resume`` goes on from there.
+
+    Must come after the hooks that change saved state (learning-rate scheduler).
+    """
+
+    def __init__(self, signals: tuple[int, ...] = (signal.SIGTERM,)) -> None:
+        self.signals = signals
+        self._received = 0
+        self._before: dict[int, object] = {}
+
+    def before_train(self) -> None:
+        for number in self.signals:
+            self._before[number] = signal.signal(number, self._receive)
+
+    def after_train(self) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)  # type: ignore[arg-type]
+
+    def after_step(self) -> None:
+        # Ranks may be signalled at different moments; they must leave after the same iteration.
+        received = max(comm.all_gather(self._received)) if comm.get_world_size() > 1 else self._received
+        if not received:
+            return
+        done = self.trainer.iter
+        if done + 1 < self.trainer.max_iter:  # else the final checkpoint has just been written
+            self.trainer.checkpointer.save(f"model_{done:07d}", iteration=done)
+        name = signal.Signals(received).name
+        logger.warning("%s: saved after iteration %d; continue with --resume.", name, done)
+        raise StoppedBySignal(received)
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        logger.warning("%s received: saving after this iteration.", signal.Signals(number).name)
+        self._received = number
+
+
+class ProgressPrinter(EventWriter):
+    """One log line per period: time left, iteration, losses, seconds, images/s, learning rate, memory.
+
+    Args:
+        max_iter: length of the run, for the estimate of the time left.
+        images_per_iteration: over all ranks.
+        window_size: iterations over which losses and times are smoothed (median).
+    """
+
+    def __init__(self, max_iter: int, images_per_iteration: int, window_size: int = 20) -> None:
+        self.logger = logging.getLogger("detectron2.utils.events")
+        self.max_iter = max_iter
+        self.images_per_iteration = images_per_iteration
+        self.window_size = window_size
+        self._last: tuple[int, float] | None = None
+
+    def write(self) -> None:
+        storage = get_event_storage()
+        iteration = storage.iter
+        if iteration == self.max_iter:
+            return  # after the last step there is nothing new to tell
+        histories = storage.histories()
+        fields = [f"eta: {self._time_left(iteration, histories)}", f"iter: {iteration}"]
+        fields += [
+            f"{name}: {history.median(self._smoothing(storage, name)):.4g}"
+            for name, history in histories.items()
+            if "loss" in name
+        ]
+        if "time" in histories:
+            seconds = histories["time"].median(self._smoothing(storage, "time"))
+            fields.append(f"time: {seconds:.4f}")
+            fields.append(f"images/s: {self.images_per_iteration / max(seconds, 1e-9):.1f}")
+        if "data_time" in histories:
+            fields.append(f"data_time: {histories['data_time'].median(self._smoothing(storage, 'data_time')):.4f}")
+        if "lr" in histories:
+            fields.append(f"lr: {histories['lr'].latest():.5g}")
+        fields.append(f"max_mem: {peak_memory_mib():.0f}M")
+        self.logger.info("  ".join(fields))
+
+    def _smoothing(self, storage: object, name: str) -> int:
+        return min(self.window_size, len(storage.history(name).values()))  # type: ignore[attr-defined]
+
+    def _time_left(self, iteration: int, histories: dict) -> str:
+        now = time.perf_counter()
+        if "time" in histories:
+            seconds = histories["time"].global_avg()
+        elif self._last is not None and iteration > self._last[0]:
+            seconds = (now - self._last[1]) / (iteration - self._last[0])
+        else:
+            seconds = float("nan")
+        self._last = (iteration, now)
+        if seconds != seconds:
+            return "unknown"
+        left = seconds * max(self.max_iter - iteration - 1, 0)
+        get_event_storage().put_scalar("eta_seconds", left, smoothing_hint=False)
+        return str(datetime.timedelta(seconds=int(left)))
+
+
+def peak_memory_mib() -> float:
+    """Largest memory so far in MiB: of the GPU where there is one, else resident memory of this process."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**20
+    try:
+        import resource  # not on Windows
+    except ImportError:
+        return float("nan")
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 2**20 if sys.platform == "darwin" else peak / 2**10

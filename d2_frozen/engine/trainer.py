@@ -1,0 +1,151 @@
+"""The training loop of all tasks: Detectron2's DefaultTrainer, for models with a frozen part.
+
+What differs from DefaultTrainer: data and model draws are functions of (seed, iteration), so a resumed run equals an
+uninterrupted one; checkpoints hold the trained part; SIGTERM saves and leaves; AdamW; AMP on CPU too.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import weakref
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+from detectron2.config import CfgNode
+from detectron2.engine import AMPTrainer, DefaultTrainer, HookBase, SimpleTrainer, TrainerBase
+from detectron2.engine.defaults import create_ddp_model
+from detectron2.evaluation import COCOEvaluator, DatasetEvaluator
+from detectron2.utils import comm
+from detectron2.utils.events import EventWriter, JSONWriter, TensorboardXWriter
+from torch import nn
+
+from d2_frozen.data import build_test_loader, build_train_loader
+from d2_frozen.engine.checkpoint import FrozenCheckpointer, frozen_parts
+from d2_frozen.engine.hooks import ProgressPrinter, SaveAndLeaveOnSignal, SeedEachIteration
+from d2_frozen.engine.optimizer import build_optimizer
+from d2_frozen.summary import parts_table
+
+logger = logging.getLogger(__name__)
+
+
+class FrozenTrainer(DefaultTrainer):
+    """Train the heads of a model by config.
+
+    Args:
+        cfg: complete and frozen; ``SEED`` is not negative (``d2_frozen.train_net.setup`` draws one).
+    """
+
+    def __init__(self, cfg: CfgNode) -> None:
+        TrainerBase.__init__(self)
+        if cfg.SEED < 0:
+            raise ValueError("SEED is negative: give one, or let d2_frozen.train_net.setup(args) draw and record it.")
+        cfg = self.auto_scale_workers(cfg, comm.get_world_size())
+        model = self.build_model(cfg)
+        if comm.is_main_process():
+            logger.info("Parts of the model:\n%s", parts_table(model))
+        optimizer = self.build_optimizer(cfg, model)
+        parallel = self._parallel(model)
+        self._stream = _ResumableStream(lambda start: self.build_train_loader(cfg, start_iteration=start))
+        self._trainer = _loop_kind(cfg, parallel)(parallel, self._stream, optimizer)
+        self.scheduler = self.build_lr_scheduler(cfg, optimizer)
+        self.checkpointer = FrozenCheckpointer(
+            model,
+            cfg.OUTPUT_DIR,
+            save_full_model=cfg.MODEL.FROZEN.SAVE_FULL_MODEL,
+            extra={"seed": int(cfg.SEED)},
+            trainer=weakref.proxy(self),
+        )
+        self.start_iter = 0
+        self.max_iter = cfg.SOLVER.MAX_ITER
+        self.cfg = cfg
+        self.register_hooks(self.build_hooks())
+
+    def resume_or_load(self, resume: bool = True) -> None:
+        """Continue from ``last_checkpoint`` of OUTPUT_DIR, data stream included, or start from MODEL.WEIGHTS."""
+        super().resume_or_load(resume=resume)
+        self._stream.start_iteration = self.start_iter
+
+    def build_hooks(self) -> list[HookBase]:
+        """Detectron2's hooks between ours: draws first, leaving on SIGTERM last."""
+        return [SeedEachIteration(self.cfg.SEED), *super().build_hooks(), SaveAndLeaveOnSignal()]
+
+    def build_writers(self) -> list[EventWriter]:
+        """Terminal, ``metrics.json`` and TensorBoard."""
+        folder = self.cfg.OUTPUT_DIR
+        os.makedirs(folder, exist_ok=True)
+        return [
+            ProgressPrinter(self.max_iter, self.cfg.SOLVER.IMS_PER_BATCH),
+            JSONWriter(os.path.join(folder, "metrics.json")),
+            TensorboardXWriter(folder),
+        ]
+
+    @classmethod
+    def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
+        """See :func:`d2_frozen.engine.optimizer.build_optimizer`."""
+        return build_optimizer(cfg, model)
+
+    @classmethod
+    def build_train_loader(cls, cfg: CfgNode, start_iteration: int = 0) -> Iterable[list[dict[str, Any]]]:
+        """Batches from iteration ``start_iteration`` on."""
+        return build_train_loader(cfg, start_iteration=start_iteration)
+
+    @classmethod
+    def build_test_loader(cls, cfg: CfgNode, dataset_name: str) -> Iterable[list[dict[str, Any]]]:
+        """One image per batch, in dataset order."""
+        return build_test_loader(cfg, dataset_name)
+
+    @classmethod
+    def build_evaluator(cls, cfg: CfgNode, dataset_name: str, output_folder: str | None = None) -> DatasetEvaluator:
+        """COCO's protocol; results go to ``OUTPUT_DIR/inference``."""
+        folder = output_folder or os.path.join(cfg.OUTPUT_DIR, "inference")
+        tasks = ("bbox", "segm") if cfg.MODEL.MASK_ON else ("bbox",)
+        return COCOEvaluator(dataset_name, tasks=tasks, distributed=True, output_dir=folder)
+
+    @staticmethod
+    def _parallel(model: nn.Module) -> nn.Module:
+        # Frozen tensors are the same on every rank already: neither in DDP's buckets nor broadcast.
+        names = [
+            f"{prefix}.{name}"
+            for prefix, part in frozen_parts(model).items()
+            for name in (*dict(part.named_parameters()), *dict(part.named_buffers()))
+        ]
+        if comm.get_world_size() > 1:
+            nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, names)
+        return create_ddp_model(model, broadcast_buffers=False)
+
+
+class _ResumableStream:
+    """What the training loop iterates over; built when first iterated, from the iteration it then starts at."""
+
+    def __init__(self, build: Callable[[int], Iterable[Any]]) -> None:
+        self._build = build
+        self.start_iteration = 0
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self._build(self.start_iteration))
+
+
+class _CPUAutocastTrainer(SimpleTrainer):
+    """One step in bfloat16 autocast on CPU; no loss scaling is needed there. Detectron2's AMPTrainer wants CUDA."""
+
+    def run_step(self) -> None:
+        forward = self.model.forward
+
+        def in_bfloat16(batch: Any) -> Any:
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                return forward(batch)
+
+        self.model.forward = in_bfloat16  # type: ignore[method-assign]
+        try:
+            super().run_step()
+        finally:
+            del self.model.forward  # the class's own again
+
+
+def _loop_kind(cfg: CfgNode, model: nn.Module) -> type[SimpleTrainer]:
+    if not cfg.SOLVER.AMP.ENABLED:
+        return SimpleTrainer
+    on_gpu = next(model.parameters()).is_cuda
+    return AMPTrainer if on_gpu else _CPUAutocastTrainer

@@ -1,0 +1,144 @@
+"""Train or evaluate by config, with Detectron2's flags.
+
+    python train_net.py --config-file configs/quickstart/detection.yaml
+    python train_net.py --config-file output/config.yaml --eval-only MODEL.WEIGHTS output/model_final.pth
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+from typing import Any
+
+from detectron2.config import CfgNode, get_cfg
+from detectron2.engine import default_argument_parser, default_setup, launch
+from detectron2.utils import comm
+from tabulate import tabulate
+from torch import nn
+
+from d2_frozen.config import add_frozen_config
+
+logger = logging.getLogger("d2_frozen.train_net")
+
+
+def setup(args: argparse.Namespace) -> CfgNode:
+    """Flags to a complete, frozen config: datasets registered and checked, class count and seed filled in.
+
+    Raises:
+        KeyError, AssertionError: unknown key in a file / in KEY VALUE arguments.
+        ValueError: bad data (one error listing the problems), or contradicting settings.
+    """
+    from d2_frozen.data import prepare_datasets
+    from d2_frozen.engine import saved_seed
+
+    cfg = get_cfg()
+    add_frozen_config(cfg)
+    if args.config_file:
+        cfg.merge_from_file(args.config_file)
+    cfg.merge_from_list(args.opts)
+    if not args.eval_only and cfg.SEED < 0:
+        seed = saved_seed(cfg.OUTPUT_DIR) if args.resume else None
+        cfg.SEED = comm.shared_random_seed() % 2**31 if seed is None else seed
+    prepare_datasets(cfg, train=not args.eval_only)
+    cfg.freeze()
+    default_setup(cfg, args)
+    # Detectron2 sets up its own logger and that of fvcore.
+    _share_handlers("detectron2", "d2_frozen")
+    return cfg
+
+
+def main(args: argparse.Namespace) -> dict[str, Any]:
+    """One process of the run: train and evaluate, or evaluate only.
+
+    Returns:
+        dataset name -> metrics (or the metrics themselves for a single dataset), as Detectron2 has it.
+    """
+    cfg = setup(args)
+    from d2_frozen.engine import FrozenTrainer
+
+    if args.eval_only:
+        model = evaluation_model(cfg, resume=args.resume)
+        results = FrozenTrainer.test(cfg, model)
+        finish(cfg, model, results)
+        return results
+    trainer = FrozenTrainer(cfg)
+    trainer.resume_or_load(resume=args.resume)
+    if trainer.start_iter >= trainer.max_iter:
+        logger.info("Training is already complete at iteration %d.", trainer.start_iter)
+        results = FrozenTrainer.test(cfg, trainer.model)
+    else:
+        results = trainer.train()
+    finish(cfg, trainer.model, results)
+    return results
+
+
+def evaluation_model(cfg: CfgNode, resume: bool = False) -> nn.Module:
+    """The model with MODEL.WEIGHTS (or the last checkpoint of OUTPUT_DIR), every tensor of which must fit."""
+    from d2_frozen.engine import FrozenCheckpointer, FrozenTrainer
+
+    model = FrozenTrainer.build_model(cfg)
+    FrozenCheckpointer(model, save_dir=cfg.OUTPUT_DIR, strict=True).resume_or_load(cfg.MODEL.WEIGHTS, resume=resume)
+    return model
+
+
+def finish(cfg: CfgNode, model: nn.Module, results: dict[str, Any] | None) -> None:
+    """Say what came out and where it lies: table of metrics, pictures, files."""
+    if not comm.is_main_process():
+        return
+    from d2_frozen.detection.pictures import write_prediction_sheet
+
+    lines = []
+    if results:
+        lines.append(results_table(cfg, results))
+    for name in cfg.DATASETS.TEST:
+        sheet = write_prediction_sheet(cfg, model, name, cfg.TEST.PICTURES)
+        if sheet:
+            lines.append(f"pictures:   {sheet}")
+    for label, file in (("metrics", "metrics.json"), ("weights", "model_final.pth"), ("config", "config.yaml")):
+        path = os.path.join(cfg.OUTPUT_DIR, file)
+        if os.path.exists(path):
+            lines.append(f"{label + ':':11s} {path}")
+    logger.info("Done.\n%s", "\n".join(lines))
+
+
+def results_table(cfg: CfgNode, results: dict[str, Any]) -> str:
+    """Rows: dataset and task; columns: AP, AP50, ..."""
+    per_dataset = results if len(cfg.DATASETS.TEST) > 1 else {cfg.DATASETS.TEST[0]: results}
+    rows, columns = [], []
+    for dataset, tasks in per_dataset.items():
+        for task, metrics in tasks.items():
+            main_metrics = {key: value for key, value in metrics.items() if "-" not in key}
+            columns += [key for key in main_metrics if key not in columns]
+            rows.append({"dataset": dataset, "task": task, **main_metrics})
+    table = [[row.get(key, "") for key in ("dataset", "task", *columns)] for row in rows]
+    return tabulate(table, headers=["dataset", "task", *columns], floatfmt=".2f")
+
+
+def _share_handlers(source: str, target: str) -> None:
+    origin, receiver = logging.getLogger(source), logging.getLogger(target)
+    receiver.setLevel(origin.level)
+    receiver.propagate = False
+    receiver.handlers = list(origin.handlers)
+
+
+def argument_parser() -> argparse.ArgumentParser:
+    """Detectron2's parser, flags unchanged."""
+    return default_argument_parser()
+
+
+def console_main() -> None:
+    """Entry point of ``train_net.py``, ``python -m d2_frozen.train_net`` and the console script."""
+    args = argument_parser().parse_args()
+    launch(
+        main,
+        args.num_gpus,
+        num_machines=args.num_machines,
+        machine_rank=args.machine_rank,
+        dist_url=args.dist_url,
+        args=(args,),
+    )
+
+
+if __name__ == "__main__":
+    console_main()
