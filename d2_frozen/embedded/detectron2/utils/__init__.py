@@ -1,0 +1,1 @@
+"""Small tools: registry, logging, events, distributed helpers, files. Import the module you need."""
