@@ -1,0 +1,50 @@
+# make quickstart   install, generate a small labelled world, train, evaluate, write pictures (minutes, CPU is enough)
+# make test         install and run the tests
+# make lint         formatting, lint, types
+#
+# PYTHON chooses the interpreter (3.10 or newer); everything is installed into VENV, never into the system's Python.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN = $(VENV)/bin
+OUTPUT ?= output/quickstart_detection
+# Any options of train_net.py, e.g. make quickstart ARGS="SOLVER.MAX_ITER 200"
+ARGS ?=
+
+.PHONY: quickstart test lint format wheel clean
+
+quickstart: $(VENV)/.installed
+	$(BIN)/python -m d2_frozen.data.shapes --output datasets/shapes
+	$(BIN)/python train_net.py --config-file configs/quickstart/detection.yaml OUTPUT_DIR $(OUTPUT) $(ARGS)
+
+test: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest tests
+
+lint: $(VENV)/.installed-dev
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+format: $(VENV)/.installed-dev
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+wheel: $(VENV)/.installed-dev
+	$(BIN)/python -m build --wheel
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+	  { echo "d2_frozen needs Python 3.10 or newer; choose one: make PYTHON=python3.12 ..."; exit 1; }
+	@$(PYTHON) -m venv $(VENV) || \
+	  { echo "could not make $(VENV) (on Debian and Ubuntu: apt install python3-venv)"; rm -rf $(VENV); exit 1; }
+
+$(VENV)/.installed: pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable .
+	@touch $@
+
+$(VENV)/.installed-dev: pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	@touch $@ $(VENV)/.installed
