@@ -1,0 +1,132 @@
+"""Heads-only checkpoints: what is in them, what they refuse, and that they are never half-written."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from detectron2.layers import ShapeSpec
+from detectron2.modeling import Backbone
+from torch import nn
+
+from d2_frozen.backbone import FrozenBackbone
+from d2_frozen.engine import CheckpointMismatchError, FrozenCheckpointer, frozen_parts
+from d2_frozen.engine.checkpoint import write_atomically
+
+
+class Trunk(Backbone):
+    """One convolution; ``scale`` makes two trunks differ."""
+
+    def __init__(self, scale: float = 1.0) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 1)
+        nn.init.constant_(self.conv.weight, scale)
+        nn.init.zeros_(self.conv.bias)
+
+    def forward(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {"res2": self.conv(images)}
+
+    def output_shape(self) -> dict[str, ShapeSpec]:
+        return {"res2": ShapeSpec(channels=4, stride=1)}
+
+
+class Model(nn.Module):
+    def __init__(self, trunk_scale: float = 1.0, frozen: bool = True, classes: int = 5) -> None:
+        super().__init__()
+        trunk = Trunk(trunk_scale)
+        self.trunk = FrozenBackbone(trunk) if frozen else trunk
+        self.head = nn.Linear(4, classes)
+
+
+def save(model: nn.Module, folder: Path, **kwargs) -> str:
+    FrozenCheckpointer(model, str(folder), **kwargs).save("model_final")
+    return str(folder / "model_final.pth")
+
+
+def test_file_holds_the_head_and_the_fingerprint(tmp_path: Path) -> None:
+    model = Model()
+    content = torch.load(save(model, tmp_path), weights_only=True)
+    assert set(content["model"]) == {"head.weight", "head.bias"}
+    (fact,) = content["frozen"]
+    assert fact["prefix"] == "trunk" and fact["sha256"] == model.trunk.fingerprint()["sha256"]
+    assert (tmp_path / "last_checkpoint").read_text() == "model_final.pth"
+
+
+def test_loading_gives_the_head_back(tmp_path: Path) -> None:
+    model, other = Model(), Model()
+    FrozenCheckpointer(other, strict=True).load(save(model, tmp_path))
+    assert torch.equal(other.head.weight, model.head.weight)
+
+
+def test_another_backbone_is_refused_naming_both(tmp_path: Path) -> None:
+    path = save(Model(1.0), tmp_path)
+    other = Model(2.0)
+    untouched = other.head.weight.clone()
+    with pytest.raises(CheckpointMismatchError) as refused:
+        FrozenCheckpointer(other).load(path)
+    assert Model(1.0).trunk.fingerprint()["sha256"][:16] in str(refused.value)
+    assert other.trunk.fingerprint()["sha256"][:16] in str(refused.value)
+    assert torch.equal(other.head.weight, untouched)
+
+
+def test_heads_only_file_needs_a_frozen_part(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointMismatchError, match="no frozen part"):
+        FrozenCheckpointer(Model(frozen=False)).load(save(Model(), tmp_path))
+
+
+def test_full_model_on_request_loads_into_an_unfrozen_one(tmp_path: Path) -> None:
+    path = save(Model(3.0), tmp_path, save_full_model=True)
+    assert set(torch.load(path, weights_only=True)["model"]) == set(Model(frozen=False).state_dict())
+
+
+def test_frozen_weights_that_came_from_a_file_are_fetched_from_there_again(tmp_path: Path) -> None:
+    donor = Model(4.0, frozen=False)
+    zoo = tmp_path / "zoo.pth"
+    torch.save({"model": donor.state_dict()}, zoo)
+    model = Model(1.0)
+    checkpointer = FrozenCheckpointer(model, str(tmp_path))
+    checkpointer.load(str(zoo))
+    checkpointer.save("heads")
+    fresh = Model(1.0)
+    FrozenCheckpointer(fresh, strict=True).load(str(tmp_path / "heads.pth"))
+    assert torch.equal(fresh.trunk.state_dict()["conv.weight"], donor.trunk.conv.weight)
+    zoo.unlink()
+    with pytest.raises(CheckpointMismatchError, match="zoo.pth"):
+        FrozenCheckpointer(Model(1.0)).load(str(tmp_path / "heads.pth"))
+
+
+def test_misfit_is_an_error_when_strict_and_a_warning_when_fine_tuning(tmp_path: Path) -> None:
+    path = save(Model(classes=5), tmp_path)
+    with pytest.raises(CheckpointMismatchError, match=r"head.weight.*\(5, 4\).*\(7, 4\)"):
+        FrozenCheckpointer(Model(classes=7), strict=True).load(path)
+    other = Model(classes=7)
+    FrozenCheckpointer(other).load(path)
+    assert other.head.weight.shape == (7, 4)
+
+
+def test_missing_and_damaged_files_are_named(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="nowhere.pth"):
+        FrozenCheckpointer(Model()).load(str(tmp_path / "nowhere.pth"))
+    path = Path(save(Model(), tmp_path))
+    path.write_bytes(path.read_bytes()[:300])
+    with pytest.raises(ValueError, match="model_final.pth.*damaged"):
+        FrozenCheckpointer(Model()).load(str(path))
+
+
+def test_a_failing_write_leaves_the_old_file(tmp_path: Path) -> None:
+    target = tmp_path / "model_final.pth"
+    target.write_bytes(b"old")
+
+    def fail(stream) -> None:
+        stream.write(b"half of the n")
+        raise OSError("no space left on device")
+
+    with pytest.raises(OSError, match="no space"):
+        write_atomically(str(target), fail)
+    assert target.read_bytes() == b"old"
+    assert [p.name for p in tmp_path.iterdir()] == ["model_final.pth"]
+
+
+def test_frozen_parts_are_found_by_prefix() -> None:
+    assert list(frozen_parts(Model())) == ["trunk"] and not frozen_parts(Model(frozen=False))

@@ -1,0 +1,148 @@
+"""What must hold of a run: the backbone does not move, a stopped run ends like an uninterrupted one."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from argparse import Namespace
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from detectron2.engine import HookBase
+
+from d2_frozen.engine import FrozenTrainer
+from d2_frozen.engine.hooks import StoppedBySignal
+from d2_frozen.train_net import main, setup
+
+Flags = Callable[..., Namespace]
+
+
+def read(path: Path) -> dict:
+    return torch.load(path, weights_only=True)
+
+
+def assert_same_weights(first: Path, second: Path) -> None:
+    a, b = read(first)["model"], read(second)["model"]
+    assert a.keys() == b.keys()
+    differing = [key for key in a if not torch.equal(a[key], b[key])]
+    assert not differing
+
+
+class SignalAfter(HookBase):
+    """Send this process a signal in the middle of iteration ``at``."""
+
+    def __init__(self, at: int, number: int) -> None:
+        self.at, self.number = at, number
+
+    def before_step(self) -> None:
+        if self.trainer.iter == self.at:
+            os.kill(os.getpid(), self.number)
+
+
+def test_backbone_is_bit_identical_after_training_and_not_in_the_checkpoint(flags: Flags, tmp_path: Path) -> None:
+    trainer = FrozenTrainer(setup(flags()))
+    trainer.resume_or_load(resume=False)
+    backbone = trainer.model.frozen_backbone
+    before = {key: value.clone() for key, value in trainer.model.state_dict().items()}
+    trainer.train()
+    after = trainer.model.state_dict()
+    frozen = {f"backbone.bottom_up.{key}" for key in backbone.state_dict()}
+    assert frozen and all(torch.equal(before[key], after[key]) for key in frozen)
+    trained = [key for key in after if key not in frozen and after[key].is_floating_point()]
+    moved = [key for key in trained if not torch.equal(before[key], after[key])]
+    assert len(moved) > 0.9 * len(trained)
+    saved = read(tmp_path / "out" / "model_final.pth")
+    assert set(saved["model"]) == set(after) - frozen
+    assert saved["frozen"][0]["sha256"] == backbone.fingerprint()["sha256"]
+
+
+def test_eval_only_repeats_the_result_to_the_last_digit(flags: Flags, tmp_path: Path) -> None:
+    trained = main(flags())
+    again = main(flags("--eval-only", "MODEL.WEIGHTS", str(tmp_path / "out" / "model_final.pth")))
+    assert str(trained) == str(again)  # as text, so that NaN equals NaN
+    assert list((tmp_path / "out" / "inference").glob("predictions_*.jpg"))
+
+
+@pytest.mark.parametrize("workers", ["0", "2"])
+def test_run_stopped_by_sigterm_ends_like_an_uninterrupted_one(workers: str, flags: Flags, tmp_path: Path) -> None:
+    whole = FrozenTrainer(setup(flags("OUTPUT_DIR", str(tmp_path / "whole"))))
+    whole.train()
+
+    options = ("OUTPUT_DIR", str(tmp_path / "stopped"), "DATALOADER.NUM_WORKERS", workers)
+    stopped = FrozenTrainer(setup(flags(*options)))
+    stopped.register_hooks([SignalAfter(2, signal.SIGTERM)])
+    handler = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(StoppedBySignal) as left:
+        stopped.train()
+    assert left.value.code == 128 + signal.SIGTERM
+    assert signal.getsignal(signal.SIGTERM) is handler
+    assert (tmp_path / "stopped" / "last_checkpoint").read_text() == "model_0000002.pth"
+
+    resumed = FrozenTrainer(setup(flags("--resume", *options)))
+    resumed.resume_or_load(resume=True)
+    assert resumed.start_iter == 3
+    resumed.train()
+    assert_same_weights(tmp_path / "whole" / "model_final.pth", tmp_path / "stopped" / "model_final.pth")
+
+
+KILLED_RUN = """
+import os, signal, sys
+from d2_frozen.engine import FrozenTrainer
+from d2_frozen.train_net import argument_parser, setup
+from detectron2.engine import HookBase
+
+class Kill(HookBase):
+    def after_backward(self):
+        if self.trainer.iter == 3:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+trainer = FrozenTrainer(setup(argument_parser().parse_args(sys.argv[1:])))
+trainer.register_hooks([Kill()])
+trainer.train()
+"""
+
+
+def test_run_killed_falls_back_to_the_last_periodic_checkpoint(
+    flags: Flags, tiny_config: Path, tmp_path: Path
+) -> None:
+    whole = FrozenTrainer(setup(flags("OUTPUT_DIR", str(tmp_path / "whole"))))
+    whole.train()
+
+    options = ["OUTPUT_DIR", str(tmp_path / "killed")]
+    command = [sys.executable, "-c", KILLED_RUN, "--config-file", str(tiny_config), *options]
+    assert subprocess.run(command, capture_output=True).returncode == -signal.SIGKILL
+    assert (tmp_path / "killed" / "last_checkpoint").read_text() == "model_0000001.pth"
+
+    resumed = FrozenTrainer(setup(flags("--resume", *options)))
+    resumed.resume_or_load(resume=True)
+    assert resumed.start_iter == 2
+    resumed.train()
+    assert_same_weights(tmp_path / "whole" / "model_final.pth", tmp_path / "killed" / "model_final.pth")
+
+
+def test_a_drawn_seed_is_kept_when_resuming(flags: Flags, tmp_path: Path) -> None:
+    first = setup(flags("SEED", "-1", "SOLVER.MAX_ITER", "2"))
+    assert first.SEED >= 0
+    FrozenTrainer(first).train()
+    assert setup(flags("--resume", "SEED", "-1")).SEED == first.SEED
+
+
+@pytest.mark.parametrize("optimizer", ["SGD", "ADAMW"])
+@pytest.mark.parametrize("freeze", ["all", "none"])
+def test_trains_in_bfloat16_on_cpu(optimizer: str, freeze: str, flags: Flags) -> None:
+    options = ("SOLVER.AMP.ENABLED", "True", "SOLVER.MAX_ITER", "2", "MODEL.BACKBONE.FREEZE", freeze)
+    trainer = FrozenTrainer(setup(flags("SOLVER.OPTIMIZER", optimizer, "SOLVER.BASE_LR", "1e-3", *options)))
+    before = {key: value.clone() for key, value in trainer.model.state_dict().items()}
+    trainer.train()
+    bottom_up = [key for key in before if key.startswith("backbone.bottom_up.") and before[key].is_floating_point()]
+    moved = [key for key in bottom_up if not torch.equal(before[key], trainer.model.state_dict()[key])]
+    assert bool(moved) == (freeze == "none")
+
+
+def test_resuming_a_finished_run_only_evaluates(flags: Flags) -> None:
+    done = main(flags("SOLVER.MAX_ITER", "2"))
+    assert str(main(flags("--resume", "SOLVER.MAX_ITER", "2"))) == str(done)

@@ -1,0 +1,90 @@
+"""Necks by config: names, frozen bottom-up network, padding rules."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from detectron2.config import get_cfg
+from detectron2.layers import ShapeSpec
+from detectron2.modeling import BACKBONE_REGISTRY
+from detectron2.modeling.backbone import FPN
+
+from d2_frozen import add_frozen_config
+from d2_frozen.neck import BiFPN, ResidualFPN, build_neck
+
+NECKS = {"FPN": FPN, "ResidualFPN": ResidualFPN, "BiFPN": BiFPN}
+
+
+def config(*pairs):
+    cfg = add_frozen_config(get_cfg())
+    cfg.MODEL.FPN.IN_FEATURES = ["res2", "res3", "res4", "res5"]
+    cfg.MODEL.FPN.OUT_CHANNELS = 8
+    cfg.MODEL.FPN.NORM = "BN"
+    cfg.MODEL.BIFPN.NUM_LAYERS = 1
+    cfg.MODEL.RESIDUAL_FPN.NUM_BLOCKS = 2
+    cfg.merge_from_list(list(pairs))
+    return cfg
+
+
+@pytest.fixture
+def registered_bottom_up(make_bottom_up):
+    def build_tiny(cfg, input_shape):
+        return make_bottom_up()
+
+    name = "build_tiny_bottom_up_of_test_build"
+    build_tiny.__name__ = name
+    if name not in BACKBONE_REGISTRY:
+        BACKBONE_REGISTRY.register(build_tiny)
+    return name
+
+
+@pytest.mark.parametrize("name", NECKS)
+def test_each_neck_gives_p2_to_p6(name, tiny_bottom_up):
+    neck = build_neck(config("MODEL.NECK.NAME", name), tiny_bottom_up)
+    assert isinstance(neck, NECKS[name])
+    assert neck.bottom_up is tiny_bottom_up
+    out = neck(torch.zeros(1, 3, 64, 96))
+    assert {key: value.shape[-2:] for key, value in out.items()} == {
+        "p2": (16, 24), "p3": (8, 12), "p4": (4, 6), "p5": (2, 3), "p6": (1, 2),
+    }  # fmt: skip
+    assert {key: spec.stride for key, spec in neck.output_shape().items()} == {
+        "p2": 4, "p3": 8, "p4": 16, "p5": 32, "p6": 64,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NECKS)
+def test_padding_rules_come_from_both(name, make_bottom_up):
+    cfg = config("MODEL.NECK.NAME", name)
+    assert build_neck(cfg, make_bottom_up()).size_divisibility == 32
+    assert build_neck(cfg, make_bottom_up(divisibility=128)).size_divisibility == 128
+    square = build_neck(cfg, make_bottom_up(constraints={"square_size": 256}))
+    assert square.padding_constraints["square_size"] == 256
+
+
+def test_unknown_neck_lists_the_choices(tiny_bottom_up):
+    with pytest.raises(ValueError, match="MODEL.NECK.NAME is 'PAFPN'; choose one of FPN, ResidualFPN, BiFPN"):
+        build_neck(config("MODEL.NECK.NAME", "PAFPN"), tiny_bottom_up)
+
+
+@pytest.mark.parametrize("name", NECKS)
+def test_frozen_below_trained_above(name, registered_bottom_up):
+    cfg = config("MODEL.NECK.NAME", name, "MODEL.FROZEN.BOTTOM_UP", registered_bottom_up)
+    backbone = BACKBONE_REGISTRY.get("build_frozen_backbone")(cfg, ShapeSpec(channels=3))
+    names = [key for key, _ in backbone.named_parameters()]
+    frozen = [key for key, p in backbone.named_parameters() if not p.requires_grad]
+    assert frozen == [key for key in names if key.startswith("bottom_up.")] != []
+    assert "bottom_up.convs.0.weight" in names  # as without the wrapper
+    sum(level.square().mean() for level in backbone(torch.rand(1, 3, 64, 64)).values()).backward()
+    assert all((p.grad is None) == (key in frozen) for key, p in backbone.named_parameters())
+
+
+def test_residual_fpn_starts_as_the_plain_fpn(make_bottom_up):
+    """Equal seeds give equal FPN weights, because the blocks are made last; each block starts as the identity."""
+    outs = []
+    for name in ("FPN", "ResidualFPN"):
+        torch.manual_seed(3)
+        neck = build_neck(config("MODEL.NECK.NAME", name), make_bottom_up()).eval()
+        outs.append(neck(torch.ones(1, 3, 64, 64)))
+    assert all(torch.equal(outs[0][level], outs[1][level]) for level in outs[0])
+    blocks = [key for key, _ in neck.named_parameters() if ".conv1." in key]
+    assert len(blocks) == 4 * 2  # levels x blocks
