@@ -1,1 +1,16 @@
-"""Necks: bottom-up maps in, pyramid out."""
+"""Necks: bottom-up maps in, pyramid out. Importing registers ``build_frozen_backbone``."""
+
+from d2_frozen.neck.bifpn import BiFPN, BiFPNLayer, WeightedFusion
+from d2_frozen.neck.build import NECK_NAMES, build_frozen_backbone, build_neck
+from d2_frozen.neck.residual_fpn import ResidualBlock, ResidualFPN
+
+__all__ = [
+    "NECK_NAMES",
+    "BiFPN",
+    "BiFPNLayer",
+    "ResidualBlock",
+    "ResidualFPN",
+    "WeightedFusion",
+    "build_frozen_backbone",
+    "build_neck",
+]

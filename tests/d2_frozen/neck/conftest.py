@@ -2,9 +2,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import Tensor, nn
+
 from detectron2.layers import ShapeSpec
 from detectron2.modeling.backbone import Backbone
-from torch import Tensor, nn
 
 
 class TinyBottomUp(Backbone):

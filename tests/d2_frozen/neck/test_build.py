@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+
+from d2_frozen import add_frozen_config
+from d2_frozen.neck import BiFPN, ResidualFPN, build_neck
 from detectron2.config import get_cfg
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY
 from detectron2.modeling.backbone import FPN
-
-from d2_frozen import add_frozen_config
-from d2_frozen.neck import BiFPN, ResidualFPN, build_neck
 
 NECKS = {"FPN": FPN, "ResidualFPN": ResidualFPN, "BiFPN": BiFPN}
 
@@ -79,7 +79,7 @@ def test_frozen_below_trained_above(name, registered_bottom_up):
 
 
 def test_residual_fpn_starts_as_the_plain_fpn(make_bottom_up):
-    """Equal seeds give equal FPN weights, because the blocks are made last; each block starts as the identity."""
+    """Equal seeds give equal FPN weights, as the blocks are made last; each starts as the identity."""
     outs = []
     for name in ("FPN", "ResidualFPN"):
         torch.manual_seed(3)

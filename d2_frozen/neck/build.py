@@ -1,0 +1,73 @@
+"""Which backbone does a config ask for? Bottom-up network, frozen as the config says, with a neck on top."""
+
+from __future__ import annotations
+
+from d2_frozen.backbone import freeze_backbone
+from d2_frozen.neck.bifpn import BiFPN, input_strides
+from d2_frozen.neck.padding import PadsForBottomUp
+from d2_frozen.neck.residual_fpn import ResidualFPN
+from detectron2.config import CfgNode
+from detectron2.layers import ShapeSpec
+from detectron2.modeling import BACKBONE_REGISTRY
+from detectron2.modeling.backbone import FPN, Backbone
+from detectron2.modeling.backbone.fpn import LastLevelMaxPool
+
+NECK_NAMES = ("FPN", "ResidualFPN", "BiFPN")
+
+
+@BACKBONE_REGISTRY.register()
+def build_frozen_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> Backbone:
+    """MODEL.FROZEN.BOTTOM_UP, frozen by MODEL.BACKBONE.FREEZE, under the neck MODEL.NECK.NAME, which trains.
+
+    Raises:
+        ValueError: a neck, freeze or precision value that does not exist, or input features that do not.
+        KeyError: no backbone is registered under MODEL.FROZEN.BOTTOM_UP.
+    """
+    bottom_up = BACKBONE_REGISTRY.get(cfg.MODEL.FROZEN.BOTTOM_UP)(cfg, input_shape)
+    bottom_up = freeze_backbone(
+        bottom_up, freeze=cfg.MODEL.BACKBONE.FREEZE, precision=cfg.MODEL.FROZEN.PRECISION
+    )
+    return build_neck(cfg, bottom_up)
+
+
+def build_neck(cfg: CfgNode, bottom_up: Backbone) -> Backbone:
+    """The neck MODEL.NECK.NAME on ``bottom_up``, with levels P2..P6 for inputs of strides 4..32.
+
+    Raises:
+        ValueError: no such neck, or MODEL.FPN.IN_FEATURES do not fit ``bottom_up``.
+    """
+    name, fpn = cfg.MODEL.NECK.NAME, cfg.MODEL.FPN
+    input_strides(bottom_up, fpn.IN_FEATURES)
+    if name == "FPN":
+        return PlainFPN(
+            bottom_up,
+            fpn.IN_FEATURES,
+            fpn.OUT_CHANNELS,
+            fpn.NORM,
+            top_block=LastLevelMaxPool(),
+            fuse_type=fpn.FUSE_TYPE,
+        )
+    if name == "ResidualFPN":
+        return ResidualFPN(
+            bottom_up,
+            fpn.IN_FEATURES,
+            fpn.OUT_CHANNELS,
+            num_blocks=cfg.MODEL.RESIDUAL_FPN.NUM_BLOCKS,
+            norm=fpn.NORM,
+            fuse_type=fpn.FUSE_TYPE,
+        )
+    if name == "BiFPN":
+        return BiFPN(
+            bottom_up,
+            fpn.IN_FEATURES,
+            fpn.OUT_CHANNELS,
+            num_layers=cfg.MODEL.BIFPN.NUM_LAYERS,
+            norm=fpn.NORM,
+            separable=cfg.MODEL.BIFPN.SEPARABLE_CONV,
+            fuse_type=cfg.MODEL.BIFPN.FUSE_TYPE,
+        )
+    raise ValueError(f"MODEL.NECK.NAME is {name!r}; choose one of {', '.join(NECK_NAMES)}.")
+
+
+class PlainFPN(PadsForBottomUp, FPN):
+    """Detectron2's FPN; only its padding rules also respect the bottom-up network's."""
