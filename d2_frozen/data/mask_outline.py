@@ -1,7 +1,7 @@
 """Binary mask -> COCO polygons that rasterise back to exactly that mask.
 
 Vertices are pixel corners, so a polygon runs along pixel edges. A hole is joined to its outline by a cut of
-zero width (there and back along one row), because COCO unites the polygons of an object and cannot subtract one.
+zero width (there and back along one row), because COCO unites the polygons of an object.
 """
 
 from __future__ import annotations

@@ -159,7 +159,7 @@ def _write_manifest(root: Path, parameters: dict[str, object], complete: bool, s
 
 
 def _remove_leftovers(root: Path, keep: set[str]) -> None:
-    """Delete pictures of an earlier, larger set and partial files of a killed run; only names that we give."""
+    """Delete pictures of an earlier, larger set and partial files of a killed run."""
     for folder, suffix in (("train", "jpg"), ("val", "jpg"), ("labels/train", "png"), ("labels/val", "png")):
         for path in [*(root / folder).glob(f"[0-9]*.{suffix}"), *(root / folder).glob(".*.partial")]:
             if path.relative_to(root).as_posix() not in keep:

@@ -23,7 +23,7 @@ _SUBPIXEL_BITS = 6  # OpenCV's fixed-point drawing coordinates
 
 @dataclass(frozen=True)
 class Scene:
-    """image: (H, W, 3) uint8 RGB; instances: (H, W) uint8, 0 ground, 1 + i shape i; classes: ids in CLASSES."""
+    """image: (H, W, 3) uint8 RGB; instances: (H, W) uint8, 0 or 1 + shape; classes: ids in CLASSES."""
 
     image: np.ndarray
     instances: np.ndarray
@@ -31,7 +31,7 @@ class Scene:
 
 
 def render(seed: int, split: str, index: int, size: int = 256) -> Scene:
-    """The picture (seed, split, index); ``size`` is its long side in pixels, the short one 3/4 of it or more."""
+    """The picture (seed, split, index); ``size`` is its long side in pixels, the short one is 75% or more."""
     # RandomState's streams are frozen across numpy versions, those of Generator are not.
     rng = RandomState(zlib.crc32(f"{seed}/{split}/{index}".encode()))
     short = int(round(size * rng.uniform(0.75, 1.0)))

@@ -224,6 +224,6 @@ def _halve(fine: Tensor) -> Tensor:
 
 
 def _resize_up(coarse: Tensor, like: Tensor) -> Tensor:
-    # By size, not by factor: with an odd fine side the coarse one is half of it rounded up. Nearest then still
-    # reads coarse pixel floor(i / 2) for fine pixel i.
+    # By size, not by factor: half of an odd fine side is rounded up. Nearest then still reads coarse pixel
+    # floor(i / 2) for fine pixel i.
     return F.interpolate(coarse, size=like.shape[-2:], mode="nearest")

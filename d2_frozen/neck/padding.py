@@ -11,8 +11,8 @@ from detectron2.modeling.backbone import Backbone
 class PadsForBottomUp:
     """Mixin for a Backbone with ``bottom_up`` and ``in_features``: padding rules that suit both.
 
-    A pyramid needs sides that divide by the stride of its coarsest input; the bottom-up network may need more,
-    or square images. The meta-architecture reads both properties when it batches images.
+    A pyramid needs sides that divide by the stride of its coarsest input; the bottom-up network may need
+    more, or square images. The meta-architecture reads both properties when it batches images.
     """
 
     bottom_up: Backbone

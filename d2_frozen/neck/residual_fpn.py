@@ -3,9 +3,9 @@
 In: {"res2".."res5"}.  Out: {"p2".."p6"}: (B, C, H/s, W/s), strides 4..64 pixels.
 Method: Lin et al., arXiv:2211.02043, Table 2 ("FPN with residual blocks"); FPN: arXiv:1612.03144.
 
-The paper does not say where its blocks sit. Here they follow the 3x3 output convolution of each level, one own
-stack per level, and P6 is pooled from the refined P5. Each block starts as the identity, so that training starts
-from the plain FPN.
+The paper does not say where its blocks sit. Here they follow the 3x3 output convolution of each level, one
+stack per level, and P6 is pooled from the refined P5. Each block starts as the identity, so that training
+starts from the plain FPN.
 """
 
 from __future__ import annotations
