@@ -15,8 +15,8 @@ import torch.distributed as dist
 # The processes of one machine, when there are several machines; set by create_local_process_group.
 _LOCAL_PROCESS_GROUP: dist.ProcessGroup | None = None
 _NO_LOCAL_GROUP = (
-    "the processes of one machine do not know each other yet: start them with detectron2.engine.launch, or call "
-    "detectron2.utils.comm.create_local_process_group(processes_per_machine) after init_process_group."
+    "the processes of one machine do not know each other yet: start them with detectron2.engine.launch, or "
+    "call detectron2.utils.comm.create_local_process_group(processes_per_machine) after init_process_group."
 )
 
 
