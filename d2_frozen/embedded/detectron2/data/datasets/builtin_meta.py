@@ -1,0 +1,60 @@
+"""What are the classes of the predefined datasets?"""
+
+from __future__ import annotations
+
+import colorsys
+from typing import Any
+
+from detectron2._outside import outside_message
+
+__all__ = ["COCO_CATEGORIES"]
+
+# The 80 categories of COCO detection in the order of their ids, by supercategory. The ids run from 1 to
+# 90 and leave out the ten that the data set's authors never annotated.
+_COCO_THINGS = """
+    person
+    bicycle, car, motorcycle, airplane, bus, train, truck, boat
+    traffic light, fire hydrant, stop sign, parking meter, bench
+    bird, cat, dog, horse, sheep, cow, elephant, bear, zebra, giraffe
+    backpack, umbrella, handbag, tie, suitcase
+    frisbee, skis, snowboard, sports ball, kite, baseball bat, baseball glove, skateboard, surfboard,
+    tennis racket bottle, wine glass, cup, fork, knife, spoon, bowl
+    banana, apple, sandwich, orange, broccoli, carrot, hot dog, pizza, donut, cake
+    chair, couch, potted plant, bed, dining table, toilet
+    tv, laptop, mouse, remote, keyboard, cell phone
+    microwave, oven, toaster, sink, refrigerator
+    book, clock, vase, scissors, teddy bear, hair drier, toothbrush
+"""
+_COCO_UNUSED_IDS = {12, 26, 29, 30, 45, 66, 68, 69, 71, 83}
+
+
+def _distinct_color(index: int) -> list[int]:
+    """RGB in 0..255; steps by the golden angle put neighbours far apart on the colour circle."""
+    hue = index * 0.6180339887 % 1.0
+    value = (1.0, 0.75, 0.55)[index % 3]
+    return [round(255 * c) for c in colorsys.hsv_to_rgb(hue, 0.85, value)]
+
+
+def _coco_categories() -> list[dict[str, Any]]:
+    names = [name.strip() for line in _COCO_THINGS.strip().splitlines() for name in line.split(",")]
+    ids = [i for i in range(1, 91) if i not in _COCO_UNUSED_IDS]
+    assert len(names) == len(ids) == 80
+    return [
+        {"id": i, "name": name, "isthing": 1, "color": _distinct_color(k)}
+        for k, (i, name) in enumerate(zip(ids, names))
+    ]
+
+
+# Things only: the 53 "stuff" categories belong to panoptic segmentation, which is outside the subset.
+COCO_CATEGORIES = _coco_categories()
+
+
+def _get_builtin_metadata(dataset_name: str) -> dict[str, Any]:
+    """Metadata of a predefined dataset family; only "coco" is in the subset."""
+    if dataset_name != "coco":
+        raise ImportError(outside_message(f"the metadata of {dataset_name!r}"))
+    return {
+        "thing_dataset_id_to_contiguous_id": {c["id"]: k for k, c in enumerate(COCO_CATEGORIES)},
+        "thing_classes": [c["name"] for c in COCO_CATEGORIES],
+        "thing_colors": [c["color"] for c in COCO_CATEGORIES],
+    }
