@@ -1,4 +1,4 @@
-"""Building blocks below the models: convolutions with norm, normalisations, NMS, ROIAlign, mask pasting, losses."""
+"""Building blocks below the models: convolutions, normalisations, NMS, ROIAlign, mask pasting, losses."""
 
 from detectron2._outside import outside_subset
 from detectron2.layers.aspp import ASPP

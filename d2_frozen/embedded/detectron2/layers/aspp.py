@@ -1,4 +1,4 @@
-"""Atrous spatial pyramid pooling: one map seen at several dilations and as a whole (DeepLabV3, arXiv:1706.05587)."""
+"""Atrous spatial pyramid pooling: a map at several dilations and as a whole (DeepLabV3, arXiv:1706.05587)."""
 
 from __future__ import annotations
 
@@ -60,23 +60,24 @@ class ASPP(nn.Module):
             weight_init.c2_xavier_fill(conv)
             return conv
 
+        def norms_and_activations() -> dict:
+            own = {f"activation{i}": deepcopy(activation) for i in (1, 2)}
+            return {**own, "norm1": norm, "norm2": norm}
+
         def dilated_conv(dilation: int) -> nn.Module:
             if not use_depthwise_separable_conv:
                 return plain_conv(in_channels, 3, dilation)
             return DepthwiseSeparableConv2d(
-                in_channels,
-                out_channels,
-                padding=dilation,
-                dilation=dilation,
-                norm1=norm,
-                activation1=deepcopy(activation),
-                norm2=norm,
-                activation2=deepcopy(activation),
+                in_channels, out_channels, 3, dilation, dilation, **norms_and_activations()
             )
 
-        pool = nn.AdaptiveAvgPool2d(1) if pool_kernel_size is None else nn.AvgPool2d(pool_kernel_size, stride=1)
+        pool = (
+            nn.AdaptiveAvgPool2d(1) if pool_kernel_size is None else nn.AvgPool2d(pool_kernel_size, stride=1)
+        )
         self.convs = nn.ModuleList([plain_conv(in_channels, 1), *map(dilated_conv, dilations)])
-        self.convs.append(nn.Sequential(pool, Conv2d(in_channels, out_channels, 1, activation=deepcopy(activation))))
+        self.convs.append(
+            nn.Sequential(pool, Conv2d(in_channels, out_channels, 1, activation=deepcopy(activation)))
+        )
         weight_init.c2_xavier_fill(self.convs[-1][1])
         self.project = plain_conv(5 * out_channels, 1)
 
@@ -89,7 +90,9 @@ class ASPP(nn.Module):
         size = x.shape[-2:]
         kernel = self.pool_kernel_size
         if kernel is not None and (size[0] % kernel[0] or size[1] % kernel[1]):
-            raise ValueError(f"ASPP: a map of {tuple(size)} is no multiple of pool_kernel_size {tuple(kernel)}")
+            raise ValueError(
+                f"ASPP: a map of {tuple(size)} is no multiple of pool_kernel_size {tuple(kernel)}"
+            )
         branches = [branch(x) for branch in self.convs]
         branches[-1] = F.interpolate(branches[-1], size=size, mode="bilinear", align_corners=False)
         joined = self.project(torch.cat(branches, dim=1))

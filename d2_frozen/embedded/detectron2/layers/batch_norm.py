@@ -1,4 +1,4 @@
-"""Normalisation layers by name: frozen, synchronised over workers, per pyramid level, and channels-first LayerNorm."""
+"""Normalisation layers by name: frozen, synchronised over workers, per pyramid level, LayerNorm of maps."""
 
 from __future__ import annotations
 
@@ -17,21 +17,20 @@ from detectron2.utils import comm
 class FrozenBatchNorm2d(nn.Module):
     """Batch norm as a fixed per-channel affine map: statistics and affine terms are buffers.
 
-    A new one is the identity up to rounding. Checkpoints of ordinary batch norm load into it; early ones without
-    statistics get mean 0 and variance 1.
+    A new one is the identity up to rounding. Checkpoints of ordinary batch norm load into it; early ones
+    without statistics get mean 0 and variance 1.
     """
 
     _version = 3
 
     def __init__(self, num_features: int, eps: float = 1e-5) -> None:
         super().__init__()
-        self.num_features = num_features
-        self.eps = eps
-        self.register_buffer("weight", torch.ones(num_features))
-        self.register_buffer("bias", torch.zeros(num_features))
-        self.register_buffer("running_mean", torch.zeros(num_features))
-        self.register_buffer("running_var", torch.ones(num_features) - eps)
-        self.register_buffer("num_batches_tracked", None)  # only one that was converted has it
+        self.num_features, self.eps = num_features, eps
+        one = torch.ones(num_features)
+        start = {"weight": one, "bias": one * 0, "running_mean": one * 0, "running_var": one - eps}
+        for name, value in start.items():
+            self.register_buffer(name, value)
+        self.register_buffer("num_batches_tracked", None)  # only a converted layer has it
 
     def forward(self, x: Tensor) -> Tensor:
         if not x.requires_grad:
@@ -68,7 +67,7 @@ class FrozenBatchNorm2d(nn.Module):
         """Freeze every BatchNorm2d and SyncBatchNorm inside a module.
 
         Returns:
-            The module, changed in place; or, if it is a batch norm itself, the frozen one that takes its place.
+            The module, changed in place; if it is a batch norm itself, the frozen one that takes its place.
         """
         if isinstance(module, (nn.BatchNorm2d, nn.SyncBatchNorm)):
             return _transplant(module, cls(module.num_features, module.eps))
@@ -105,9 +104,9 @@ def get_norm(norm: str | Callable[[int], nn.Module] | None, out_channels: int) -
     """A normalisation layer by name.
 
     Args:
-        norm: "" or None for no norm; "BN", "SyncBN", "FrozenBN", "GN" (32 groups), "LN" (over channels), "nnSyncBN",
-            "naiveSyncBN" (every worker counts the same), "naiveSyncBN_N" (every image counts the same, batches may be
-            empty); or a function of the channel count.
+        norm: "" or None for no norm; "BN", "SyncBN", "FrozenBN", "GN" (32 groups), "LN" (over channels),
+            "nnSyncBN", "naiveSyncBN" (every worker counts the same), "naiveSyncBN_N" (every image counts the
+            same, batches may be empty); or a function of the channel count.
         out_channels: channels of the map that it gets.
     Raises:
         KeyError: a name that is none of these.
@@ -116,7 +115,9 @@ def get_norm(norm: str | Callable[[int], nn.Module] | None, out_channels: int) -
         return None
     if isinstance(norm, str):
         if norm not in _NORMS:
-            raise KeyError(f"unknown norm {norm!r}; choose one of {', '.join(sorted(_NORMS))}, or '' for none")
+            raise KeyError(
+                f"unknown norm {norm!r}; choose one of {', '.join(sorted(_NORMS))}, or '' for none"
+            )
         norm = _NORMS[norm]
     return norm(out_channels)
 
@@ -124,15 +125,15 @@ def get_norm(norm: str | Callable[[int], nn.Module] | None, out_channels: int) -
 class NaiveSyncBatchNorm(BatchNorm2d):
     """Batch norm over the batches of all workers that also takes batches of different size.
 
-    nn.SyncBatchNorm weighs and counts by pixels and needs equal sizes to be exact; here the workers' means and mean
-    squares are averaged instead.
+    nn.SyncBatchNorm weighs and counts by pixels and needs equal sizes to be exact; here the workers' means
+    and mean squares are averaged instead.
     """
 
     def __init__(self, *args: Any, stats_mode: str = "", **kwargs: Any) -> None:
         """
         Args:
-            stats_mode: "": each worker counts the same and none may have an empty batch. "N": each counts by its
-                number of images, which may be 0.
+            stats_mode: "": each worker counts the same and none may have an empty batch. "N": each counts by
+                its number of images, which may be 0.
             args, kwargs: as for BatchNorm2d.
         """
         super().__init__(*args, **kwargs)
@@ -160,7 +161,8 @@ class NaiveSyncBatchNorm(BatchNorm2d):
             local = torch.cat((x.mean(dim=(0, 2, 3)), (x * x).mean(dim=(0, 2, 3))))
         else:
             assert self._stats_mode == "N", "a worker has an empty batch; use the norm naiveSyncBN_N"
-            local = x.new_zeros(2 * channels) + x.sum()  # 0, but part of the graph: its backward communicates too
+            # Zeros, but part of the graph: its backward communicates too.
+            local = x.new_zeros(2 * channels) + x.sum()
         if self._stats_mode == "":
             mean, mean_of_squares = (differentiable_all_reduce(local) / comm.get_world_size()).split(channels)
             return mean, mean_of_squares, self.momentum
@@ -175,8 +177,8 @@ class NaiveSyncBatchNorm(BatchNorm2d):
 class CycleBatchNormList(nn.ModuleList):
     """Batch norms that take turns, call by call, and share one affine map.
 
-    For a head that runs on the levels of a pyramid one after the other: statistics per level ("domain-specific" batch
-    norm, Rethinking "Batch" in BatchNorm, arXiv:2105.07576), one set of weights.
+    For a head that runs on the levels of a pyramid one after the other: statistics per level, one set of
+    weights (Rethinking "Batch" in BatchNorm, arXiv:2105.07576, section 5).
     """
 
     def __init__(

@@ -29,14 +29,14 @@ class CNNBlockBase(nn.Module):
         self.stride = stride
 
     def freeze(self) -> CNNBlockBase:
-        """Take every parameter out of training and turn batch norms into fixed ones. Returns the block itself."""
+        """Take every parameter out of training, fix the batch norms, and return the block itself."""
         self.requires_grad_(False)
         FrozenBatchNorm2d.convert_frozen_batchnorm(self)
         return self
 
 
 class DepthwiseSeparableConv2d(nn.Module):
-    """A spatial convolution per channel, then a 1x1 convolution across channels (Xception, arXiv:1610.02357)."""
+    """A convolution per channel, then a 1x1 convolution across channels (Xception, arXiv:1610.02357)."""
 
     def __init__(
         self,
@@ -53,31 +53,23 @@ class DepthwiseSeparableConv2d(nn.Module):
     ) -> None:
         """
         Args:
-            norm1, norm2: norm after the depthwise and the pointwise convolution; a convolution with norm has no bias.
+            norm1, norm2: norm after the depthwise and the pointwise convolution; a convolution with norm has
+                no bias.
             activation1, activation2: applied after that.
         """
         super().__init__()
-        self.depthwise = Conv2d(
-            in_channels,
-            in_channels,
-            kernel_size,
-            padding=padding,
-            dilation=dilation,
-            groups=in_channels,
-            bias=not norm1,
-            norm=get_norm(norm1, in_channels),
-            activation=activation1,
-        )
-        self.pointwise = Conv2d(
-            in_channels,
-            out_channels,
-            1,
-            bias=not norm2,
-            norm=get_norm(norm2, out_channels),
-            activation=activation2,
-        )
+        spatial = {"padding": padding, "dilation": dilation, "groups": in_channels}
+        self.depthwise = _conv(in_channels, in_channels, kernel_size, norm1, activation1, **spatial)
+        self.pointwise = _conv(in_channels, out_channels, 1, norm2, activation2)
         for conv in (self.depthwise, self.pointwise):
             weight_init.c2_msra_fill(conv)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.pointwise(self.depthwise(x))
+
+
+def _conv(
+    in_channels: int, out_channels: int, kernel_size: int, norm: Norm, activation: Activation, **kwargs: int
+) -> Conv2d:
+    after = {"norm": get_norm(norm, out_channels), "activation": activation}
+    return Conv2d(in_channels, out_channels, kernel_size, bias=not norm, **after, **kwargs)

@@ -1,11 +1,12 @@
-"""Convolutions that sample at learned offsets (arXiv:1703.06211), optionally weighted by a learned mask (v2, 1811.11168).
+"""Convolutions that sample at learned offsets (arXiv:1703.06211), optionally weighted (arXiv:1811.11168).
 
-Both run on torchvision's operator. Offsets hold (y, x) per deformable group and kernel cell, in feature cells.
+Both run on torchvision's operator. Offsets hold (y, x) per deformable group and kernel cell, in cells.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +14,7 @@ from torch.nn.modules.utils import _pair
 from torchvision.ops import deform_conv2d
 
 Pair = int | tuple[int, int]
+Activation = Callable[[Tensor], Tensor] | None
 
 
 def deform_conv(
@@ -51,7 +53,7 @@ def modulated_deform_conv(
     groups: int = 1,
     deformable_groups: int = 1,
 ) -> Tensor:
-    """Deformable convolution whose samples are multiplied by ``mask`` (B, deformable_groups * kh * kw, h, w)."""
+    """The same with samples multiplied by ``mask`` (B, deformable_groups * kh * kw, h, w)."""
     _check_groups(input, offset, weight, groups, deformable_groups)
     return deform_conv2d(input, offset, weight, bias, _pair(stride), _pair(padding), _pair(dilation), mask)
 
@@ -64,27 +66,22 @@ class _DeformableBase(nn.Module):
         in_channels: int,
         out_channels: int,
         kernel_size: Pair,
-        stride: Pair = 1,
-        padding: Pair = 0,
-        dilation: Pair = 1,
-        groups: int = 1,
-        deformable_groups: int = 1,
-        bias: bool = False,
-        norm: nn.Module | None = None,
-        activation: Callable[[Tensor], Tensor] | None = None,
+        stride: Pair,
+        padding: Pair,
+        dilation: Pair,
+        groups: int,
+        deformable_groups: int,
+        bias: bool,
+        norm: nn.Module | None,
+        activation: Activation,
     ) -> None:
-        """Arguments as for Conv2d; ``deformable_groups`` parts of the channels have offsets of their own."""
         super().__init__()
-        assert in_channels % groups == 0, f"{in_channels} input channels do not divide into {groups} groups"
-        assert out_channels % groups == 0, f"{out_channels} output channels do not divide into {groups} groups"
-        self.in_channels = in_channels
-        self.out_channels = out_channels
-        self.kernel_size = _pair(kernel_size)
-        self.stride = _pair(stride)
-        self.padding = _pair(padding)
-        self.dilation = _pair(dilation)
-        self.groups = groups
-        self.deformable_groups = deformable_groups
+        for name, channels in (("input", in_channels), ("output", out_channels)):
+            assert channels % groups == 0, f"{channels} {name} channels do not divide into {groups} groups"
+        self.in_channels, self.out_channels = in_channels, out_channels
+        self.kernel_size, self.stride = _pair(kernel_size), _pair(stride)
+        self.padding, self.dilation = _pair(padding), _pair(dilation)
+        self.groups, self.deformable_groups = groups, deformable_groups
         self.with_bias = bias
         self.norm = norm
         self.activation = activation
@@ -93,106 +90,62 @@ class _DeformableBase(nn.Module):
         self.bias = nn.Parameter(torch.zeros(out_channels)) if bias else None
         nn.init.kaiming_uniform_(self.weight, nonlinearity="relu")
 
+    def _geometry(self) -> dict[str, Any]:
+        names = ("stride", "padding", "dilation", "groups", "deformable_groups")
+        return {name: getattr(self, name) for name in names}
+
     def _finish(self, x: Tensor) -> Tensor:
         if self.norm is not None:
             x = self.norm(x)
         return x if self.activation is None else self.activation(x)
 
     def extra_repr(self) -> str:
-        names = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups")
-        shown = [f"{name}={getattr(self, name)}" for name in (*names, "deformable_groups")]
-        return ", ".join([*shown, f"bias={self.with_bias}"])
+        shown = {
+            "in_channels": self.in_channels,
+            "out_channels": self.out_channels,
+            "kernel_size": self.kernel_size,
+            **self._geometry(),
+            "bias": self.with_bias,
+        }
+        return ", ".join(f"{name}={value}" for name, value in shown.items())
 
 
 class DeformConv(_DeformableBase):
-    """Deformable convolution without bias."""
+    """Deformable convolution without bias. Arguments as for Conv2d; ``bias`` is there to be refused.
 
+    ``deformable_groups`` parts of the input channels have offsets of their own.
+    """
+
+    # fmt: off
     def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        kernel_size: Pair,
-        stride: Pair = 1,
-        padding: Pair = 0,
-        dilation: Pair = 1,
-        groups: int = 1,
-        deformable_groups: int = 1,
-        bias: bool = False,
-        norm: nn.Module | None = None,
-        activation: Callable[[Tensor], Tensor] | None = None,
+        self, in_channels: int, out_channels: int, kernel_size: Pair, stride: Pair = 1, padding: Pair = 0,
+        dilation: Pair = 1, groups: int = 1, deformable_groups: int = 1, bias: bool = False,
+        norm: nn.Module | None = None, activation: Activation = None,
     ) -> None:
+        # fmt: on
         assert not bias, "DeformConv has no bias; use ModulatedDeformConv, or a norm with one"
-        super().__init__(
-            in_channels,
-            out_channels,
-            kernel_size,
-            stride,
-            padding,
-            dilation,
-            groups,
-            deformable_groups,
-            norm=norm,
-            activation=activation,
-        )
+        geometry = (kernel_size, stride, padding, dilation, groups, deformable_groups)
+        super().__init__(in_channels, out_channels, *geometry, False, norm, activation)
 
     def forward(self, x: Tensor, offset: Tensor) -> Tensor:
-        out = deform_conv(
-            x,
-            offset,
-            self.weight,
-            self.stride,
-            self.padding,
-            self.dilation,
-            self.groups,
-            self.deformable_groups,
-        )
-        return self._finish(out)
+        return self._finish(deform_conv(x, offset, self.weight, **self._geometry()))
 
 
 class ModulatedDeformConv(_DeformableBase):
     """Deformable convolution whose samples are weighted; it has a bias unless told otherwise."""
 
+    # fmt: off
     def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        kernel_size: Pair,
-        stride: Pair = 1,
-        padding: Pair = 0,
-        dilation: Pair = 1,
-        groups: int = 1,
-        deformable_groups: int = 1,
-        bias: bool = True,
-        norm: nn.Module | None = None,
-        activation: Callable[[Tensor], Tensor] | None = None,
+        self, in_channels: int, out_channels: int, kernel_size: Pair, stride: Pair = 1, padding: Pair = 0,
+        dilation: Pair = 1, groups: int = 1, deformable_groups: int = 1, bias: bool = True,
+        norm: nn.Module | None = None, activation: Activation = None,
     ) -> None:
-        super().__init__(
-            in_channels,
-            out_channels,
-            kernel_size,
-            stride,
-            padding,
-            dilation,
-            groups,
-            deformable_groups,
-            bias,
-            norm,
-            activation,
-        )
+        # fmt: on
+        geometry = (kernel_size, stride, padding, dilation, groups, deformable_groups)
+        super().__init__(in_channels, out_channels, *geometry, bias, norm, activation)
 
     def forward(self, x: Tensor, offset: Tensor, mask: Tensor) -> Tensor:
-        out = modulated_deform_conv(
-            x,
-            offset,
-            mask,
-            self.weight,
-            self.bias,
-            self.stride,
-            self.padding,
-            self.dilation,
-            self.groups,
-            self.deformable_groups,
-        )
+        out = modulated_deform_conv(x, offset, mask, self.weight, self.bias, **self._geometry())
         return self._finish(out)
 
 

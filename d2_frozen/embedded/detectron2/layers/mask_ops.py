@@ -30,7 +30,7 @@ def paste_masks_in_image(
         image_shape: (height, width) in pixels.
         threshold: a pixel is set when its value is at least this; negative: no threshold.
     Returns:
-        (N, height, width) bool; uint8 in 0..255 for a negative threshold, and, as nothing is known of it, for N = 0.
+        (N, height, width) bool; uint8 in 0..255 for a negative threshold, and always for N = 0.
     """
     assert masks.shape[-1] == masks.shape[-2], f"masks must be square, got {tuple(masks.shape)}"
     count = len(masks)
@@ -72,7 +72,8 @@ def _do_paste_mask(
         boxes: (N, 4) XYXY pixels.
         skip_empty: only the part of the image that some box touches.
     Returns:
-        (N, h, w) float values, and the two slices of the image that they belong to (none for the whole image).
+        (N, h, w) float values, and the two slices of the image that they belong to (none for the whole
+        image).
     """
     y_range, x_range = (0, img_h), (0, img_w)
     if skip_empty:
@@ -89,12 +90,14 @@ def _do_paste_mask(
 
 def _touched_range(ends: Tensor, limit: int) -> tuple[int, int]:
     """Pixels from the first to the last end of (N, 2), with one more on each side for the interpolation."""
-    first, last = torch.stack((ends[:, 0].min().floor() - 1, ends[:, 1].max().ceil() + 1)).clamp(0, limit).tolist()
+    first, last = (
+        torch.stack((ends[:, 0].min().floor() - 1, ends[:, 1].max().ceil() + 1)).clamp(0, limit).tolist()
+    )
     return int(first), max(int(last), int(first))
 
 
 def _sample_positions(pixel_range: tuple[int, int], low: Tensor, high: Tensor) -> Tensor:
-    """Centres of the pixels on one axis, in the coordinates of grid_sample: -1 and 1 are the sides of the box."""
+    """Pixel centres along one axis as grid_sample counts: -1 and 1 are the sides of the box."""
     centers = torch.arange(*pixel_range, device=low.device, dtype=torch.float32) + 0.5
     position = (centers - low[:, None]) / (high - low)[:, None] * 2 - 1
     # Any value beyond +-2 samples nothing. Boxes without width give inf, or 0/0 on the box itself.

@@ -1,4 +1,4 @@
-"""ROIAlign as a layer: bilinear samples inside a box, averaged per cell (Mask R-CNN, arXiv:1703.06870, section 3)."""
+"""ROIAlign: bilinear samples inside a box, averaged per cell (Mask R-CNN, arXiv:1703.06870, section 3)."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ class ROIAlign(nn.Module):
             output_size: (height, width) of the result in cells.
             spatial_scale: feature cells per box unit: 1 / stride for boxes in image pixels.
             sampling_ratio: samples per cell and axis; 0 takes as many as the cell covers feature cells.
-            aligned: whether cell i covers [i, i + 1) (true to the geometry); False puts its centre at i, half a cell off,
-                as the first implementations did.
+            aligned: whether cell i covers [i, i + 1) (true to the geometry); False puts its centre at i, half
+                a cell off, as the first implementations did.
         """
         super().__init__()
         self.output_size = output_size

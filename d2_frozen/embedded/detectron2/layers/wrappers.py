@@ -1,7 +1,7 @@
 """torch's layers under Detectron2's names, with the few things added that detectors need.
 
-``Conv2d`` can carry its norm and activation; ``cross_entropy`` of nothing is 0 and not nan; the rest are plain aliases and
-small helpers.
+``Conv2d`` can carry its norm and activation; ``cross_entropy`` of nothing is 0 and not nan; the rest are
+aliases and small helpers.
 """
 
 from __future__ import annotations
@@ -30,21 +30,20 @@ class Conv2d(torch.nn.Conv2d):
             activation: callable applied last, or None.
             args, kwargs: everything else, as for torch.nn.Conv2d.
         """
-        norm = kwargs.pop("norm", None)
-        activation = kwargs.pop("activation", None)
+        after = {name: kwargs.pop(name, None) for name in ("norm", "activation")}
         super().__init__(*args, **kwargs)
-        self.norm = norm
-        self.activation = activation
+        self.norm, self.activation = after["norm"], after["activation"]
 
     def forward(self, x: Tensor) -> Tensor:
         if self.training and x.numel() == 0 and isinstance(self.norm, torch.nn.SyncBatchNorm):
-            # It would divide by zero, and only on the workers without input: the others would then wait for ever.
-            raise AssertionError("SyncBatchNorm cannot train on an empty batch; use naiveSyncBN_N or another norm")
-        x = self._conv_forward(x, self.weight, self.bias)
-        if self.norm is not None:
-            x = self.norm(x)
-        if self.activation is not None:
-            x = self.activation(x)
+            # It would fail on the workers without input only, and the others would then wait for ever.
+            raise AssertionError(
+                "SyncBatchNorm cannot train on an empty batch; use naiveSyncBN_N or another norm"
+            )
+        x = super().forward(x)
+        for after in (self.norm, self.activation):
+            if after is not None:
+                x = after(x)
         return x
 
 
@@ -60,17 +59,17 @@ def empty_input_loss_func_wrapper(loss_func: Callable[..., Tensor]) -> Callable[
     Args:
         loss_func: called as ``loss_func(input, target, reduction=..., **kwargs)``.
     Returns:
-        The same, except for an empty ``target`` with reduction "mean": then a 0 that still depends on ``input``, so
-        that backward reaches every parameter (DistributedDataParallel waits for all of them).
+        The same, except for an empty ``target`` with reduction "mean": then a 0 that still depends on
+        ``input``, so that backward reaches every parameter (DistributedDataParallel waits for all of them).
     """
 
     @functools.wraps(loss_func)
-    def with_empty_input(input: Tensor, target: Tensor, *, reduction: str = "mean", **kwargs: Any) -> Tensor:
+    def guarded(input: Tensor, target: Tensor, *, reduction: str = "mean", **kwargs: Any) -> Tensor:
         if reduction == "mean" and target.numel() == 0:
             return 0.0 * input.sum()
         return loss_func(input, target, reduction=reduction, **kwargs)
 
-    return with_empty_input
+    return guarded
 
 
 cross_entropy = empty_input_loss_func_wrapper(F.cross_entropy)

@@ -19,7 +19,8 @@ __getattr__ = outside_subset(__name__, ("RotatedAnchorGenerator",))
 ANCHOR_GENERATOR_REGISTRY = Registry("ANCHOR_GENERATOR")
 ANCHOR_GENERATOR_REGISTRY.__doc__ = """Classes that give the anchors of a list of feature maps.
 
-Called as ``cls(cfg, input_shape)`` with a list of ShapeSpec; see ``DefaultAnchorGenerator`` for what they return.
+Called as ``cls(cfg, input_shape)`` with a list of ShapeSpec; see ``DefaultAnchorGenerator`` for what they
+return.
 """
 
 
@@ -56,7 +57,8 @@ class DefaultAnchorGenerator(nn.Module):
     ) -> None:
         """
         Args:
-            sizes: per feature map the anchor sizes: square roots of areas, input pixels. One entry serves all maps.
+            sizes: per feature map the anchor sizes: square roots of areas, input pixels. One entry serves all
+                maps.
             aspect_ratios: per feature map the ratios height / width. One entry serves all maps.
             strides: input pixels per cell of each map.
             offset: where in its cell an anchor is centred, in 0..1 of the stride.
@@ -97,9 +99,11 @@ class DefaultAnchorGenerator(nn.Module):
         return self.num_cell_anchors
 
     def generate_cell_anchors(
-        self, sizes: tuple[float, ...] = (32, 64, 128, 256, 512), aspect_ratios: tuple[float, ...] = (0.5, 1, 2)
+        self,
+        sizes: tuple[float, ...] = (32, 64, 128, 256, 512),
+        aspect_ratios: tuple[float, ...] = (0.5, 1, 2),
     ) -> Tensor:
-        """Anchors around (0, 0), for every size all ratios: (len(sizes) * len(aspect_ratios), 4) XYXY pixels."""
+        """Anchors around (0, 0), for every size all ratios: (sizes * ratios, 4) XYXY pixels."""
         corners = []
         for size in sizes:
             for ratio in aspect_ratios:
@@ -113,8 +117,8 @@ class DefaultAnchorGenerator(nn.Module):
         Args:
             features: (B, C, H, W) each, as many as there are strides.
         Returns:
-            Per map H * W * (anchors per cell) boxes in input pixels, ordered by row, column, cell anchor. They are
-            the same for every image and are not clipped to it.
+            Per map H * W * (anchors per cell) boxes in input pixels, ordered by row, column, cell anchor.
+            They are the same for every image and are not clipped to it.
         """
         assert len(features) == self.num_features, (
             f"{len(features)} feature maps, but the anchors were made for {self.num_features}"
@@ -153,5 +157,7 @@ def _one_per_map(values: list, num_maps: int, key: str) -> list[list[float]]:
         return [values] * num_maps
     if len(values) == 1:
         return [values[0]] * num_maps
-    assert len(values) == num_maps, f"{where} has {len(values)} entries, but there are {num_maps} feature maps"
+    assert len(values) == num_maps, (
+        f"{where} has {len(values)} entries, but there are {num_maps} feature maps"
+    )
     return list(values)

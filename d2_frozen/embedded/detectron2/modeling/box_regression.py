@@ -17,7 +17,7 @@ __getattr__ = outside_subset(__name__, ("Box2BoxTransformRotated",))
 
 __all__ = ["Box2BoxTransform", "Box2BoxTransformLinear"]
 
-# The largest log of a growth in width or height: from 16 pixels to 1000. exp() of more overflows early in training.
+# The largest log of a growth in width or height: from 16 pixels to 1000. More overflows early in training.
 _DEFAULT_SCALE_CLAMP = math.log(1000.0 / 16)
 
 
@@ -32,7 +32,8 @@ class Box2BoxTransform:
     ) -> None:
         """
         Args:
-            weights: factors on the four deltas. Fast R-CNN's (10, 10, 5, 5) bring them to about unit variance.
+            weights: factors on the four deltas. Fast R-CNN's (10, 10, 5, 5) bring them to about unit
+                variance.
             scale_clamp: dw and dh (without their weight) count as this at most.
         """
         self.weights = weights
@@ -49,7 +50,9 @@ class Box2BoxTransform:
             AssertionError: a source box without width.
         """
         assert isinstance(src_boxes, Tensor), f"src_boxes must be a tensor, not {type(src_boxes).__name__}"
-        assert isinstance(target_boxes, Tensor), f"target_boxes must be a tensor, not {type(target_boxes).__name__}"
+        assert isinstance(target_boxes, Tensor), (
+            f"target_boxes must be a tensor, not {type(target_boxes).__name__}"
+        )
         src_center, src_size = _center_and_size(src_boxes)
         target_center, target_size = _center_and_size(target_boxes)
         assert (src_size[:, 0] > 0).all().item(), "Box2BoxTransform.get_deltas: a source box has no width"
@@ -87,7 +90,7 @@ class Box2BoxTransform:
 
 
 class Box2BoxTransformLinear:
-    """Distances (left, top, right, bottom) from the centre of the source box to the sides (FCOS, arXiv:1904.01355)."""
+    """Distances (left, top, right, bottom) of the sides from the source centre (FCOS, arXiv:1904.01355)."""
 
     def __init__(self, normalize_by_size: bool = True) -> None:
         """
@@ -97,15 +100,17 @@ class Box2BoxTransformLinear:
         self.normalize_by_size = normalize_by_size
 
     def get_deltas(self, src_boxes: Tensor, target_boxes: Tensor) -> Tensor:
-        """Distances of the target's sides: (N, 4), for (N, 4) XYXY each. A centre outside gives negative ones."""
-        center, size = _center_and_size(src_boxes)
+        """(N, 4) distances of the target's sides, negative where the centre lies outside."""
+        center, size = 0.5 * (src_boxes[:, :2] + src_boxes[:, 2:]), src_boxes[:, 2:] - src_boxes[:, :2]
         distances = torch.cat((center - target_boxes[:, :2], target_boxes[:, 2:] - center), dim=1)
         return distances / torch.cat((size, size), dim=1) if self.normalize_by_size else distances
 
     def apply_deltas(self, deltas: Tensor, boxes: Tensor) -> Tensor:
-        """Boxes (N, 4 * k) XYXY from distances (N, 4 * k), negative ones count as 0, and source boxes (N, 4)."""
-        distances = deltas.float().relu().unflatten(1, (-1, 4))  # (N, k, 4)
-        center, size = _center_and_size(boxes.to(distances.dtype))
+        """Boxes (N, 4 * k) XYXY from distances (N, 4 * k), negative ones as 0, and source boxes (N, 4)."""
+        at_least_float32 = torch.promote_types(deltas.dtype, torch.float32)
+        distances = deltas.to(at_least_float32).relu().unflatten(1, (-1, 4))  # (N, k, 4)
+        boxes = boxes.to(distances.dtype)
+        center, size = 0.5 * (boxes[:, :2] + boxes[:, 2:]), boxes[:, 2:] - boxes[:, :2]
         if self.normalize_by_size:
             distances = distances * torch.cat((size, size), dim=1)[:, None]
         near = center[:, None] - distances[..., :2]
@@ -133,7 +138,7 @@ def _dense_box_regression_loss(
         smooth_l1_beta: where smooth L1 turns from square to linear; 0 is L1.
     """
     per_map = [a.tensor if isinstance(a, Boxes) else a for a in anchors]
-    # Everything below is per anchor, so only the foreground (some hundred of some hundred thousand) is computed.
+    # Everything below is per anchor, so only the foreground, some hundred of many thousand, is computed.
     image_index, anchor_index = fg_mask.nonzero(as_tuple=True)
     source = cat(per_map)[anchor_index]
     target = torch.stack(gt_boxes)[image_index, anchor_index]
@@ -144,7 +149,8 @@ def _dense_box_regression_loss(
         return smooth_l1_loss(deltas, wanted, beta=smooth_l1_beta, reduction="sum")
     if box_reg_loss_type not in _LOSSES_ON_BOXES:
         raise ValueError(
-            f"box regression loss {box_reg_loss_type!r} is unknown; choose smooth_l1, {', '.join(_LOSSES_ON_BOXES)}"
+            f"box regression loss {box_reg_loss_type!r} is unknown; "
+            f"choose one of smooth_l1, {', '.join(_LOSSES_ON_BOXES)}"
         )
     predicted = box2box_transform.apply_deltas(deltas, source)
     return _LOSSES_ON_BOXES[box_reg_loss_type](predicted, target, reduction="sum")

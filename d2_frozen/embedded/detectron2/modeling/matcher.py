@@ -13,8 +13,8 @@ _ALLOWED_LABELS = (-1, 0, 1)
 class Matcher:
     """Gives every prediction its best ground truth, and a label by the quality of that match.
 
-    Qualities between two neighbouring thresholds share a label: with thresholds (0.3, 0.7) and labels (0, -1, 1), what
-    is below 0.3 is background, from 0.3 to below 0.7 ignored, from 0.7 on foreground.
+    Qualities between two neighbouring thresholds share a label: with thresholds (0.3, 0.7) and labels
+    (0, -1, 1), what is below 0.3 is background, from 0.3 to below 0.7 ignored, from 0.7 on foreground.
     """
 
     def __init__(
@@ -24,13 +24,17 @@ class Matcher:
         Args:
             thresholds: increasing, above 0.
             labels: one more than thresholds: 0 background, -1 ignored, 1 foreground.
-            allow_low_quality_matches: the best predictions of each ground truth become foreground however bad they
-                are (Faster R-CNN, arXiv:1506.01497, section 3.1.2, case i).
+            allow_low_quality_matches: the best predictions of each ground truth become foreground however bad
+                they are (Faster R-CNN, arXiv:1506.01497, section 3.1.2, case i).
         """
         bounds = [-float("inf"), *thresholds, float("inf")]
-        assert len(thresholds) > 0 and thresholds[0] > 0, f"matching thresholds must be above 0, got {list(thresholds)}"
+        assert len(thresholds) > 0 and thresholds[0] > 0, (
+            f"matching thresholds must be above 0, got {list(thresholds)}"
+        )
         assert bounds == sorted(bounds), f"matching thresholds must increase, got {list(thresholds)}"
-        assert len(labels) == len(bounds) - 1, f"{len(thresholds)} thresholds need one label more, got {list(labels)}"
+        assert len(labels) == len(bounds) - 1, (
+            f"{len(thresholds)} thresholds need one label more, got {list(labels)}"
+        )
         assert all(label in _ALLOWED_LABELS for label in labels), f"labels are -1, 0 or 1, got {list(labels)}"
         self.thresholds = bounds
         self.labels = list(labels)
@@ -44,7 +48,9 @@ class Matcher:
             matches: (N,) int64, the ground truth of each prediction (0 when there is none at all).
             match_labels: (N,) int8.
         """
-        assert match_quality_matrix.dim() == 2, f"a (M, N) matrix is needed, got {tuple(match_quality_matrix.shape)}"
+        assert match_quality_matrix.dim() == 2, (
+            f"a (M, N) matrix is needed, got {tuple(match_quality_matrix.shape)}"
+        )
         num_predictions = match_quality_matrix.shape[1]
         if match_quality_matrix.numel() == 0:
             matches = match_quality_matrix.new_zeros(num_predictions, dtype=torch.int64)

@@ -1,4 +1,4 @@
-"""Features of boxes out of a pyramid: each box from the level that fits its size (FPN, arXiv:1612.03144, equation 1)."""
+"""Features of boxes: each out of the pyramid level that fits its size (FPN, arXiv:1612.03144, equation 1)."""
 
 from __future__ import annotations
 
@@ -29,7 +29,8 @@ def assign_boxes_to_levels(
         (all boxes,) int64, counted from ``min_level`` = 0.
     """
     sizes = torch.sqrt(cat([boxes.area() for boxes in box_lists]))
-    # 1e-8 makes a box of size 0 finite; it also decides boxes of exactly the border size, so it must stay as it is.
+    # 1e-8 makes a box of size 0 finite; it also decides boxes of exactly the border size, so it must stay as
+    # it is.
     level = torch.floor(canonical_level + torch.log2(sizes / canonical_box_size + 1e-8))
     return level.clamp(min=min_level, max=max_level).to(torch.int64) - min_level
 
@@ -62,7 +63,8 @@ class ROIPooler(nn.Module):
             output_size: (height, width) of the result in cells, or one number for both.
             scales: 1 / stride of each map, finest first, each half of the one before.
             sampling_ratio: see ``ROIAlign``.
-            pooler_type: "ROIAlignV2" (aligned), "ROIAlign" (half a cell off, as in older models) or "ROIPool".
+            pooler_type: "ROIAlignV2" (aligned), "ROIAlign" (half a cell off, as in older models) or
+                "ROIPool".
             canonical_box_size, canonical_level: see ``assign_boxes_to_levels``; level n has stride 2^n.
         """
         super().__init__()
@@ -94,7 +96,9 @@ class ROIPooler(nn.Module):
             (R, C, output height, output width), R boxes in the order of ``box_lists``.
         """
         num_levels = len(self.level_poolers)
-        assert isinstance(x, (list, tuple)) and isinstance(box_lists, (list, tuple)), "lists of maps and boxes are needed"
+        assert isinstance(x, (list, tuple)) and isinstance(box_lists, (list, tuple)), (
+            "lists of maps and boxes are needed"
+        )
         assert len(x) == num_levels, f"{len(x)} feature maps, but the pooler was made for {num_levels}"
         assert len(box_lists) == x[0].shape[0], f"boxes of {len(box_lists)} images, maps of {x[0].shape[0]}"
         if len(box_lists) == 0:
@@ -107,8 +111,8 @@ class ROIPooler(nn.Module):
         level_of_box = assign_boxes_to_levels(
             box_lists, self.min_level, self.max_level, self.canonical_box_size, self.canonical_level
         )
-        # Sort by level, pool, sort back: the counts are then the only thing to wait for on an accelerator. Every level is
-        # called, without boxes too, so that each map is part of the graph.
+        # Sort by level, pool, sort back: the counts are then the only thing to wait for on an accelerator.
+        # Every level is called, without boxes too, so that each map is part of the graph.
         order = torch.argsort(level_of_box, stable=True)
         counts = torch.bincount(level_of_box, minlength=num_levels).tolist()
         of_level = rois[order].split(counts)

@@ -14,12 +14,14 @@ def detector_postprocess(
     """Detections in another image size, clipped to it, masks pasted into it.
 
     Args:
-        results: ``pred_boxes`` (or ``proposal_boxes``), and optionally ``pred_masks`` (N, 1, M, M) probabilities or
-            ROIMasks, and ``pred_keypoints``; in the pixels of ``results.image_size``. Not changed.
+        results: ``pred_boxes`` (or ``proposal_boxes``), and optionally ``pred_masks`` (N, 1, M, M)
+            probabilities or ROIMasks, and ``pred_keypoints``; in the pixels of ``results.image_size``. Not
+            changed.
         output_height, output_width: pixels of the image that the result refers to.
         mask_threshold: see ``paste_masks_in_image``.
     Returns:
-        New Instances without the boxes that are empty now; ``pred_masks`` is (N, output_height, output_width) bool.
+        New Instances without the boxes that are empty now; ``pred_masks`` is (N, output_height, output_width)
+        bool.
     """
     height, width = int(output_height), int(output_width)
     scale_x, scale_y = width / results.image_size[1], height / results.image_size[0]
@@ -62,4 +64,5 @@ def sem_seg_postprocess(
         (classes, output_height, output_width), bilinear.
     """
     unpadded = result[None, :, : img_size[0], : img_size[1]]
-    return F.interpolate(unpadded, size=(output_height, output_width), mode="bilinear", align_corners=False)[0]
+    size = (output_height, output_width)
+    return F.interpolate(unpadded, size=size, mode="bilinear", align_corners=False)[0]

@@ -21,8 +21,9 @@ def subsample_labels(
         positive_fraction: how much of it may be foreground, in 0..1.
         bg_label: value of the background.
     Returns:
-        Long indices of the drawn foreground and background, random order. Both come from torch's global generator of
-        the device of ``labels``: the permutation of the foreground first, then that of the background.
+        Long indices of the drawn foreground and background, random order. Both come from torch's global
+        generator of the device of ``labels``: the permutation of the foreground first, then that of the
+        background.
     """
     is_background = labels == bg_label
     foreground = nonzero_tuple((labels != -1) & ~is_background)[0]

@@ -35,7 +35,9 @@ class Boxes:
             coords = torch.as_tensor(tensor, dtype=torch.float32, device=torch.device("cpu"))
         if coords.numel() == 0:
             coords = coords.reshape(-1, 4)  # an image without objects often comes as a 1-d empty list
-        assert coords.dim() == 2 and coords.shape[1] == 4, f"Boxes wants shape (N, 4), got {tuple(coords.shape)}"
+        assert coords.dim() == 2 and coords.shape[1] == 4, (
+            f"Boxes wants shape (N, 4), got {tuple(coords.shape)}"
+        )
         self.tensor = coords
 
     def clone(self) -> Boxes:
@@ -93,7 +95,9 @@ class Boxes:
     @classmethod
     def cat(cls, boxes_list: Sequence[Boxes]) -> Boxes:
         """All boxes of a list in order; an empty list gives (0, 4)."""
-        assert isinstance(boxes_list, (list, tuple)), f"a list of Boxes is needed, not {type(boxes_list).__name__}"
+        assert isinstance(boxes_list, (list, tuple)), (
+            f"a list of Boxes is needed, not {type(boxes_list).__name__}"
+        )
         assert all(isinstance(b, Boxes) for b in boxes_list), "Boxes.cat: every entry must be a Boxes"
         if len(boxes_list) == 0:
             return cls(torch.empty(0))
@@ -122,8 +126,8 @@ class Boxes:
 class BoxMode(IntEnum):
     """How the numbers of a box are meant. The values stand in dataset dicts and files, so they are fixed.
 
-    ABS is pixels, REL is a fraction of the image side. XYWHA_ABS is (x_center, y_center, w, h, angle in degrees,
-    counter-clockwise).
+    ABS is pixels, REL is a fraction of the image side. XYWHA_ABS is (x_center, y_center, w, h, angle in
+    degrees, counter-clockwise).
     """
 
     XYXY_ABS = 0
@@ -148,12 +152,12 @@ class BoxMode(IntEnum):
             return box
         is_sequence = isinstance(box, (list, tuple))
         if is_sequence:
-            assert len(box) in (4, 5), f"a box has 4 numbers (5 with an angle), got {len(box)}: {box!r}"
             source = torch.tensor(box)[None]
         elif isinstance(box, np.ndarray):
             source = torch.from_numpy(np.asarray(box))
         else:
             source = box
+        assert source.shape[-1] in (4, 5), f"a box has 4 numbers (5 with an angle), got {source.shape[-1]}"
         needs_image_size = {BoxMode.XYXY_REL, BoxMode.XYWH_REL} & {from_mode, to_mode}
         assert not needs_image_size, "relative box modes cannot be converted without the image size"
 
@@ -169,11 +173,15 @@ class BoxMode(IntEnum):
 
 
 def _xyxy_to_xywh(boxes: Tensor) -> Tensor:
-    return torch.cat((boxes[..., :2], boxes[..., 2:] - boxes[..., :2]), dim=-1)
+    converted = boxes.clone()
+    converted[..., 2:4] -= boxes[..., :2]
+    return converted
 
 
 def _xywh_to_xyxy(boxes: Tensor) -> Tensor:
-    return torch.cat((boxes[..., :2], boxes[..., :2] + boxes[..., 2:]), dim=-1)
+    converted = boxes.clone()
+    converted[..., 2:4] += boxes[..., :2]
+    return converted
 
 
 def _xywh_to_xywha(boxes: Tensor) -> Tensor:
@@ -214,7 +222,7 @@ def pairwise_intersection(boxes1: Boxes, boxes2: Boxes) -> Tensor:
 
 
 def pairwise_iou(boxes1: Boxes, boxes2: Boxes) -> Tensor:
-    """Intersection over union of every pair: (N, M) in 0..1; 0 where nothing overlaps, empty boxes included."""
+    """Intersection over union of every pair: (N, M) in 0..1; 0 for boxes that do not overlap or are empty."""
     inter = pairwise_intersection(boxes1, boxes2)
     union = boxes1.area()[:, None] + boxes2.area() - inter
     return _ratio_or_zero(inter, union)

@@ -49,8 +49,9 @@ class ImageList:
             tensors: images (..., h, w) of equal leading shape.
             size_divisibility: both sides of the batch become a multiple of it (0 or 1: as they are).
             pad_value: what fills the padding.
-            padding_constraints: what a backbone asks for. "square_size" > 0 makes the batch a square of that side
-                (then rounded up to the divisibility); "size_divisibility" takes the place of the argument.
+            padding_constraints: what a backbone asks for. "square_size" > 0 makes the batch a square of that
+                side (then rounded up to the divisibility); "size_divisibility" takes the place of the
+                argument.
         Raises:
             AssertionError: no images, something that is no tensor, or different leading shapes.
             ValueError: an image is larger than "square_size".
@@ -83,8 +84,8 @@ def _padded_size(
     if square > 0:
         if max(height, width) > square:
             raise ValueError(
-                f"an image of {height}x{width} pixels does not fit the {square}x{square} square that the backbone "
-                "asks for. Lower INPUT.MAX_SIZE_TRAIN / INPUT.MAX_SIZE_TEST, or raise the backbone's square size."
+                f"an image of {height}x{width} pixels does not fit the {square}x{square} square that the "
+                "backbone asks for. Lower INPUT.MAX_SIZE_TRAIN and INPUT.MAX_SIZE_TEST, or raise that size."
             )
         height = width = square
     divisibility = constraints.get("size_divisibility", divisibility)

@@ -13,8 +13,8 @@ from torch import Tensor
 class Instances:
     """Fields such as ``pred_boxes``, ``gt_classes`` or ``scores``, each with one entry per object.
 
-    Set and read them as attributes; a name that starts with "_" is an ordinary attribute, not a field. Indexing picks
-    the same objects in every field::
+    Set and read them as attributes; a name that starts with "_" is an ordinary attribute, not a field.
+    Indexing picks the same objects in every field::
 
         sure = instances[instances.scores > 0.9]
     """
@@ -43,7 +43,9 @@ class Instances:
         """
         length = len(value)
         if self._fields:
-            assert len(self) == length, f"field {name!r} has {length} entries, but there are {len(self)} instances"
+            assert len(self) == length, (
+                f"field {name!r} has {length} entries, but there are {len(self)} instances"
+            )
         self._fields[name] = value
 
     def get(self, name: str) -> Any:
@@ -69,7 +71,8 @@ class Instances:
             self.set(name, value)
 
     def __getattr__(self, name: str) -> Any:
-        # Only reached for names that are no ordinary attributes. "_fields" itself is missing while unpickling.
+        # Only reached for names that are no ordinary attributes. "_fields" itself is missing while
+        # unpickling.
         fields = self.__dict__.get("_fields", {})
         if name not in fields:
             known = ", ".join(fields) or "none"
@@ -114,19 +117,23 @@ class Instances:
         """All objects of several instances of one image.
 
         Args:
-            instance_lists: at least one; same image size and same fields. Tensors, lists, and types with a ``cat``
-                (Boxes, BitMasks ...) can be joined. A single entry is returned as it is.
+            instance_lists: at least one; same image size and same fields. Tensors, lists, and types with a
+                ``cat`` (Boxes, BitMasks ...) can be joined. A single entry is returned as it is.
         Raises:
             AssertionError: nothing to join, something else than Instances, or different image sizes.
             ValueError: a field of a type that cannot be joined.
         """
         assert len(instance_lists) > 0, "Instances.cat: nothing to join"
-        assert all(isinstance(i, Instances) for i in instance_lists), "Instances.cat: every entry must be Instances"
+        assert all(isinstance(i, Instances) for i in instance_lists), (
+            "Instances.cat: every entry must be Instances"
+        )
         first = instance_lists[0]
         if len(instance_lists) == 1:
             return first
         sizes = {tuple(i.image_size) for i in instance_lists}
-        assert len(sizes) == 1, f"Instances.cat: the entries belong to images of different sizes {sorted(sizes)}"
+        assert len(sizes) == 1, (
+            f"Instances.cat: the entries belong to images of different sizes {sorted(sizes)}"
+        )
         joined = Instances(first.image_size)
         for name in first._fields:
             joined.set(name, _join(name, [i.get(name) for i in instance_lists]))
@@ -136,7 +143,9 @@ class Instances:
         height, width = self._image_size
         shown = ", ".join(f"{name}: {value}" for name, value in self._fields.items())
         count = len(self) if self._fields else 0
-        return f"Instances(num_instances={count}, image_height={height}, image_width={width}, fields=[{shown}])"
+        return (
+            f"Instances(num_instances={count}, image_height={height}, image_width={width}, fields=[{shown}])"
+        )
 
     __repr__ = __str__
 

@@ -14,14 +14,16 @@ class Keypoints:
     """K keypoints for each of N objects.
 
     Attributes:
-        tensor: (N, K, 3) float32: x and y in absolute pixels, and visibility (0 not labelled, 1 labelled but hidden,
-            2 labelled and visible).
+        tensor: (N, K, 3) float32: x and y in absolute pixels, and visibility (0 not labelled, 1 labelled but
+            hidden, 2 labelled and visible).
     """
 
     def __init__(self, keypoints: Tensor | np.ndarray | list[list[float]]) -> None:
         target = keypoints.device if isinstance(keypoints, Tensor) else torch.device("cpu")
         points = torch.as_tensor(keypoints, dtype=torch.float32, device=target)
-        assert points.dim() == 3 and points.shape[2] == 3, f"Keypoints want (N, K, 3), got {tuple(points.shape)}"
+        assert points.dim() == 3 and points.shape[2] == 3, (
+            f"Keypoints want (N, K, 3), got {tuple(points.shape)}"
+        )
         self.tensor = points
 
     def __len__(self) -> int:
@@ -41,8 +43,8 @@ class Keypoints:
             boxes: (N, 4) XYXY pixels.
             heatmap_size: cells along each side.
         Returns:
-            (N, K) long, the cell as y * heatmap_size + x, 0 where there is none; and (N, K) long, 1 where the keypoint is
-            labelled and inside its box.
+            (N, K) long, the cell as y * heatmap_size + x, 0 where there is none; and (N, K) long, 1 where the
+            keypoint is labelled and inside its box.
         """
         origin, far = boxes[:, None, :2], boxes[:, None, 2:]
         position = self.tensor[..., :2]
@@ -76,8 +78,8 @@ def heatmaps_to_keypoints(maps: Tensor, rois: Tensor) -> Tensor:
         maps: (N, K, S, S) logits over the cells of a grid over box i.
         rois: (N, 4) XYXY pixels.
     Returns:
-        (N, K, 4): x, y in pixels (centre of the best pixel), its logit (bicubic), and its score: the softmax over the
-        grid cells, continued to pixels.
+        (N, K, 4): x, y in pixels (centre of the best pixel), its logit (bicubic), and its score: the softmax
+        over the grid cells, continued to pixels.
     """
     num_rois, num_keypoints = maps.shape[:2]
     found = maps.new_zeros(num_rois, num_keypoints, 4)

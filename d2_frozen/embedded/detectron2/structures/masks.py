@@ -1,7 +1,8 @@
 """Instance masks in their three forms: bitmaps of the whole image, polygons, and small maps inside a box.
 
-Training turns the first two into box-sized targets (``crop_and_resize``); inference turns the third into bitmaps.
-Polygons are rasterised by pycocotools, so training targets and COCO evaluation agree on what a polygon covers.
+Training turns the first two into box-sized targets (``crop_and_resize``); inference turns the third into
+bitmaps. Polygons are rasterised by pycocotools, so training targets and COCO evaluation agree on what a
+polygon covers.
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ def polygons_to_bitmask(polygons: list[np.ndarray], height: int, width: int) -> 
     """The union of the polygons of one object as a bitmap.
 
     Args:
-        polygons: each (x0, y0, x1, y1, ...) in pixels, at least three corners. No polygons give an empty mask.
+        polygons: each (x0, y0, x1, y1, ...) in pixels, at least three corners. No polygons give an empty
+            mask.
     Returns:
         (height, width) bool.
     """
@@ -124,8 +126,8 @@ class BitMasks:
             boxes: (N, 4) XYXY pixels.
             mask_size: cells along each side.
         Returns:
-            (N, mask_size, mask_size) bool: a cell is set when at least half of it is covered. The cells are averages
-            over the box (ROIAlign), so the result differs a little from the one of PolygonMasks.
+            (N, mask_size, mask_size) bool: a cell is set when at least half of it is covered. The cells are
+            averages over the box (ROIAlign), so the result differs a little from the one of PolygonMasks.
         """
         assert len(boxes) == len(self), f"mask i goes with box i, but there are {len(self)} and {len(boxes)}"
         boxes = boxes.to(dtype=torch.float32)
@@ -157,7 +159,9 @@ class BitMasks:
     def cat(bitmasks_list: list[BitMasks]) -> BitMasks:
         """All masks of a list in order; they must have one image size."""
         assert len(bitmasks_list) > 0, "BitMasks.cat: nothing to join"
-        assert all(isinstance(m, BitMasks) for m in bitmasks_list), "BitMasks.cat: every entry must be BitMasks"
+        assert all(isinstance(m, BitMasks) for m in bitmasks_list), (
+            "BitMasks.cat: every entry must be BitMasks"
+        )
         return BitMasks(torch.cat([m.tensor for m in bitmasks_list], dim=0))
 
 
@@ -177,7 +181,9 @@ class PolygonMasks:
             TypeError: a number where a polygon is expected (one nesting level too few).
         """
         if not isinstance(polygons, list):
-            raise ValueError(f"PolygonMasks wants a list with one list of polygons per object, not {type(polygons)}")
+            raise ValueError(
+                f"PolygonMasks wants a list with one list of polygons per object, not {type(polygons)}"
+            )
         self.polygons: list[list[np.ndarray]] = [
             _checked_polygons(index, of_object) for index, of_object in enumerate(polygons)
         ]
@@ -241,7 +247,9 @@ class PolygonMasks:
         Returns:
             (N, mask_size, mask_size) bool, on the device of ``boxes``.
         """
-        assert len(boxes) == len(self), f"object i goes with box i, but there are {len(self)} and {len(boxes)}"
+        assert len(boxes) == len(self), (
+            f"object i goes with box i, but there are {len(self)} and {len(boxes)}"
+        )
         if len(self) == 0:
             return torch.empty(0, mask_size, mask_size, dtype=torch.bool, device=boxes.device)
         on_cpu = boxes.detach().to("cpu").numpy()
@@ -256,7 +264,9 @@ class PolygonMasks:
     def cat(polymasks_list: list[PolygonMasks]) -> PolygonMasks:
         """All objects of a list in order."""
         assert len(polymasks_list) > 0, "PolygonMasks.cat: nothing to join"
-        assert all(isinstance(m, PolygonMasks) for m in polymasks_list), "PolygonMasks.cat: wrong type in the list"
+        assert all(isinstance(m, PolygonMasks) for m in polymasks_list), (
+            "PolygonMasks.cat: wrong type in the list"
+        )
         joined = PolygonMasks([])
         joined.polygons = list(itertools.chain.from_iterable(m.polygons for m in polymasks_list))
         return joined
@@ -292,7 +302,7 @@ class ROIMasks:
         return f"ROIMasks(num_instances={len(self)})"
 
     def to_bitmasks(self, boxes: Boxes | Tensor, height: int, width: int, threshold: float = 0.5) -> BitMasks:
-        """Stretch mask i over box i in an image of the given size; see ``detectron2.layers.paste_masks_in_image``."""
+        """Stretch mask i over box i in an image of the given size; see ``paste_masks_in_image``."""
         from detectron2.layers.mask_ops import paste_masks_in_image  # layers build on structures
 
         return BitMasks(paste_masks_in_image(self.tensor, boxes, (height, width), threshold=threshold))
@@ -307,14 +317,14 @@ def _checked_polygons(index: int, of_object: Any) -> list[np.ndarray]:
             polygon = polygon.detach().cpu().numpy()
         if not isinstance(polygon, (np.ndarray, Sequence)):
             raise TypeError(
-                f"PolygonMasks: object {index} has {polygon!r} where a polygon [x0, y0, x1, y1, ...] is expected; "
-                "an object is a list of polygons"
+                f"PolygonMasks: object {index} has {polygon!r} where a polygon [x0, y0, x1, y1, ...] is "
+                "expected; an object is a list of polygons"
             )
         array = np.array(polygon, dtype=np.float64)  # always a copy
         if array.ndim != 1 or len(array) % 2 != 0 or len(array) < 6:
             raise ValueError(
-                f"PolygonMasks: object {index} has a polygon of shape {array.shape}; needed are x and y of at least "
-                "three corners in one flat list"
+                f"PolygonMasks: object {index} has a polygon of shape {array.shape}; needed are x and y "
+                "of at least three corners in one flat list"
             )
         arrays.append(array)
     return arrays
