@@ -76,9 +76,9 @@ def _read_torch(path: str) -> Any:
         if "Unsupported" not in text and "not an allowed" not in text and "GLOBAL" not in text:
             raise ValueError(_damaged(path, err)) from err
         raise pickle.UnpicklingError(
-            f"{path} holds Python objects beyond tensors and plain values, which are not loaded because they "
-            f"could run code: {_first_sentence(text)} If you trust the file, load it elsewhere with torch and save its "
-            "state_dict alone."
+            f"{path} holds Python objects beyond tensors and plain values; not loaded, as they "
+            f"could run code: {_first_sentence(text)} If you trust the file, load it elsewhere with torch and "
+            "keep its state_dict only."
         ) from err
     except (RuntimeError, EOFError, ValueError, KeyError, OSError) as err:
         raise ValueError(_damaged(path, err)) from err
@@ -86,8 +86,9 @@ def _read_torch(path: str) -> Any:
 
 def _damaged(path: str, err: Exception) -> str:
     size = os.path.getsize(path)
+    cause = f"{type(err).__name__}: {_first_sentence(str(err))}"
     return (
-        f"{path} ({size} bytes) cannot be read as weights ({type(err).__name__}: {_first_sentence(str(err))}). "
+        f"{path} ({size} bytes) cannot be read as weights ({cause}). "
         "It may be cut off: compare its size with the original's, and fetch or copy it again."
     )
 

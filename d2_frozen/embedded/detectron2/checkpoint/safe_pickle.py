@@ -39,8 +39,8 @@ def load_pickle(stream: IO[bytes], filename: str) -> Any:
         raise
     except _DAMAGED as err:
         raise ValueError(
-            f"{filename} cannot be read as a pickle ({type(err).__name__}: {err}). It may be cut off: compare "
-            "its size with the original's, and fetch it again."
+            f"{filename} cannot be read as a pickle ({type(err).__name__}: {err}). It may be cut off: "
+            "compare its size with the original's, and fetch it again."
         ) from err
 
 

@@ -16,7 +16,7 @@ from fvcore.common.config import CfgNode as _FvcoreCfgNode
 from yacs.config import CfgNode as _YacsCfgNode
 
 from detectron2.config.compat import check_version
-from detectron2.config.suggest import did_you_mean, iter_keys
+from detectron2.config.suggest import did_you_mean, iter_entries
 from detectron2.utils.file_io import PathManager
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -46,7 +46,10 @@ class CfgNode(_FvcoreCfgNode):
         loaded = _read_yaml(cls, filename)
         if "_BASE_" not in loaded:
             return loaded
-        return super().load_yaml_with_base(filename, allow_unsafe=False)
+        try:
+            return super().load_yaml_with_base(filename, allow_unsafe=False)
+        except RecursionError:
+            raise ValueError(f"{filename}: its _BASE_ files lead back to itself.") from None
 
     def merge_from_file(self, cfg_filename: str, allow_unsafe: bool = True) -> None:
         """Take over the values of a yaml file and of its ``_BASE_``.
@@ -64,7 +67,7 @@ class CfgNode(_FvcoreCfgNode):
         name = str(cfg_filename)
         loaded = type(self)(self.load_yaml_with_base(name, allow_unsafe=allow_unsafe))
         check_version(loaded.get("VERSION", self.get("VERSION")), self.get("VERSION"), name)
-        self._refuse_unknown_keys(loaded, name)
+        self._refuse_misfits(loaded, name)
         trial = self.clone()
         try:
             trial.merge_from_other_cfg(loaded)
@@ -83,16 +86,12 @@ class CfgNode(_FvcoreCfgNode):
         """
         if len(cfg_list) % 2:
             raise AssertionError(
-                f"expected KEY VALUE pairs, got {len(cfg_list)} items: {list(cfg_list)}. Does the last key lack its "
-                "value, or does a value with spaces lack quotes?"
+                f"expected KEY VALUE pairs, got {len(cfg_list)} items: {list(cfg_list)}. Does the last key "
+                "lack its value, or does a value with spaces lack quotes?"
             )
-        known = set(iter_keys(self))
+        known = dict(iter_entries(self))
         for key in cfg_list[::2]:
-            # The reserved key and renamed or deprecated ones have their own messages in fvcore and yacs.
-            special = (
-                key == "_BASE_" or self.key_is_renamed(key) or key in self.__dict__[self.DEPRECATED_KEYS]
-            )
-            if not special and key not in known:
+            if key not in known and not self._has_own_message(key):
                 raise AssertionError(f"unknown config key {key}{did_you_mean(str(key), known)}")
         super().merge_from_list(list(cfg_list))
 
@@ -100,14 +99,21 @@ class CfgNode(_FvcoreCfgNode):
         """The config as yaml text; further arguments go to ``yaml.safe_dump``."""
         return super().dump(*args, **kwargs)
 
-    def _refuse_unknown_keys(self, loaded: Mapping[str, Any], where: str) -> None:
-        known = set(iter_keys(self))
-        for key in iter_keys(loaded):
-            if key in known or self.key_is_renamed(key) or key in self.__dict__[self.DEPRECATED_KEYS]:
-                continue
-            if _takes_new_keys(self, key):
-                continue
-            raise KeyError(f"{where}: unknown config key {key}{did_you_mean(key, known)}")
+    def _refuse_misfits(self, loaded: CfgNode, where: str) -> None:
+        """KeyError for unknown keys; ValueError for a section without content, which would delete ours."""
+        known = dict(iter_entries(self))
+        for key, value in iter_entries(loaded):
+            if key in known:
+                if value is None and isinstance(known[key], CfgNode):
+                    raise ValueError(
+                        f"{where}: the section {key} is empty. Give it keys, or remove the line."
+                    )
+            elif not (self._has_own_message(key) or _takes_new_keys(self, key)):
+                raise KeyError(f"{where}: unknown config key {key}{did_you_mean(key, known)}")
+
+    def _has_own_message(self, key: str) -> bool:
+        """Reserved, renamed and deprecated keys: fvcore and yacs say what is to be said."""
+        return key == "_BASE_" or self.key_is_renamed(key) or key in self.__dict__[self.DEPRECATED_KEYS]
 
 
 def _takes_new_keys(root: CfgNode, key: str) -> bool:

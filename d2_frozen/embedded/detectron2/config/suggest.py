@@ -1,4 +1,4 @@
-"""Which known config key did the user mean?"""
+"""All keys of a config, and which of them the user may have meant."""
 
 from __future__ import annotations
 
@@ -7,39 +7,39 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 
-def iter_keys(node: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
-    """Full names of all entries, inner nodes included: "MODEL", "MODEL.WEIGHTS", ..."""
+def iter_entries(node: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(full name, value) of all entries, inner nodes included: "MODEL", "MODEL.WEIGHTS", ..."""
     for name, value in node.items():
         full = f"{prefix}{name}"
-        yield full
+        yield full, value
         if isinstance(value, Mapping):
-            yield from iter_keys(value, full + ".")
+            yield from iter_entries(value, full + ".")
 
 
 def did_you_mean(key: str, known: Iterable[str]) -> str:
-    """ "; did you mean X?" for the nearest known key, or "." when none is near."""
-    nearest = nearest_key(key, known)
-    return f"; did you mean {nearest}?" if nearest else "."
+    """ "; did you mean X?" for the nearest known keys, or "." when none is near."""
+    nearest = nearest_keys(key, known)
+    return f"; did you mean {' or '.join(nearest)}?" if nearest else "."
 
 
-def nearest_key(key: str, known: Iterable[str]) -> str | None:
-    """The known key that resembles ``key`` most; None if none does.
+def nearest_keys(key: str, known: Iterable[str]) -> list[str]:
+    """The known key that resembles ``key`` most, and up to two more that are as near.
 
-    The whole name counts, and so does the last part alone, at a discount: SOLVER.MASK_ON is a misplaced
+    The whole name counts, and so does its last part alone, so that a misplaced SOLVER.MASK_ON finds
     MODEL.MASK_ON. Case does not count.
     """
     wanted = key.upper()
-    leaf = wanted.rsplit(".", 1)[-1]
-    matcher, leaf_matcher = difflib.SequenceMatcher(b=wanted), difflib.SequenceMatcher(b=leaf)
-    best, best_score = None, 0.75
-    for candidate in sorted(known):
-        matcher.set_seq1(candidate.upper())
-        score = matcher.ratio() if matcher.quick_ratio() > best_score else 0.0
-        if "." in candidate:
-            leaf_matcher.set_seq1(candidate.upper().rsplit(".", 1)[-1])
-            if leaf_matcher.quick_ratio() > best_score:
-                # The places are compared too: of two equal last parts the one in the nearer node wins.
-                score = max(score, 0.8 * leaf_matcher.ratio() + 0.2 * matcher.ratio())
-        if score > best_score:
-            best, best_score = candidate, score
-    return best
+    whole = difflib.SequenceMatcher(b=wanted)
+    leaf = difflib.SequenceMatcher(b=wanted.rsplit(".", 1)[-1])
+    scores: dict[str, float] = {}
+    for candidate in known:
+        name = candidate.upper()
+        whole.set_seq1(name)
+        leaf.set_seq1(name.rsplit(".", 1)[-1])
+        similar = whole.ratio()
+        scores[candidate] = max(similar, 0.6 * leaf.ratio() + 0.4 * similar)
+    best = max(scores.values(), default=0.0)
+    if best < 0.75:
+        return []
+    ranked = sorted(scores, key=lambda name: (-scores[name], name))
+    return [name for name in ranked if scores[name] > best - 0.02][:3]

@@ -210,13 +210,11 @@ def _multi_step(solver: CfgNode) -> ParamScheduler:
     steps = [step for step in solver.STEPS if step <= solver.MAX_ITER]
     if len(steps) < len(solver.STEPS):
         late = sorted(set(solver.STEPS) - set(steps))
-        logger.warning(
-            "SOLVER.STEPS %s beyond SOLVER.MAX_ITER %d are ignored.", late, solver.MAX_ITER
-        )
+        logger.warning("SOLVER.STEPS %s beyond SOLVER.MAX_ITER %d are ignored.", late, solver.MAX_ITER)
     if solver.MAX_ITER in steps:
         raise ValueError(
-            f"SOLVER.STEPS {tuple(solver.STEPS)} has a step at SOLVER.MAX_ITER = {solver.MAX_ITER}, where training is "
-            "over: remove it, or train longer."
+            f"SOLVER.STEPS {tuple(solver.STEPS)} has a step at SOLVER.MAX_ITER = {solver.MAX_ITER}, where "
+            "training is over: remove it, or train longer."
         )
     values = [solver.GAMMA**drops for drops in range(len(steps) + 1)]
     return MultiStepParamScheduler(values, milestones=steps, num_updates=solver.MAX_ITER)
@@ -226,7 +224,7 @@ def _cosine(solver: CfgNode) -> ParamScheduler:
     end = solver.BASE_LR_END / solver.BASE_LR
     if not 0.0 <= end <= 1.0:
         raise AssertionError(
-            f"SOLVER.BASE_LR_END ({solver.BASE_LR_END}) must lie between 0 and SOLVER.BASE_LR ({solver.BASE_LR})."
+            f"SOLVER.BASE_LR_END ({solver.BASE_LR_END}) must lie in 0 .. SOLVER.BASE_LR ({solver.BASE_LR})."
         )
     return CosineParamScheduler(1.0, end)
 

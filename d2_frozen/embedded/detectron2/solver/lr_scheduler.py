@@ -7,18 +7,20 @@ from __future__ import annotations
 import math
 from bisect import bisect_right
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
-import torch
 from fvcore.common.param_scheduler import (
     CompositeParamScheduler,
     ConstantParamScheduler,
     LinearParamScheduler,
     ParamScheduler,
 )
+from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 __all__ = ["LRMultiplier", "LRScheduler", "WarmupCosineLR", "WarmupMultiStepLR", "WarmupParamScheduler"]
+
+WarmupMethod = Literal["linear", "constant"]
 
 
 class WarmupParamScheduler(CompositeParamScheduler):
@@ -39,7 +41,7 @@ class WarmupParamScheduler(CompositeParamScheduler):
         scheduler: ParamScheduler,
         warmup_factor: float,
         warmup_length: float,
-        warmup_method: str = "linear",
+        warmup_method: WarmupMethod = "linear",
         rescale_interval: bool = False,
     ) -> None:
         first = warmup_factor * scheduler(0.0)
@@ -71,7 +73,7 @@ class LRMultiplier(LRScheduler):
 
     def __init__(
         self,
-        optimizer: torch.optim.Optimizer,
+        optimizer: Optimizer,
         multiplier: ParamScheduler,
         max_iter: int,
         last_iter: int = -1,
@@ -98,7 +100,7 @@ class _WarmupLR(LRScheduler):
 
     def __init__(
         self,
-        optimizer: torch.optim.Optimizer,
+        optimizer: Optimizer,
         warmup_factor: float,
         warmup_iters: int,
         warmup_method: str,
@@ -135,12 +137,12 @@ class WarmupMultiStepLR(_WarmupLR):
 
     def __init__(
         self,
-        optimizer: torch.optim.Optimizer,
+        optimizer: Optimizer,
         milestones: Sequence[int],
         gamma: float = 0.1,
         warmup_factor: float = 0.001,
         warmup_iters: int = 1000,
-        warmup_method: str = "linear",
+        warmup_method: WarmupMethod = "linear",
         last_epoch: int = -1,
     ) -> None:
         if list(milestones) != sorted(milestones):
@@ -158,11 +160,11 @@ class WarmupCosineLR(_WarmupLR):
 
     def __init__(
         self,
-        optimizer: torch.optim.Optimizer,
+        optimizer: Optimizer,
         max_iters: int,
         warmup_factor: float = 0.001,
         warmup_iters: int = 1000,
-        warmup_method: str = "linear",
+        warmup_method: WarmupMethod = "linear",
         last_epoch: int = -1,
     ) -> None:
         self.max_iters = max_iters

@@ -123,7 +123,7 @@ def gather(data: Any, dst: int = 0, group: dist.ProcessGroup | None = None) -> l
     size = dist.get_world_size(group)
     if size == 1:
         return [data]
-    here = dist.get_rank(group) == dst
+    here = dist.get_rank() == dst
     received: list[Any] = [None] * size if here else []
     dist.gather_object(data, received if here else None, dst=dst, group=group)
     return received

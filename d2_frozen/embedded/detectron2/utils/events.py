@@ -13,7 +13,6 @@ import os
 import sys
 import time
 from collections import defaultdict
-from contextvars import ContextVar
 from itertools import takewhile
 from typing import Any
 
@@ -32,8 +31,8 @@ __all__ = [
     "has_event_storage",
 ]
 
-# The open storages of this thread or task, innermost last.
-_open_storages: ContextVar[tuple[EventStorage, ...]] = ContextVar("detectron2_event_storages", default=())
+# The open storages, innermost last. One list for all threads: hooks of the backward pass run in others.
+_open_storages: list[EventStorage] = []
 
 
 def get_event_storage() -> EventStorage:
@@ -42,15 +41,14 @@ def get_event_storage() -> EventStorage:
     Raises:
         AssertionError: there is none.
     """
-    storages = _open_storages.get()
-    if not storages:
+    if not _open_storages:
         raise AssertionError("no EventStorage is open: wrap the code in `with EventStorage() as storage:`.")
-    return storages[-1]
+    return _open_storages[-1]
 
 
 def has_event_storage() -> bool:
-    """Is there an open storage in this context?"""
-    return bool(_open_storages.get())
+    """Is there an open storage?"""
+    return bool(_open_storages)
 
 
 class EventStorage:
@@ -201,13 +199,12 @@ class EventStorage:
         self._histograms = []
 
     def __enter__(self) -> EventStorage:
-        _open_storages.set((*_open_storages.get(), self))
+        _open_storages.append(self)
         return self
 
     def __exit__(self, *exc_info: Any) -> None:
-        *outer, innermost = _open_storages.get()
+        innermost = _open_storages.pop()
         assert innermost is self, "event storages must be closed in the reverse order of opening"
-        _open_storages.set(tuple(outer))
 
 
 class _NameScope:

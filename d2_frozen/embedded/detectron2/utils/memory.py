@@ -17,8 +17,8 @@ F = TypeVar("F", bound=Callable[..., Any])
 def retry_if_cuda_oom(func: F) -> F:
     """Run ``func`` again when it runs out of GPU memory: after emptying the cache, then on the CPU.
 
-    For the last try, arguments that live on the GPU are copied to the CPU (arguments themselves, not what is inside
-    lists or dicts), so the result is there too. ``func`` must not change its arguments.
+    For the last try, arguments that live on the GPU are copied to the CPU (arguments themselves, not what is
+    inside lists or dicts), so the result is there too. ``func`` must not change its arguments.
     """
 
     @functools.wraps(func)

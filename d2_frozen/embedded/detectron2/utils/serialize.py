@@ -8,9 +8,8 @@ __all__ = ["PicklableWrapper"]
 
 
 class PicklableWrapper:
-    """Behaves like the wrapped object, and pickles it with cloudpickle where that is installed.
-
-    So a data set built from a lambda can go to workers that are started with "spawn".
+    """Behaves like the wrapped object. Kept for code that expects it: pickle's own limits hold, so no
+    lambdas.
     """
 
     def __init__(self, obj: Any) -> None:
@@ -19,11 +18,7 @@ class PicklableWrapper:
         self._obj = obj
 
     def __reduce__(self) -> tuple[Any, ...]:
-        try:
-            import cloudpickle
-        except ImportError:
-            return PicklableWrapper, (self._obj,)
-        return _unwrap, (cloudpickle.dumps(self._obj),)
+        return PicklableWrapper, (self._obj,)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self._obj(*args, **kwargs)
@@ -33,10 +28,3 @@ class PicklableWrapper:
         if name == "_obj":
             raise AttributeError(name)
         return getattr(self._obj, name)
-
-
-def _unwrap(data: bytes) -> PicklableWrapper:
-    """The receiving end. The bytes come from our own parent process, through its pipe."""
-    import cloudpickle
-
-    return PicklableWrapper(cloudpickle.loads(data))

@@ -9,9 +9,8 @@ __all__ = ["assert_fx_safe", "is_fx_tracing"]
 
 def is_fx_tracing() -> bool:
     """Is a symbolic trace in progress?"""
-    module = torch.fx._symbolic_trace
-    flag = getattr(module, "is_fx_tracing", None)
-    return bool(flag() if flag is not None else getattr(module, "_is_fx_tracing_flag", False))
+    # The flag, because the function of that name warns in newer versions that it means torch.export too.
+    return bool(getattr(torch.fx._symbolic_trace, "_is_fx_tracing_flag", False))
 
 
 @torch.fx.wrap
