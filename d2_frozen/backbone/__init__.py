@@ -1,1 +1,27 @@
-"""Backbones shared by all tasks."""
+"""Backbones shared by all tasks. Importing registers ``build_timm_backbone``."""
+
+from d2_frozen.backbone.frozen import (
+    PRECISIONS,
+    FrozenBackbone,
+    PartlyFrozenBackbone,
+    exclude_frozen_from_ddp,
+    freeze_backbone,
+    freeze_stages,
+)
+from d2_frozen.backbone.timm_backbone import TimmBackbone, build_timm_backbone, create_timm_backbone
+from d2_frozen.backbone.weights import load_weights, read_weights, save_weights
+
+__all__ = [
+    "PRECISIONS",
+    "FrozenBackbone",
+    "PartlyFrozenBackbone",
+    "TimmBackbone",
+    "build_timm_backbone",
+    "create_timm_backbone",
+    "exclude_frozen_from_ddp",
+    "freeze_backbone",
+    "freeze_stages",
+    "load_weights",
+    "read_weights",
+    "save_weights",
+]

@@ -1,0 +1,261 @@
+"""How a backbone, or its first stages, is kept from training.
+
+In: any Detectron2 backbone.  Out: the same backbone, parameter names included, that a training loop cannot change.
+Setting of Lin et al., NeurIPS 2022, arXiv:2211.02043: only what stands on top of the bottom-up network trains.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor, nn
+
+from d2_frozen.backbone.stages import parameters_by_stage
+from detectron2.layers import ShapeSpec
+from detectron2.modeling import Backbone
+
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class _TransparentWrapper(Backbone):
+    """A backbone that stands for ``inner`` under the same names.
+
+    It shares the dictionaries of inner's root module instead of registering inner as a child: ``named_parameters``,
+    ``state_dict``, ``load_state_dict``, ``to`` and ``deepcopy`` see inner's tensors without a prefix.
+    """
+
+    def __init__(self, inner: Backbone) -> None:
+        super().__init__()
+        for key, value in inner.__dict__.items():
+            if (
+                key in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")
+                or "state_dict" in key
+            ):
+                self.__dict__[key] = value  # "state_dict": the hooks of saving and loading
+        self.__dict__["_inner"] = inner
+
+    @property
+    def inner(self) -> Backbone:
+        """The wrapped backbone."""
+        return self.__dict__["_inner"]
+
+    @property
+    def size_divisibility(self) -> int:
+        return self.inner.size_divisibility
+
+    @property
+    def padding_constraints(self) -> dict[str, int]:
+        return self.inner.padding_constraints
+
+    def output_shape(self) -> dict[str, ShapeSpec]:
+        return self.inner.output_shape()
+
+    # nn.Module calls these on each module of the tree; inner's root may have its own ways.
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> _TransparentWrapper:
+        self.inner._apply(fn, recurse)
+        return self
+
+    def _save_to_state_dict(self, *args, **kwargs) -> None:
+        self.inner._save_to_state_dict(*args, **kwargs)
+
+    def _load_from_state_dict(self, *args, **kwargs) -> None:
+        self.inner._load_from_state_dict(*args, **kwargs)
+
+    def extra_repr(self) -> str:
+        return type(self.inner).__name__
+
+
+class FrozenBackbone(_TransparentWrapper):
+    """A backbone that does not train, whatever the training loop does.
+
+    - No parameter requires a gradient and ``forward`` records no graph (``no_grad``, not ``inference_mode``: heads keep
+      its outputs for their own backward).
+    - ``train()`` does not reach it: drop-path stays off and norm statistics stay as they are.
+    - Its arithmetic is its own, also inside an autocast region. Outputs are float32, or autocast's dtype where an
+      autocast region encloses the call.
+
+    Args:
+        inner: the backbone to freeze, changed in place (gradients off, eval mode).
+        precision: "fp32", "bf16" or "fp16". The lower two run on a copy of the weights, made at the first forward and
+            made again after the weights change; ``state_dict`` always holds the originals.
+        name: for :meth:`fingerprint`; by default ``inner.name``, else inner's class.
+    Raises:
+        ValueError: unknown precision.
+    """
+
+    def __init__(self, inner: Backbone, precision: str = "fp32", name: str | None = None) -> None:
+        if precision not in PRECISIONS:
+            raise ValueError(
+                f"MODEL.FROZEN.PRECISION is {precision!r}; choose one of {', '.join(PRECISIONS)}."
+            )
+        super().__init__(inner)
+        self.precision = precision
+        self.name = name or getattr(inner, "name", type(inner).__name__)
+        self._runner: Backbone | None = None
+        self._runner_state: tuple | None = None
+        self._sha256 = ""
+        self._sha256_state: tuple | None = None
+        inner.requires_grad_(False)
+        inner.eval()
+        self.training = False
+
+    def __setattr__(self, name: str, value: object) -> None:
+        # nn.Module would register the low-precision copy as a child, under parameter names of its own.
+        if name == "_runner":
+            self.__dict__[name] = value
+        else:
+            super().__setattr__(name, value)
+
+    def __getstate__(self) -> dict:
+        # deepcopy and pickle carry the originals only; the copy is made again where it is needed.
+        return {**self.__dict__, "_runner": None, "_runner_state": None}
+
+    def train(self, mode: bool = True) -> FrozenBackbone:
+        """Does nothing: a frozen backbone stays in eval mode."""
+        return self
+
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        """(B, 3, H, W) normalised images -> feature maps by name, without graph."""
+        device = images.device.type
+        outer = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else torch.float32
+        with torch.no_grad(), torch.autocast(device, enabled=False):
+            maps = self._network()(images.to(PRECISIONS[self.precision]))
+            return {name: feature.to(outer) for name, feature in maps.items()}
+
+    def fingerprint(self) -> dict[str, str]:
+        """``{"name", "sha256"}`` of the weights: every persistent tensor's name, shape and float32 value.
+
+        The same on every device and for every precision of the forward; computed again only after a change.
+        """
+        state = _tensor_versions(self.inner)
+        if state != self._sha256_state:
+            self._sha256 = _sha256_of(self.inner)
+            self._sha256_state = state
+        return {"name": self.name, "sha256": self._sha256}
+
+    def _network(self) -> Backbone:
+        if self.precision == "fp32":
+            return self.inner
+        state = _tensor_versions(self.inner)
+        if state != self._runner_state:
+            self._runner = copy.deepcopy(self.inner).to(PRECISIONS[self.precision])
+            self._runner_state = state
+        assert self._runner is not None
+        return self._runner
+
+
+class PartlyFrozenBackbone(_TransparentWrapper):
+    """A backbone whose first stages do not train; the others train as always.
+
+    Made by :func:`freeze_stages`. The frozen stages keep eval mode (drop-path, norm statistics) under ``train()``.
+    """
+
+    def __init__(self, inner: Backbone, frozen_names: set[str]) -> None:
+        super().__init__(inner)
+        self.frozen_names = frozenset(frozen_names)
+        for name, parameter in inner.named_parameters():
+            if name in frozen_names:
+                parameter.requires_grad_(False)
+        self.train(inner.training)
+
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        """(B, 3, H, W) normalised images -> feature maps by name; the graph begins at the first trained stage."""
+        return self.inner(images)
+
+    def train(self, mode: bool = True) -> PartlyFrozenBackbone:
+        """As ever for the trained stages; frozen ones stay in eval mode."""
+        self.training = mode
+        self.inner.train(mode)
+        for module in self._frozen_modules():
+            module.eval()
+        return self
+
+    def _frozen_modules(self) -> Iterator[nn.Module]:
+        for prefix, module in self.inner.named_modules():
+            names = [f"{prefix}.{name}" if prefix else name for name, _ in module.named_parameters()]
+            if names and self.frozen_names.issuperset(names):
+                yield module
+
+
+def freeze_stages(inner: Backbone, stages: int) -> Backbone:
+    """Freeze the first parts of a backbone, counted as Detectron2's MODEL.BACKBONE.FREEZE_AT: 1 = stem, 2 = stem and res2, ...
+
+    Args:
+        inner: a :class:`TimmBackbone`, or a backbone with ``stem`` and ``res2`` .. such as Detectron2's ResNet.
+        stages: 0 returns ``inner`` unchanged.
+    Raises:
+        ValueError: ``inner`` has fewer parts, or none that are known.
+    """
+    if stages == 0:
+        return inner
+    parts = parameters_by_stage(inner)
+    if not 0 < stages <= len(parts):
+        raise ValueError(
+            f"MODEL.BACKBONE.FREEZE is {stages}, but {getattr(inner, 'name', type(inner).__name__)} has {len(parts)} "
+            f"parts (stem and {len(parts) - 1} stages); choose 0..{len(parts)}, 'all' or 'none'."
+        )
+    return PartlyFrozenBackbone(inner, {name for part in parts[:stages] for name in part})
+
+
+def freeze_backbone(bottom_up: Backbone, freeze: str | int = "all", precision: str = "fp32") -> Backbone:
+    """Apply MODEL.BACKBONE.FREEZE and MODEL.FROZEN.PRECISION to a bottom-up network.
+
+    Args:
+        freeze: "all", "none", or a number of parts as in :func:`freeze_stages` (also as a string: "2").
+    Raises:
+        ValueError: any other value, or a low precision for a network that trains.
+    """
+    if freeze == "all":
+        return FrozenBackbone(bottom_up, precision)
+    if precision not in PRECISIONS:
+        raise ValueError(f"MODEL.FROZEN.PRECISION is {precision!r}; choose one of {', '.join(PRECISIONS)}.")
+    if precision != "fp32":
+        raise ValueError(
+            f"MODEL.FROZEN.PRECISION is {precision}, which is for MODEL.BACKBONE.FREEZE: all, but FREEZE is {freeze!r}. "
+            "Set it to fp32; SOLVER.AMP.ENABLED lowers the precision of parts that train."
+        )
+    if freeze == "none":
+        return bottom_up
+    if isinstance(freeze, bool) or not str(freeze).isdigit():
+        raise ValueError(
+            f"MODEL.BACKBONE.FREEZE is {freeze!r}; choose 'all', 'none', or a number of parts (1 = stem, 2 = stem and res2, ...)."
+        )
+    return freeze_stages(bottom_up, int(freeze))
+
+
+def exclude_frozen_from_ddp(model: nn.Module) -> nn.Module:
+    """Tell DistributedDataParallel to leave frozen backbones alone: not in its buckets, not broadcast. In place.
+
+    Call it on the model before it is wrapped; every process must have loaded the same frozen weights.
+    """
+    ignored = {
+        f"{prefix}.{name}" if prefix else name
+        for prefix, part in model.named_modules()
+        if isinstance(part, FrozenBackbone)
+        for name in [*dict(part.named_parameters()), *dict(part.named_buffers())]
+    }
+    if ignored:
+        present = getattr(model, "_ddp_params_and_buffers_to_ignore", ())
+        model._ddp_params_and_buffers_to_ignore = sorted({*present, *ignored})
+    return model
+
+
+def _tensor_versions(module: nn.Module) -> tuple:
+    """Changes when a tensor of the module is replaced, moved, or written to in place."""
+    return tuple(
+        (t.data_ptr(), None if t.is_inference() else t._version, t.dtype, t.device)
+        for t in (*module.parameters(), *module.buffers())
+    )
+
+
+def _sha256_of(module: nn.Module) -> str:
+    digest = hashlib.sha256()
+    for name, tensor in sorted(module.state_dict().items()):
+        value = tensor.detach().cpu()
+        value = value.float() if value.is_floating_point() else value
+        digest.update(f"{name} {tuple(value.shape)} {value.dtype}\n".encode())
+        digest.update(value.contiguous().numpy().tobytes())
+    return digest.hexdigest()

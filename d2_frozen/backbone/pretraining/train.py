@@ -1,0 +1,277 @@
+"""Pretrain the small SwinV2 that ships with the project on generated scenes (formula-driven supervised learning).
+
+    python -m d2_frozen.backbone.pretraining.train --out OUT --minutes 60
+    torchrun --nproc-per-node 2 -m d2_frozen.backbone.pretraining.train --out OUT --minutes 60    # one core each
+
+Out: OUT/checkpoint.pth (to resume from), OUT/log.jsonl, OUT/backbone.safetensors (averaged weights, half precision).
+Linear classifiers at every cell of every stage predict the cell's shape class, texture class, part of the object,
+object size and colour, so all four stages learn features that a head can read off. The classifiers are thrown away.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import time
+from pathlib import Path
+
+import cv2
+import numpy as np
+import timm
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from d2_frozen.backbone.pretraining.muon import Muon
+from d2_frozen.backbone.pretraining.scenes import (
+    IGNORE,
+    NUM_PARTS,
+    NUM_SHAPES,
+    NUM_SIZES,
+    NUM_TEXTURES,
+    SceneGenerator,
+)
+from d2_frozen.backbone.swin_v2 import PICO_NAME
+from d2_frozen.backbone.weights import save_weights
+
+STRIDES_PX = (4, 8, 16, 32)
+COLOUR_LEVELS = 3
+# What is classified at a cell: number of classes, weight in the loss.
+TARGETS = {
+    "shape": (1 + NUM_SHAPES, 1.0),
+    "texture": (NUM_TEXTURES, 1.0),
+    "part": (NUM_PARTS, 0.5),
+    "size": (NUM_SIZES, 0.5),
+    "colour": (COLOUR_LEVELS**3, 0.25),
+}
+GROUND_WEIGHT = (
+    0.1  # ground covers half of all cells, a shape class under 1 %; full weight would drown the shapes
+)
+MEAN = torch.tensor([123.675, 116.28, 103.53]).view(1, 3, 1, 1)
+STD = torch.tensor([58.395, 57.12, 57.375]).view(1, 3, 1, 1)
+
+
+class CellClassifiers(nn.Module):
+    """The backbone and, per stage, one linear layer on its raw features."""
+
+    def __init__(self, backbone: nn.Module) -> None:
+        super().__init__()
+        self.backbone = backbone
+        outputs = sum(classes for classes, _ in TARGETS.values())
+        self.read_out = nn.ModuleList(nn.Conv2d(c["num_chs"], outputs, 1) for c in backbone.feature_info)
+
+    def forward(self, images: Tensor, labels: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Loss, and parts of it for the log.
+
+        Args:
+            images: (B, 3, S, S) uint8 RGB. labels: (B, 4, S, S) uint8 as in `Scene`.
+        """
+        pixels = (images.float() - MEAN.to(images.device)) / STD.to(images.device)
+        maps = self.backbone.forward_intermediates(pixels, intermediates_only=True)
+        total, log = pixels.new_zeros(()), {}
+        for stride, read_out, feature in zip(STRIDES_PX, self.read_out, maps):
+            targets = cell_targets(images, labels, stride)
+            logits = read_out(feature).float().split([classes for classes, _ in TARGETS.values()], dim=1)
+            for (name, (classes, weight)), logit in zip(TARGETS.items(), logits):
+                class_weight = None
+                if name == "shape":
+                    class_weight = logit.new_ones(classes)
+                    class_weight[0] = GROUND_WEIGHT
+                loss = F.cross_entropy(
+                    logit, targets[name], class_weight, ignore_index=IGNORE, label_smoothing=0.05
+                )
+                total = total + weight * loss
+                log[f"{name}/{stride}"] = accuracy(logit, targets[name], skip_ground=name == "shape")
+        return total, log
+
+
+def cell_targets(images: Tensor, labels: Tensor, stride: int) -> dict[str, Tensor]:
+    """Class at the centre pixel of each cell, (B, S/stride, S/stride) int64; colour is the cell's mean."""
+    centre = labels[:, :, stride // 2 :: stride, stride // 2 :: stride].long()
+    targets = dict(zip(("shape", "texture", "part", "size"), centre.unbind(1)))
+    mean = F.avg_pool2d(images.float(), stride)
+    level = (mean * (COLOUR_LEVELS / 256)).long()
+    targets["colour"] = (level[:, 0] * COLOUR_LEVELS + level[:, 1]) * COLOUR_LEVELS + level[:, 2]
+    return targets
+
+
+@torch.no_grad()
+def accuracy(logits: Tensor, target: Tensor, skip_ground: bool) -> Tensor:
+    counted = target != IGNORE
+    if skip_ground:
+        counted = counted & (target != 0)
+    right = (logits.argmax(1) == target) & counted
+    return right.sum() / counted.sum().clamp(min=1)
+
+
+def learning_rate(progress: float, peak: float) -> float:
+    """Warm-up over 3 %, constant up to 60 %, then linearly to zero: can be cut or prolonged while it is constant."""
+    return peak * min(1.0, progress / 0.03, max(0.0, (1.0 - progress) / 0.4))
+
+
+def optimizers(model: nn.Module, peak: float, matrix_method: str) -> list[torch.optim.Optimizer]:
+    hidden, other, plain = [], [], []
+    for name, parameter in model.named_parameters():
+        is_block_matrix = parameter.ndim == 2 and name.startswith("backbone.layers") and "cpb_mlp" not in name
+        if parameter.ndim < 2 or "logit_scale" in name or "cpb_mlp" in name:
+            plain.append(parameter)
+        else:
+            (hidden if is_block_matrix and matrix_method == "muon" else other).append(parameter)
+    groups = [{"params": other, "weight_decay": 0.05}, {"params": plain, "weight_decay": 0.0}]
+    found: list[torch.optim.Optimizer] = [torch.optim.AdamW(groups, lr=peak, betas=(0.9, 0.98))]
+    if hidden:
+        found.append(Muon(hidden, lr=peak, weight_decay=0.05))
+    return found
+
+
+def batch(generator: SceneGenerator, first: int, count: int, side: int) -> tuple[Tensor, Tensor]:
+    scenes = [generator.scene(first + i, side) for i in range(count)]
+    images = torch.from_numpy(np.stack([s.image for s in scenes])).permute(0, 3, 1, 2)
+    return images, torch.from_numpy(np.stack([s.labels for s in scenes]))
+
+
+def train(args: argparse.Namespace) -> None:
+    rank, world = _start_processes()
+    torch.manual_seed(args.seed)
+    torch.set_num_threads(args.threads)
+    cv2.setNumThreads(1)
+    out = Path(args.out)
+    out.mkdir(parents=True, exist_ok=True)
+    generator = SceneGenerator(args.seed)
+    backbone = timm.create_model(args.model, num_classes=0, strict_img_size=False, always_partition=True)
+    _open_residual_branches(backbone)
+    model = CellClassifiers(backbone)
+    average = {k: v.detach().clone() for k, v in backbone.state_dict().items()}
+    optims = optimizers(model, args.lr, args.matrices)
+    state = {"step": 0, "images": 0, "seconds": 0.0}
+    if (out / "checkpoint.pth").exists():
+        saved = torch.load(out / "checkpoint.pth", map_location="cpu", weights_only=True)
+        model.load_state_dict(saved["model"])
+        average = saved["average"]
+        state = saved["state"]
+        for optim, optim_state in zip(optims, saved["optimizers"]):
+            optim.load_state_dict(optim_state)
+
+    last_save = last_log = time.monotonic()
+    before, start = state["seconds"], time.monotonic()
+    while True:
+        progress = state["seconds"] / (60 * args.minutes)
+        if progress >= 1:
+            break
+        # Large scenes at the end: whole windows in the last stage, as at the sizes that heads are trained on.
+        side, count = (256, args.batch // 4) if progress > args.large_from else (128, args.batch)
+        for optim in optims:
+            for group in optim.param_groups:
+                group["lr"] = learning_rate(progress, args.lr)
+        images, labels = batch(generator, state["images"] + rank * count, count, side)
+        loss, log = model(images, labels)
+        for optim in optims:
+            optim.zero_grad(set_to_none=True)
+        loss.backward()
+        _average_gradients(model, world)
+        norm = nn.utils.clip_grad_norm_(model.parameters(), 5.0)
+        for optim in optims:
+            optim.step()
+        state["step"] += 1
+        state["images"] += count * world
+        decay = min(0.998, state["step"] / (state["step"] + 10))
+        for key, value in backbone.state_dict().items():
+            average[key].lerp_(value, 1 - decay)
+        state["seconds"] = _same_clock(before + time.monotonic() - start, world)
+
+        if rank == 0 and (time.monotonic() - last_log > 30 or state["step"] <= 3):
+            last_log = time.monotonic()
+            row = {**state, "side": side, "loss": loss.item(), "grad_norm": norm.item()}
+            row.update({k: round(v.item(), 4) for k, v in log.items()})
+            with open(out / "log.jsonl", "a") as f:
+                f.write(json.dumps(row) + "\n")
+            print(
+                f"step {state['step']} images {state['images']} s {state['seconds']:.0f} loss {loss.item():.3f}",
+                flush=True,
+            )
+        if not math.isfinite(loss.item()):
+            raise FloatingPointError(f"loss is {loss.item()} at step {state['step']}; lower --lr.")
+        if rank == 0 and time.monotonic() - last_save > 60 * args.save_minutes:
+            last_save = time.monotonic()
+            _save(out, model, average, optims, state)
+    if rank == 0:
+        _save(out, model, average, optims, state)
+
+
+def _open_residual_branches(backbone: nn.Module) -> None:
+    # timm starts the norm at the end of each branch at 0 (SwinV2, section 3.1), which suits long schedules; at 0.2
+    # the blocks receive gradients from the first step.
+    for stage in backbone.layers:
+        for block in stage.blocks:
+            nn.init.constant_(block.norm1.weight, 0.2)
+            nn.init.constant_(block.norm2.weight, 0.2)
+
+
+def _start_processes() -> tuple[int, int]:
+    if "WORLD_SIZE" not in os.environ:
+        return 0, 1
+    dist.init_process_group("gloo")
+    return dist.get_rank(), dist.get_world_size()
+
+
+def _average_gradients(model: nn.Module, world: int) -> None:
+    if world == 1:
+        return
+    grads = [p.grad for p in model.parameters() if p.grad is not None]
+    flat = torch.cat([g.flatten() for g in grads])
+    dist.all_reduce(flat)
+    flat /= world
+    for grad, part in zip(grads, flat.split([g.numel() for g in grads])):
+        grad.copy_(part.view_as(grad))
+
+
+def _same_clock(seconds: float, world: int) -> float:
+    """Every process must stop and change size at the same step: the clock of rank 0 counts."""
+    if world == 1:
+        return seconds
+    clock = torch.tensor([seconds], dtype=torch.float64)
+    dist.broadcast(clock, 0)
+    return clock.item()
+
+
+def _save(out: Path, model: nn.Module, average: dict, optims: list, state: dict) -> None:
+    saved = {
+        "model": model.state_dict(),
+        "average": average,
+        "optimizers": [o.state_dict() for o in optims],
+        "state": state,
+    }
+    torch.save(saved, out / "checkpoint.tmp")
+    os.replace(out / "checkpoint.tmp", out / "checkpoint.pth")
+    facts = {key: str(round(value, 1)) for key, value in state.items()}
+    save_weights(average, out / "backbone.safetensors", half=True, metadata=facts)
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--out", required=True, help="folder of checkpoint, log and weights; resumes from what is there"
+    )
+    parser.add_argument("--minutes", type=float, required=True, help="length of the schedule, wall clock")
+    parser.add_argument("--model", default=PICO_NAME, help="a SwinV2 of timm")
+    parser.add_argument("--batch", type=int, default=16, help="images of 128 px per process and step")
+    parser.add_argument("--lr", type=float, default=2e-3, help="peak learning rate")
+    parser.add_argument(
+        "--matrices", choices=("muon", "adamw"), default="muon", help="optimiser of the block matrices"
+    )
+    parser.add_argument(
+        "--large-from", type=float, default=0.75, help="progress at which scenes grow to 256 px"
+    )
+    parser.add_argument("--save-minutes", type=float, default=3.0)
+    parser.add_argument("--threads", type=int, default=1, help="per process")
+    parser.add_argument("--seed", type=int, default=0)
+    train(parser.parse_args(argv))
+
+
+if __name__ == "__main__":
+    main()

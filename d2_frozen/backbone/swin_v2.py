@@ -1,0 +1,63 @@
+"""Which windows a Swin network uses, and the small SwinV2 that ships with this project.
+
+In: the name of a timm model.  Out: the arguments that keep its windows as they were in pretraining, at any image size.
+Method: Lin et al., arXiv:2211.02043, section 3.3, enlarges the image and leaves the window alone. As in the detectors
+of the Swin papers (arXiv:2103.14030, 2111.09883) every stage has window w, odd blocks are shifted by w // 2, and maps
+that are no multiple of w are padded, also where a map is smaller than one window.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from timm.models import build_model_with_cfg, generate_default_cfgs, model_entrypoint, register_model
+from timm.models.swin_transformer_v2 import SwinTransformerV2
+
+PICO_NAME = "swinv2_pico_window8_256"
+_SWIN_MODULES = (__name__, "timm.models.swin_transformer", "timm.models.swin_transformer_v2")
+PICO_WEIGHTS = Path(__file__).resolve().parent / "pretrained" / "swinv2_pico_fdsl.safetensors"
+
+default_cfgs = generate_default_cfgs(
+    {
+        f"{PICO_NAME}.fdsl": {
+            "file": str(PICO_WEIGHTS),
+            "num_classes": 0,
+            "input_size": (3, 256, 256),
+            "pool_size": (8, 8),
+            "mean": (0.485, 0.456, 0.406),
+            "std": (0.229, 0.224, 0.225),
+            "first_conv": "patch_embed.proj",
+            "classifier": "head.fc",
+            "license": "apache-2.0",
+        }
+    }
+)
+
+
+@register_model
+def swinv2_pico_window8_256(pretrained: bool = False, **kwargs: Any) -> torch.nn.Module:
+    """SwinV2 with 2.7 M parameters: channels 32, 64, 128, 256; blocks 2, 2, 4, 2; window 8."""
+    shape = dict(embed_dim=32, depths=(2, 2, 4, 2), num_heads=(1, 2, 4, 8), window_size=8, img_size=256)
+    return build_model_with_cfg(
+        SwinTransformerV2,
+        PICO_NAME,
+        pretrained,
+        feature_cfg={"out_indices": (0, 1, 2, 3), "flatten_sequential": True},
+        **{**shape, **kwargs},
+    )
+
+
+def unchanged_window_arguments(name: str) -> dict[str, Any]:
+    """Arguments of ``timm.create_model`` that keep a network's pretraining window at any image size.
+
+    Left alone, timm shrinks windows to the map and drops the shift where a map is not larger than one window, decided
+    at the size the network is built for; and its ``set_input_size`` without ``window_size`` grows windows with the image.
+
+    Returns:
+        Nothing for networks other than Swin and SwinV2.
+    """
+    if model_entrypoint(name).__module__ not in _SWIN_MODULES:
+        return {}
+    return {"always_partition": True, "strict_img_size": False}

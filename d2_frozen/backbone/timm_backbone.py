@@ -1,0 +1,187 @@
+"""Any timm network with a feature pyramid, as a Detectron2 backbone.
+
+In: a timm model name, and weights if wanted.  Out: {"res2": (B, C2, H/4, W/4), .., "res5": (B, C5, H/32, W/32)},
+channels first whatever the network computes in.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+
+import timm
+from timm.models import group_parameters
+from torch import Tensor, nn
+
+from d2_frozen.backbone.swin_v2 import unchanged_window_arguments
+from d2_frozen.backbone.weights import load_weights, read_weights
+from detectron2.config import CfgNode
+from detectron2.layers import ShapeSpec
+from detectron2.modeling import BACKBONE_REGISTRY, Backbone
+
+# Detectron2's name of the map at each stride, in pixels per cell.
+STRIDE_NAMES = {4: "res2", 8: "res3", 16: "res4", 32: "res5"}
+
+
+class TimmBackbone(Backbone):
+    """Feature pyramid of a timm network.
+
+    Args:
+        network: a timm model with ``feature_info`` and ``forward_intermediates``. Its parts behind the last map that
+            is asked for (classifier, final norm) are removed; parameters keep timm's names, behind ``network.``.
+        out_features: of res2, res3, res4, res5 (strides 4, 8, 16, 32 pixels).
+        name: what :meth:`FrozenBackbone.fingerprint` and messages call it.
+        size_divisibility: height and width of images must be multiples of this, in pixels.
+    Raises:
+        ValueError: the network has no map at the stride of a feature, or a feature's name is not known.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        out_features: Sequence[str] = tuple(STRIDE_NAMES.values()),
+        name: str = "",
+        size_divisibility: int = 32,
+    ) -> None:
+        super().__init__()
+        self.name = name or type(network).__name__
+        self._size_divisibility = size_divisibility
+        channels, index_of = _pyramid(network, self.name)
+        unknown = [feature for feature in out_features if feature not in STRIDE_NAMES.values()]
+        if unknown or not out_features or len(set(out_features)) < len(out_features):
+            raise ValueError(
+                f"MODEL.TIMM.OUT_FEATURES is {list(out_features)}; it must name some of "
+                f"{', '.join(STRIDE_NAMES.values())}, each once."
+            )
+        self._out_features = [feature for feature in STRIDE_NAMES.values() if feature in out_features]
+        self._out_feature_channels = {f: channels[f] for f in self._out_features}
+        self._out_feature_strides = {f: s for s, f in STRIDE_NAMES.items() if f in self._out_features}
+        self._indices = [index_of[f] for f in self._out_features]
+        self._stage_names = _parameters_by_stage(network, list(index_of.values()))
+        network.prune_intermediate_layers(self._indices, prune_norm=True, prune_head=True)
+        self.network = network
+
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        """(B, 3, H, W) normalised images -> {name: (B, C, H / stride, W / stride)}."""
+        maps = self.network.forward_intermediates(
+            images,
+            indices=self._indices,
+            norm=False,
+            stop_early=True,
+            output_fmt="NCHW",
+            intermediates_only=True,
+        )
+        return dict(zip(self._out_features, maps))
+
+    @property
+    def size_divisibility(self) -> int:
+        return self._size_divisibility
+
+    def output_shape(self) -> dict[str, ShapeSpec]:
+        return {
+            f: ShapeSpec(channels=self._out_feature_channels[f], stride=self._out_feature_strides[f])
+            for f in self._out_features
+        }
+
+    def parameters_by_stage(self) -> list[list[str]]:
+        """Names of the parameters of the stem and of each stage that is still there, in the order of the forward pass.
+
+        Raises:
+            ValueError: timm does not say to which stage the parameters belong.
+        """
+        if not self._stage_names:
+            raise ValueError(
+                f"timm gives no stages for {self.name}; MODEL.BACKBONE.FREEZE must be 'all' or 'none' with it."
+            )
+        present = {name for name, _ in self.named_parameters()}
+        parts = [
+            [f"network.{name}" for name in part if f"network.{name}" in present] for part in self._stage_names
+        ]
+        return [part for part in parts if part]
+
+
+def create_timm_backbone(
+    name: str,
+    pretrained: str = "",
+    out_features: Sequence[str] = tuple(STRIDE_NAMES.values()),
+    drop_path_rate: float = 0.0,
+    in_channels: int = 3,
+) -> TimmBackbone:
+    """Build a timm network by name, load its weights, and take its feature pyramid.
+
+    Args:
+        name: as ``timm.list_models()`` gives it; a tag may follow (``NAME.TAG``).
+        pretrained: "" (random), "hub" (timm's weights, downloaded), or a file as in :func:`read_weights`.
+        drop_path_rate: stochastic depth; acts in training mode only, so never in a frozen part.
+    Raises:
+        ValueError: unknown name (the nearest ones are listed), no pyramid, or weights that do not fit.
+        FileNotFoundError: no weights at ``pretrained``.
+    """
+    if not timm.is_model(name):
+        near = difflib.get_close_matches(name.split(".")[0], timm.list_models(), n=3, cutoff=0.4)
+        raise ValueError(
+            f"MODEL.TIMM.NAME is {name!r}, which timm {timm.__version__} does not know. "
+            f"{'Nearest: ' + ', '.join(near) + '. ' if near else ''}timm.list_models() lists all."
+        )
+    arguments: dict = dict(unchanged_window_arguments(name))
+    if drop_path_rate:
+        arguments["drop_path_rate"] = drop_path_rate
+    if in_channels != 3:
+        arguments["in_chans"] = in_channels
+    try:
+        network = timm.create_model(name, pretrained=pretrained == "hub", num_classes=0, **arguments)
+    except TypeError as err:
+        raise ValueError(
+            f"timm's {name} does not take one of {sorted(arguments)}: {err}. With MODEL.TIMM.DROP_PATH_RATE 0.0 and "
+            "three image channels nothing special is asked of it."
+        ) from err
+    _pyramid(network, name)
+    if pretrained not in ("", "hub"):
+        load_weights(network, read_weights(pretrained), source=pretrained, ignore=_head_prefixes(network))
+    return TimmBackbone(network, out_features, name=name)
+
+
+@BACKBONE_REGISTRY.register()
+def build_timm_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> TimmBackbone:
+    """MODEL.TIMM.{NAME, PRETRAINED, OUT_FEATURES, DROP_PATH_RATE} as a bottom-up network without neck."""
+    options = cfg.MODEL.TIMM
+    return create_timm_backbone(
+        options.NAME, options.PRETRAINED, options.OUT_FEATURES, options.DROP_PATH_RATE, input_shape.channels
+    )
+
+
+def _pyramid(network: nn.Module, name: str) -> tuple[dict[str, int], dict[str, int]]:
+    """Channels and index among timm's feature maps, by res2..res5."""
+    info = getattr(network, "feature_info", None)
+    maps = list(info) if isinstance(info, list) else (info.get_dicts() if info is not None else [])
+    channels, index_of = {}, {}
+    for index, one in enumerate(maps):
+        feature = STRIDE_NAMES.get(one["reduction"])
+        if feature is not None:  # where several maps share a stride, the deepest counts
+            channels[feature], index_of[feature] = one["num_chs"], index
+    lacking = [f"{stride} ({f})" for stride, f in STRIDE_NAMES.items() if f not in channels]
+    if lacking or not hasattr(network, "forward_intermediates"):
+        strides = sorted({one["reduction"] for one in maps})
+        raise ValueError(
+            f"MODEL.TIMM.NAME {name} has no feature pyramid: its maps have strides {strides or 'unknown'}, "
+            f"strides {', '.join(lacking) or 'are there, but no forward_intermediates'} are missing. "
+            "Use a hierarchical network such as swinv2_*, swin_*, convnext_* or resnet*."
+        )
+    return channels, index_of
+
+
+def _head_prefixes(network: nn.Module) -> tuple[str, ...]:
+    """Names of what the pyramid does not use: the classifier, and the norm in front of it."""
+    classifier = (getattr(network, "pretrained_cfg", None) or {}).get("classifier") or ()
+    classifiers = [classifier] if isinstance(classifier, str) else list(classifier)
+    return tuple({*(f"{c}." for c in classifiers), "head.", "norm.", "head_norm.", "fc."})
+
+
+def _parameters_by_stage(network: nn.Module, indices: list[int]) -> list[list[str]]:
+    """Stem, then one group per stage, as timm's coarse groups of layer-wise learning rates have it."""
+    if not hasattr(network, "group_matcher"):
+        return []
+    groups = group_parameters(network, network.group_matcher(coarse=True))
+    head = _head_prefixes(network)
+    parts = [[n for n in groups[key] if not n.startswith(head)] for key in sorted(groups)]
+    return [part for part in parts if part]
