@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pycocotools.mask as mask_util
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from detectron2._outside import outside_message, outside_subset
 from detectron2.structures import BitMasks, Boxes, BoxMode, Instances, PolygonMasks, polygons_to_bitmask
@@ -88,7 +88,8 @@ def read_image(file_name: str, format: str | None = None) -> np.ndarray:
             with Image.open(stream) as image:
                 return convert_PIL_to_numpy(_upright(image), format)
         except (OSError, SyntaxError, EOFError, Image.DecompressionBombError) as err:
-            raise OSError(f"cannot read the image {file_name}: {type(err).__name__}: {err}") from err
+            kind = UnidentifiedImageError if isinstance(err, UnidentifiedImageError) else OSError
+            raise kind(f"cannot read the image {file_name}: {type(err).__name__}: {err}") from err
 
 
 def _upright(image: Image.Image) -> Image.Image:
@@ -117,10 +118,13 @@ def convert_PIL_to_numpy(image: Image.Image, format: str | None) -> np.ndarray:
 
 
 def convert_image_to_rgb(image: np.ndarray | torch.Tensor, format: str) -> np.ndarray:
-    """The inverse of :func:`convert_PIL_to_numpy`: (H, W, C) in ``format`` -> (H, W, 3) uint8 RGB."""
+    """The inverse of :func:`convert_PIL_to_numpy`: (H, W, C) in ``format`` -> (H, W, 3) RGB in 0..255.
+
+    uint8, but float64 for "YUV-BT.601".
+    """
     array = image.cpu().numpy() if isinstance(image, torch.Tensor) else np.asarray(image)
     if format == "YUV-BT.601":
-        return (array @ _RGB_FROM_YUV.T * 255.0).clip(0, 255).astype(np.uint8)
+        return array @ _RGB_FROM_YUV.T * 255.0
     if format == "BGR":
         return array[:, :, ::-1]
     if format == "L":

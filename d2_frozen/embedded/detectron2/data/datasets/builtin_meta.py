@@ -17,8 +17,9 @@ _COCO_THINGS = """
     traffic light, fire hydrant, stop sign, parking meter, bench
     bird, cat, dog, horse, sheep, cow, elephant, bear, zebra, giraffe
     backpack, umbrella, handbag, tie, suitcase
-    frisbee, skis, snowboard, sports ball, kite, baseball bat, baseball glove, skateboard, surfboard,
-    tennis racket bottle, wine glass, cup, fork, knife, spoon, bowl
+    frisbee, skis, snowboard, sports ball, kite
+    baseball bat, baseball glove, skateboard, surfboard, tennis racket
+    bottle, wine glass, cup, fork, knife, spoon, bowl
     banana, apple, sandwich, orange, broccoli, carrot, hot dog, pizza, donut, cake
     chair, couch, potted plant, bed, dining table, toilet
     tv, laptop, mouse, remote, keyboard, cell phone
@@ -38,7 +39,7 @@ def _distinct_color(index: int) -> list[int]:
 def _coco_categories() -> list[dict[str, Any]]:
     names = [name.strip() for line in _COCO_THINGS.strip().splitlines() for name in line.split(",")]
     ids = [i for i in range(1, 91) if i not in _COCO_UNUSED_IDS]
-    assert len(names) == len(ids) == 80
+    assert len(names) == len(ids) == 80 and all(names)
     return [
         {"id": i, "name": name, "isthing": 1, "color": _distinct_color(k)}
         for k, (i, name) in enumerate(zip(ids, names))

@@ -374,16 +374,19 @@ def convert_to_coco_dict(dataset_name: str) -> dict[str, Any]:
         for annotation in record.get("annotations", ()):
             entry = {"id": len(annotations) + 1, "image_id": image_id}
             annotations.append(entry | _coco_annotation(annotation, original_id))
-    return {
+    content: dict[str, Any] = {
         "info": {
             "description": f"{dataset_name}, converted from dataset dicts",
             "date_created": datetime.datetime.now().isoformat(timespec="seconds"),
         },
         "licenses": None,
         "images": images,
-        "annotations": annotations,
         "categories": [{"id": original_id[k], "name": name} for k, name in enumerate(metadata.thing_classes)],
     }
+    # Without the key an evaluator knows that there is no ground truth, e.g. for a test split.
+    if annotations:
+        content["annotations"] = annotations
+    return content
 
 
 def _coco_annotation(annotation: Record, original_id: dict[int, Any]) -> Record:

@@ -177,11 +177,11 @@ class AugInput:
 
     def transform(self, tfm: Transform) -> None:
         """Apply ``tfm`` to everything held here, in place."""
-        self.image = tfm.apply_image(self.image)
-        if self.boxes is not None:
-            self.boxes = tfm.apply_box(self.boxes)
-        if self.sem_seg is not None:
-            self.sem_seg = tfm.apply_segmentation(self.sem_seg)
+        moves = {"image": tfm.apply_image, "boxes": tfm.apply_box, "sem_seg": tfm.apply_segmentation}
+        for part, move in moves.items():
+            value = getattr(self, part)
+            if value is not None:
+                setattr(self, part, move(value))
 
     def apply_augmentations(self, augmentations: Iterable[Augmentation | Transform]) -> TransformList:
         """Run the augmentations on this input; same as ``AugmentationList(augmentations)(self)``."""

@@ -25,25 +25,6 @@ from PIL import Image
 from .augmentation import AugInput, Augmentation, _as_augmentation
 from .transform import ExtentTransform, ResizeTransform, RotationTransform
 
-__all__ = [
-    "FixedSizeCrop",
-    "MinIoURandomCrop",
-    "RandomApply",
-    "RandomBrightness",
-    "RandomContrast",
-    "RandomCrop",
-    "RandomCrop_CategoryAreaConstraint",
-    "RandomExtent",
-    "RandomFlip",
-    "RandomLighting",
-    "RandomResize",
-    "RandomRotation",
-    "RandomSaturation",
-    "Resize",
-    "ResizeScale",
-    "ResizeShortestEdge",
-]
-
 _BILINEAR = Image.Resampling.BILINEAR
 
 
@@ -53,7 +34,7 @@ class RandomApply(Augmentation):
     def __init__(self, tfm_or_aug: Augmentation | Transform, prob: float = 0.5):
         if not 0.0 <= prob <= 1.0:
             raise ValueError(f"prob is a probability, 0 to 1, not {prob}.")
-        self.aug = _as_augmentation(tfm_or_aug)
+        self.tfm_or_aug = self.aug = _as_augmentation(tfm_or_aug)
         self.prob = prob
 
     def _happens(self) -> bool:
@@ -495,13 +476,12 @@ class MinIoURandomCrop(Augmentation):
             if min_iou == self._WHOLE_IMAGE:
                 return NoOpTransform()
             for _ in range(self._TRIES_PER_THRESHOLD):
-                window = self._draw_window(h, w)
-                if window is not None and self._keeps(boxes, window, min_iou):
-                    x0, y0, x1, y1 = window
-                    return CropTransform(x0, y0, x1 - x0, y1 - y0)
+                drawn = self._draw_window(h, w)
+                if drawn is not None and self._keeps(boxes, drawn[1], min_iou):
+                    return drawn[0]
 
-    def _draw_window(self, h: int, w: int) -> tuple[int, int, int, int] | None:
-        """XYXY in whole pixels; None where the draw is too narrow, too flat or empty."""
+    def _draw_window(self, h: int, w: int) -> tuple[CropTransform, tuple[int, int, int, int]] | None:
+        """The crop and its XYXY in whole pixels; None where the draw is too narrow, too flat or empty."""
         new_w = np.random.uniform(self.min_crop_size * w, w)
         new_h = np.random.uniform(self.min_crop_size * h, h)
         if not 0.5 <= new_h / new_w <= 2:
@@ -509,7 +489,10 @@ class MinIoURandomCrop(Augmentation):
         left = np.random.uniform(w - new_w)
         top = np.random.uniform(h - new_h)
         x0, y0, x1, y1 = int(left), int(top), int(left + new_w), int(top + new_h)
-        return (x0, y0, x1, y1) if x1 > x0 and y1 > y0 else None
+        if x1 <= x0 or y1 <= y0:
+            return None
+        # The size is rounded by itself, so the crop may be a pixel smaller than the window of the test.
+        return CropTransform(x0, y0, int(new_w), int(new_h)), (x0, y0, x1, y1)
 
     @staticmethod
     def _keeps(boxes: np.ndarray, window: tuple[int, int, int, int], min_iou: float) -> bool:

@@ -194,7 +194,10 @@ class RotationTransform(Transform):
     def _matrix(self, pixel_offset: float) -> np.ndarray:
         """(2, 3) affine map from input to output coordinates."""
         middle = (self.w / 2, self.h / 2)
-        cx, cy = np.asarray(middle if self.center is None else self.center, float) + pixel_offset
+        # Single precision, as OpenCV keeps a centre of rotation.
+        cx, cy = np.float32(np.asarray(middle if self.center is None else self.center) + pixel_offset).astype(
+            float
+        )
         turn = np.deg2rad(self.angle)
         cos, sin = np.cos(turn), np.sin(turn)
         linear = np.array([[cos, sin], [-sin, cos]])
