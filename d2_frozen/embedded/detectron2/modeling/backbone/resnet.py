@@ -370,11 +370,12 @@ def build_resnet_backbone(cfg, input_shape: ShapeSpec) -> ResNet:
         _check_basic_blocks(opts)
 
     stem = BasicStem(input_shape.channels, opts.STEM_OUT_CHANNELS, opts.NORM)
-    last = max([int(name[3:]) for name in opts.OUT_FEATURES if name != "stem"], default=1)
     stages = []
     in_channels, out_channels = opts.STEM_OUT_CHANNELS, opts.RES2_OUT_CHANNELS
     width = opts.NUM_GROUPS * opts.WIDTH_PER_GROUP
-    for number, num_blocks in enumerate(_BLOCKS_PER_STAGE[opts.DEPTH][: last - 1], start=2):
+    # Always all four, so that the weights of what is built next do not depend on OUT_FEATURES; ResNet drops
+    # the stages that nobody reads.
+    for number, num_blocks in enumerate(_BLOCKS_PER_STAGE[opts.DEPTH], start=2):
         dilation = opts.RES5_DILATION if number == 5 else 1
         keeps_size = number == 2 or dilation == 2
         options: dict[str, Any] = {

@@ -57,6 +57,10 @@ class _PixelModel(nn.Module):
         )
 
 
+def _pixel_statistics(cfg) -> dict[str, Any]:
+    return {"pixel_mean": cfg.MODEL.PIXEL_MEAN, "pixel_std": cfg.MODEL.PIXEL_STD}
+
+
 @META_ARCH_REGISTRY.register()
 class GeneralizedRCNN(_PixelModel):
     """Any detector with a backbone, a proposal generator and ROI heads."""
@@ -85,11 +89,11 @@ class GeneralizedRCNN(_PixelModel):
         super().__init__()
         if vis_period > 0 and input_format is None:
             raise ValueError("VIS_PERIOD above 0 needs input_format (INPUT.FORMAT), to draw in true colours")
+        self.vis_period = vis_period
+        self.input_format = input_format
         self.backbone = backbone
         self.proposal_generator = proposal_generator
         self.roi_heads = roi_heads
-        self.input_format = input_format
-        self.vis_period = vis_period
         self._set_pixel_statistics(pixel_mean, pixel_std)
 
     @classmethod
@@ -102,8 +106,7 @@ class GeneralizedRCNN(_PixelModel):
             "roi_heads": build_roi_heads(cfg, shapes),
             "input_format": cfg.INPUT.FORMAT,
             "vis_period": cfg.VIS_PERIOD,
-            "pixel_mean": cfg.MODEL.PIXEL_MEAN,
-            "pixel_std": cfg.MODEL.PIXEL_STD,
+            **_pixel_statistics(cfg),
         }
 
     def forward(self, batched_inputs: Batch) -> dict[str, torch.Tensor] | Batch:
@@ -219,8 +222,7 @@ class ProposalNetwork(_PixelModel):
         return {
             "backbone": backbone,
             "proposal_generator": build_proposal_generator(cfg, backbone.output_shape()),
-            "pixel_mean": cfg.MODEL.PIXEL_MEAN,
-            "pixel_std": cfg.MODEL.PIXEL_STD,
+            **_pixel_statistics(cfg),
         }
 
     def forward(self, batched_inputs: Batch) -> dict[str, torch.Tensor] | Batch:

@@ -25,7 +25,7 @@ from .._lookup import registered
 from ..backbone import Backbone, build_backbone
 from ..postprocessing import sem_seg_postprocess
 from .build import META_ARCH_REGISTRY
-from .rcnn import Batch, _PixelModel
+from .rcnn import Batch, _pixel_statistics, _PixelModel
 
 __all__ = ["SEM_SEG_HEADS_REGISTRY", "SemSegFPNHead", "SemanticSegmentor", "build_sem_seg_head"]
 
@@ -72,8 +72,7 @@ class SemanticSegmentor(_PixelModel):
         return {
             "backbone": backbone,
             "sem_seg_head": build_sem_seg_head(cfg, backbone.output_shape()),
-            "pixel_mean": cfg.MODEL.PIXEL_MEAN,
-            "pixel_std": cfg.MODEL.PIXEL_STD,
+            **_pixel_statistics(cfg),
         }
 
     def forward(self, batched_inputs: Batch) -> dict[str, torch.Tensor] | Batch:

@@ -81,24 +81,27 @@ class RPN(nn.Module):
             smooth_l1_beta: where smooth L1 turns from square to linear; 0 is plain L1.
         """
         super().__init__()
-        self.in_features = in_features
         self.rpn_head = head
         self.anchor_generator = anchor_generator
-        self.anchor_matcher = anchor_matcher
+        self.in_features = in_features
         self.box2box_transform = box2box_transform
-        self.batch_size_per_image = batch_size_per_image
-        self.positive_fraction = positive_fraction
-        # By self.training.
+        # Selection of proposals; the counts by self.training.
         self.pre_nms_topk = dict(zip((True, False), pre_nms_topk, strict=True))
         self.post_nms_topk = dict(zip((True, False), post_nms_topk, strict=True))
-        self.nms_thresh = nms_thresh
         self.min_box_size = float(min_box_size)
+        self.nms_thresh = nms_thresh
+        # Which anchors are trained on.
+        self.anchor_matcher = anchor_matcher
         self.anchor_boundary_thresh = anchor_boundary_thresh
-        if not isinstance(loss_weight, dict):
-            loss_weight = {"loss_rpn_cls": loss_weight, "loss_rpn_loc": loss_weight}
-        self.loss_weight = loss_weight
+        self.positive_fraction = positive_fraction
+        self.batch_size_per_image = batch_size_per_image
+        # Losses.
         self.box_reg_loss_type = box_reg_loss_type
         self.smooth_l1_beta = smooth_l1_beta
+        weights_by_name = isinstance(loss_weight, dict)
+        self.loss_weight = (
+            loss_weight if weights_by_name else dict.fromkeys(("loss_rpn_cls", "loss_rpn_loc"), loss_weight)
+        )
 
     @classmethod
     def from_config(cls, cfg, input_shape: dict[str, ShapeSpec]) -> dict:

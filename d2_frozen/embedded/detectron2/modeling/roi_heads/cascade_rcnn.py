@@ -165,17 +165,11 @@ class CascadeROIHeads(StandardROIHeads):
 
         if self.training:
             return self._losses_of_stages(outputs)
-        predictor = outputs[-1][0]
-        per_stage = [p.predict_probs(*rest) for p, *rest in outputs]
+        per_stage = [predictor.predict_probs(*rest) for predictor, *rest in outputs]
         scores = [sum(of_image) * (1.0 / self.num_cascade_stages) for of_image in zip(*per_stage)]
-        detections, _ = fast_rcnn_inference(
-            boxes,
-            scores,
-            image_sizes,
-            predictor.test_score_thresh,
-            predictor.test_nms_thresh,
-            predictor.test_topk_per_image,
-        )
+        last = self.box_predictor[-1]
+        limits = (last.test_score_thresh, last.test_nms_thresh, last.test_topk_per_image)
+        detections, _ = fast_rcnn_inference(boxes, scores, image_sizes, *limits)
         return detections
 
     @staticmethod

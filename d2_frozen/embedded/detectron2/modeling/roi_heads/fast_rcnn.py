@@ -78,18 +78,21 @@ class FastRCNNOutputLayers(nn.Module):
             nn.init.normal_(layer.weight, std=std)
             nn.init.zeros_(layer.bias)
 
-        self.box2box_transform = box2box_transform
-        self.smooth_l1_beta = smooth_l1_beta
-        self.test_score_thresh = test_score_thresh
-        self.test_nms_thresh = test_nms_thresh
+        # Inference.
         self.test_topk_per_image = test_topk_per_image
+        self.test_nms_thresh = test_nms_thresh
+        self.test_score_thresh = test_score_thresh
+        # Losses.
+        self.box2box_transform = box2box_transform
         self.box_reg_loss_type = box_reg_loss_type
-        if not isinstance(loss_weight, dict):
-            loss_weight = {"loss_cls": loss_weight, "loss_box_reg": loss_weight}
-        self.loss_weight = loss_weight
-        self.use_fed_loss = use_fed_loss
+        self.smooth_l1_beta = smooth_l1_beta
         self.use_sigmoid_ce = use_sigmoid_ce
+        self.use_fed_loss = use_fed_loss
         self.fed_loss_num_classes = fed_loss_num_classes
+        weights_by_name = isinstance(loss_weight, dict)
+        self.loss_weight = (
+            loss_weight if weights_by_name else dict.fromkeys(("loss_cls", "loss_box_reg"), loss_weight)
+        )
         if use_fed_loss:
             if not use_sigmoid_ce:
                 raise ValueError("MODEL.ROI_BOX_HEAD.USE_FED_LOSS: True also needs USE_SIGMOID_CE: True")

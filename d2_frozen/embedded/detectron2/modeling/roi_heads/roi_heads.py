@@ -337,17 +337,13 @@ class StandardROIHeads(ROIHeads):
         given = [name for name in keypoint_args if kwargs.pop(name) is not None]
         refuse(bool(given), f"{', '.join(given)} of StandardROIHeads (keypoint heads)")
         super().__init__(**kwargs)
-        self.in_features = self.box_in_features = box_in_features
-        self.box_pooler = box_pooler
-        self.box_head = box_head
-        self.box_predictor = box_predictor
-        self.mask_on = mask_in_features is not None
-        if self.mask_on:
-            self.mask_in_features = mask_in_features
-            self.mask_pooler = mask_pooler
-            self.mask_head = mask_head
-        self.keypoint_on = False
         self.train_on_pred_boxes = train_on_pred_boxes
+        self.in_features = self.box_in_features = box_in_features
+        self.keypoint_on, self.mask_on = False, mask_in_features is not None
+        self.box_pooler, self.box_head, self.box_predictor = box_pooler, box_head, box_predictor
+        if self.mask_on:
+            self.mask_pooler, self.mask_head = mask_pooler, mask_head
+            self.mask_in_features = mask_in_features
 
     @classmethod
     def from_config(cls, cfg, input_shape: dict[str, ShapeSpec]) -> dict[str, Any]:
