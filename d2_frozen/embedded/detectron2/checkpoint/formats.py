@@ -77,8 +77,8 @@ def _read_torch(path: str) -> Any:
             raise ValueError(_damaged(path, err)) from err
         raise pickle.UnpicklingError(
             f"{path} holds Python objects beyond tensors and plain values; not loaded, as they "
-            f"could run code: {_first_sentence(text)} If you trust the file, load it elsewhere with torch and "
-            "keep its state_dict only."
+            f"could run code: {_first_sentence(text)} If you trust the file, load it elsewhere with torch "
+            "and keep its state_dict only."
         ) from err
     except (RuntimeError, EOFError, ValueError, KeyError, OSError) as err:
         raise ValueError(_damaged(path, err)) from err
