@@ -45,19 +45,19 @@ _LAYERS: tuple[tuple[str, str], ...] = (
     (r"fc6", "box_head.fc1"),
     (r"fc7", "box_head.fc2"),
     (r"head_conv(\d)", r"box_head.conv\1"),
-    (r"bbox_pred", "box_predictor.bbox_pred"),
-    (r"cls_score", "box_predictor.cls_score"),
-    (r"_\[mask\]_fcn(\d)", r"mask_head.mask_fcn\1"),
+    (r"bbox_pred", "bbox_pred"),
+    (r"cls_score", "cls_score"),
+    (r"_(?:\[mask\]|mask)_fcn(\d)", r"mask_head.mask_fcn\1"),
     (r"conv5_mask", "mask_head.deconv"),
     (r"mask_fcn_logits", "mask_head.predictor"),
+    (r"pred", "linear"),  # ImageNet classifier
 )
 
 
 def convert_c2_detectron_names(
     weights: Mapping[str, torch.Tensor],
 ) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """Rename Detectron 1's weights, and put the background class where Detectron2 has it: last, without a
-    box.
+    """Rename Detectron 1's weights, and make the background the last class, without box and mask, as here.
 
     Returns:
         (weights under our names, our name -> name in the file).
@@ -65,10 +65,13 @@ def convert_c2_detectron_names(
     converted, origin = {}, {}
     for name, tensor in weights.items():
         ours = convert_c2_name(name)
-        if ours.startswith("box_predictor.bbox_pred."):
-            tensor = tensor[4:]  # the four deltas of the background
-        elif ours.startswith("box_predictor.cls_score."):
+        layer = ours.rpartition(".")[0]
+        if layer == "bbox_pred":
+            tensor = tensor[4:]  # without the four deltas of the background
+        elif layer == "cls_score":
             tensor = torch.cat([tensor[1:], tensor[:1]])
+        elif layer == "mask_head.predictor" and len(tensor) > 1:
+            tensor = tensor[1:]  # without its mask; a class-agnostic head has a single one, for all classes
         converted[ours], origin[ours] = tensor, name
     return converted, origin
 
