@@ -58,8 +58,8 @@ def image_dict(num_objects: int) -> dict:
     return {"image": image.to(torch.uint8), "instances": truth, "height": 64, "width": 96}
 
 
-# Squared norms after torch.manual_seed(7), and the next torch.rand(1), as the original gives them. They hold only
-# if every layer is created and initialised in the same order.
+# Squared norms after torch.manual_seed(7), and the next torch.rand(1), as the original gives them. They hold
+# only if every layer is created and initialised in the same order.
 SEEDED = {
     "c4": (
         C4,

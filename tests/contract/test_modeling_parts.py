@@ -135,7 +135,8 @@ def test_predictor_without_proposals():
     predictor = box_predictor()
     features = torch.zeros(0, 4, requires_grad=True)
     with EventStorage():
-        losses = predictor.losses(predictor(features), [])
+        none = labelled_proposals()[torch.zeros(0, dtype=torch.long)]
+        losses = predictor.losses(predictor(features), [none])
     sum(losses.values()).backward()
     assert [loss.item() for loss in losses.values()] == [0, 0]
 
@@ -205,7 +206,7 @@ def test_fpn_adds_what_comes_from_above(fuse_type: str, finest: float):
                 factor = {"fpn_lateral2.weight": 2.0, "fpn_lateral3.weight": 3.0}.get(name, 1.0)
                 parameter[0, 0, height // 2, width // 2] = factor
     maps = fpn(torch.zeros(1, 3, 32, 64))
-    assert {name: (tuple(x.shape[2:]), float(x.mean())) for name, x in maps.items()} == {
+    assert {name: (tuple(x.shape[2:]), x.mean().item()) for name, x in maps.items()} == {
         "p2": ((8, 16), finest),
         "p3": ((4, 8), 3.0),
         "p4": ((2, 4), 3.0),
