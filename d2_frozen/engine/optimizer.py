@@ -1,10 +1,11 @@
-"""The optimiser by config: SGD as Detectron2 builds it, or AdamW over the same parameter groups."""
+"""The optimiser by config: SGD or AdamW over Detectron2's parameter groups, gradient clipping included."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from detectron2.config import CfgNode
-from detectron2.solver import build_optimizer as build_sgd
 from detectron2.solver.build import get_default_optimizer_params, maybe_add_gradient_clipping
 from torch import nn
 
@@ -12,22 +13,42 @@ from torch import nn
 def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
     """SOLVER.OPTIMIZER over the parameters that require grad; frozen ones are in no group.
 
+    SOLVER.CLIP_GRADIENTS.CLIP_TYPE may be Detectron2's "value" and "norm" (each parameter on its own), or
+    "full_model" (one norm over all parameters, as Mask2Former and Swin users have it).
+
     Raises:
         ValueError: unknown SOLVER.OPTIMIZER, or nothing to train.
     """
     if not any(p.requires_grad for p in model.parameters()):
         raise ValueError("the model has no parameter to train; check MODEL.BACKBONE.FREEZE and the heads.")
-    name = cfg.SOLVER.OPTIMIZER.upper()
-    if name == "SGD":
-        return build_sgd(cfg, model)
-    if name == "ADAMW":
-        groups = get_default_optimizer_params(
-            model,
-            base_lr=cfg.SOLVER.BASE_LR,
-            weight_decay_norm=cfg.SOLVER.WEIGHT_DECAY_NORM,
-            bias_lr_factor=cfg.SOLVER.BIAS_LR_FACTOR,
-            weight_decay_bias=cfg.SOLVER.WEIGHT_DECAY_BIAS,
-        )
-        adamw = maybe_add_gradient_clipping(cfg, torch.optim.AdamW)
-        return adamw(groups, lr=cfg.SOLVER.BASE_LR, weight_decay=cfg.SOLVER.WEIGHT_DECAY)
-    raise ValueError(f"SOLVER.OPTIMIZER: {cfg.SOLVER.OPTIMIZER!r} is unknown; choose SGD or ADAMW.")
+    solver = cfg.SOLVER
+    kinds: dict[str, tuple[type[torch.optim.Optimizer], dict[str, Any]]] = {
+        "SGD": (torch.optim.SGD, {"momentum": solver.MOMENTUM, "nesterov": solver.NESTEROV}),
+        "ADAMW": (torch.optim.AdamW, {}),
+    }
+    if solver.OPTIMIZER.upper() not in kinds:
+        raise ValueError(f"SOLVER.OPTIMIZER: {solver.OPTIMIZER!r} is unknown; choose SGD or ADAMW.")
+    optimizer_class, options = kinds[solver.OPTIMIZER.upper()]
+    groups = get_default_optimizer_params(
+        model,
+        base_lr=solver.BASE_LR,
+        weight_decay_norm=solver.WEIGHT_DECAY_NORM,
+        weight_decay_bias=solver.WEIGHT_DECAY_BIAS,
+        bias_lr_factor=solver.BIAS_LR_FACTOR,
+    )
+    clipping = _clipping_class(cfg, optimizer_class)
+    return clipping(groups, lr=solver.BASE_LR, weight_decay=solver.WEIGHT_DECAY, **options)
+
+
+def _clipping_class(cfg: CfgNode, optimizer_class: type[torch.optim.Optimizer]) -> type[torch.optim.Optimizer]:
+    settings = cfg.SOLVER.CLIP_GRADIENTS
+    if not settings.ENABLED or settings.CLIP_TYPE != "full_model":
+        return maybe_add_gradient_clipping(cfg, optimizer_class)
+
+    class ClipsWholeModel(optimizer_class):  # type: ignore[misc, valid-type]
+        def step(self, closure: Any = None) -> Any:
+            parameters = [p for group in self.param_groups for p in group["params"]]
+            nn.utils.clip_grad_norm_(parameters, settings.CLIP_VALUE, norm_type=settings.NORM_TYPE)
+            return super().step(closure)
+
+    return ClipsWholeModel

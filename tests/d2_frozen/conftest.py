@@ -30,7 +30,7 @@ _BASE_: {ROOT / "configs/quickstart/detection.yaml"}
 MODEL:
   DEVICE: cpu
   TIMM: {{PRETRAINED: ""}}
-  FPN: {{OUT_CHANNELS: 16}}
+  FPN: {{OUT_CHANNELS: 64}}
   BIFPN: {{NUM_LAYERS: 1}}
   ROI_BOX_HEAD: {{FC_DIM: 32}}
   ROI_MASK_HEAD: {{NUM_CONV: 1, CONV_DIM: 16}}
@@ -40,8 +40,8 @@ DATASETS:
   REGISTER:
     - {{name: tiny_train, type: coco_instances, json: {tiny_world}/train.json, images: {tiny_world}/train}}
     - {{name: tiny_val, type: coco_instances, json: {tiny_world}/val.json, images: {tiny_world}/val}}
-  TRAIN: (tiny_train,)
-  TEST: (tiny_val,)
+  TRAIN: [tiny_train]
+  TEST: [tiny_val]
 INPUT: {{SCALE_CROP: {{SIZE: 64}}}}
 SOLVER: {{IMS_PER_BATCH: 2, MAX_ITER: 6, WARMUP_ITERS: 2, CHECKPOINT_PERIOD: 2}}
 DATALOADER: {{NUM_WORKERS: 0}}
