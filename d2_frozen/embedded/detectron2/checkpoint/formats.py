@@ -80,7 +80,9 @@ def _read_torch(path: str) -> Any:
             f"could run code: {_first_sentence(text)} If you trust the file, load it elsewhere with torch "
             "and keep its state_dict only."
         ) from err
-    except (RuntimeError, EOFError, ValueError, KeyError, OSError) as err:
+    except OSError:  # not readable at all, and says so
+        raise
+    except Exception as err:  # torch raises whatever the bytes lead to
         raise ValueError(_damaged(path, err)) from err
 
 

@@ -37,24 +37,11 @@ def load_pickle(stream: IO[bytes], filename: str) -> Any:
         return reader.load()
     except UnsafePickleError:
         raise
-    except _DAMAGED as err:
+    except Exception as err:  # the standard reader raises whatever the bytes lead to
         raise ValueError(
             f"{filename} cannot be read as a pickle ({type(err).__name__}: {err}). It may be cut off: "
             "compare its size with the original's, and fetch it again."
         ) from err
-
-
-# What the standard reader raises on bytes that make no sense.
-_DAMAGED = (
-    pickle.UnpicklingError,
-    EOFError,
-    ValueError,
-    TypeError,
-    AttributeError,
-    LookupError,
-    OverflowError,
-    MemoryError,
-)
 
 
 def _bytes_of_text(text: str, encoding: str = "latin1") -> bytes:

@@ -1,0 +1,192 @@
+"""Files of weights that are hostile, cut off or killed while being written."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import signal
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.checkpoint.atomic import write_atomically
+from detectron2.checkpoint.safe_pickle import UnsafePickleError
+
+
+class _Call:
+    """Pickles as the call ``function(*arguments)``."""
+
+    def __init__(self, function, *arguments):
+        self.call = function, arguments
+
+    def __reduce__(self):
+        return self.call
+
+
+def _load(path):
+    return DetectionCheckpointer(nn.Linear(2, 3)).load(str(path))
+
+
+def _weights():
+    return {name: tensor.numpy() for name, tensor in nn.Linear(2, 3).state_dict().items()}
+
+
+@pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
+def test_arrays_and_containers_load_in_every_protocol(tmp_path, protocol):
+    extra = {"set": {1, 2}, "scalar": np.float64(0.5), "bytes": b"\xff\x00", "text": "é", "none": None}
+    path = tmp_path / "weights.pkl"
+    path.write_bytes(pickle.dumps({"model": _weights(), "__author__": "test", **extra}, protocol))
+    rest = _load(path)
+    assert {name: rest[name] for name in extra} == extra
+
+
+def _hostile(witness):
+    import codecs
+    import functools
+
+    return {
+        "posix.system": _Call(os.system, f"touch {witness}"),
+        "builtins.eval": _Call(eval, f"open({str(witness)!r}, 'w')"),
+        "builtins.getattr": _Call(getattr, {}, "update"),
+        "functools.partial": _Call(functools.partial, print),
+        "codecs.decode": _Call(codecs.decode, b"x", "latin1"),
+        "torch": torch.nn.Linear(1, 1),
+    }
+
+
+@pytest.mark.parametrize("name", sorted(_hostile("")))
+def test_pickles_that_ask_for_code_are_refused_and_not_run(tmp_path, name):
+    witness = tmp_path / "it_ran"
+    path = tmp_path / "weights.pkl"
+    path.write_bytes(pickle.dumps({"model": _weights(), "__author__": "x", "extra": _hostile(witness)[name]}))
+    with pytest.raises(UnsafePickleError) as error:
+        _load(path)
+    assert str(path) in str(error.value)
+    assert name.split(".")[-1] in str(error.value)
+    assert not witness.exists()
+
+
+def test_text_codec_other_than_latin1_is_refused(tmp_path):
+    """The stand-in for _codecs.encode must not become a way to import codec modules."""
+    path = tmp_path / "weights.pkl"
+    path.write_bytes(b"c_codecs\nencode\n(Vx\nVrot13\ntR.")
+    with pytest.raises((pickle.UnpicklingError, ValueError), match="rot13"):
+        _load(path)
+
+
+def test_pth_that_asks_for_code_is_refused_and_not_run(tmp_path):
+    witness = tmp_path / "it_ran"
+    path = tmp_path / "weights.pth"
+    torch.save({"model": nn.Linear(2, 3).state_dict(), "extra": _Call(os.system, f"touch {witness}")}, path)
+    with pytest.raises(pickle.UnpicklingError, match=r"weights\.pth.*system"):
+        _load(path)
+    assert not witness.exists()
+
+
+def _save_as(path):
+    state = nn.Linear(2, 3).state_dict()
+    if path.suffix == ".pkl":
+        path.write_bytes(pickle.dumps({"model": _weights(), "__author__": "x"}))
+    elif path.suffix == ".safetensors":
+        from safetensors.torch import save_file
+
+        save_file(state, path)
+    else:
+        torch.save({"model": state}, path, _use_new_zipfile_serialization=path.stem != "legacy")
+
+
+@pytest.mark.parametrize("keep", [0.0, 0.1, 0.5, 0.97])
+@pytest.mark.parametrize("name", ["w.pkl", "w.safetensors", "w.pth", "legacy.pth"])
+def test_cut_off_files_are_named(tmp_path, name, keep):
+    path = tmp_path / name
+    _save_as(path)
+    _load(path)
+    content = path.read_bytes()
+    path.write_bytes(content[: int(keep * len(content))])
+    with pytest.raises(ValueError, match=f"{path.stem}.*cut off"):
+        _load(path)
+
+
+def test_files_without_sense_are_named(tmp_path):
+    for suffix in (".pkl", ".safetensors", ".pth"):
+        path = tmp_path / f"noise{suffix}"
+        path.write_bytes(bytes(np.random.RandomState(0).randint(0, 256, 500, dtype=np.uint8)))
+        with pytest.raises((ValueError, pickle.UnpicklingError), match="noise"):
+            _load(path)
+
+
+def test_missing_file_is_named_with_advice():
+    with pytest.raises(AssertionError, match=r"nowhere/w\.pth.*MODEL\.WEIGHTS"):
+        _load("nowhere/w.pth")
+
+
+def test_safetensors_load(tmp_path):
+    from safetensors.torch import save_file
+
+    source, target = nn.Linear(2, 3), nn.Linear(2, 3)
+    save_file(source.state_dict(), tmp_path / "w.safetensors")
+    DetectionCheckpointer(target).load(str(tmp_path / "w.safetensors"))
+    assert torch.equal(source.weight, target.weight)
+
+
+def test_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
+    path = tmp_path / "file"
+    path.write_bytes(b"old")
+
+    def fail_half_way(stream):
+        stream.write(b"ne")
+        raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        write_atomically(str(path), fail_half_way)
+    assert path.read_bytes() == b"old"
+    assert os.listdir(tmp_path) == ["file"]
+
+
+def test_saved_files_have_the_usual_permissions(tmp_path):
+    plain = tmp_path / "plain"
+    plain.write_bytes(b"")
+    DetectionCheckpointer(nn.Linear(2, 3), str(tmp_path)).save("model")
+    assert (tmp_path / "model.pth").stat().st_mode == plain.stat().st_mode
+
+
+def _half_of_a_file(content, stream):
+    stream.write(b"PK half of a file")
+    stream.flush()
+    _die()
+
+
+def _die(*args):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.parametrize(
+    ("moment", "target", "replacement", "left"),
+    [
+        ("while writing", torch, {"save": _half_of_a_file}, 1),
+        ("before the rename", os, {"replace": _die}, 1),
+        ("before the tag", DetectionCheckpointer, {"tag_last_checkpoint": _die}, 2),
+    ],
+)
+def test_kill_while_saving_leaves_the_old_checkpoint_or_the_new_one(
+    tmp_path, moment, target, replacement, left
+):
+    """A child process is killed by SIGKILL at a chosen moment of its second save."""
+    checkpointer = DetectionCheckpointer(nn.Linear(2, 3), str(tmp_path))
+    checkpointer.save("model", iteration=1)
+    child = os.fork()
+    if child == 0:
+        try:
+            for name, value in replacement.items():
+                setattr(target, name, value)
+            checkpointer.save("model", iteration=2)
+        finally:
+            os._exit(1)
+    _, status = os.waitpid(child, 0)
+    assert os.waitstatus_to_exitcode(status) == -signal.SIGKILL, moment
+    rest = DetectionCheckpointer(nn.Linear(2, 3), str(tmp_path)).resume_or_load("", resume=True)
+    assert rest["iteration"] == left
