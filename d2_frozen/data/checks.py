@@ -1,0 +1,439 @@
+"""Is a COCO dataset fit to train or evaluate on? Every record is looked at before anything else starts.
+
+In: a COCO json and its image folder.  Out: ``CocoReport``: problems with file, image id and annotation id, and the
+document without the records that have them.
+Boxes may leave the image by up to one pixel: such rounding is usual, and Detectron2 clips boxes when it maps a sample.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any
+
+from PIL import Image, UnidentifiedImageError
+
+from d2_frozen.data.problems import Problem
+from detectron2.utils.file_io import PathManager
+
+BOX_TOLERANCE_PX = 1.0
+IMAGE_CHECKS = ("auto", "full", "header", "off")
+AUTO_FULL_UP_TO = 5000
+_EXIF_ORIENTATION = 0x0112
+_EXIF_SIDEWAYS = (5, 6, 7, 8)
+
+
+@dataclass
+class CocoReport:
+    """What was found in one dataset.
+
+    ``categories``: names in the order of category ids, i.e. of Detectron2's contiguous class ids.
+    """
+
+    name: str
+    json_file: str
+    categories: list[str] = field(default_factory=list)
+    problems: list[Problem] = field(default_factory=list)
+    _document: dict[str, Any] = field(default_factory=dict, repr=False)
+    _bad_images: set[int] = field(default_factory=set, repr=False)  # positions in the document's lists
+    _bad_annotations: set[int] = field(default_factory=set, repr=False)
+    _segmentations: dict[int, list[list[float]]] = field(default_factory=dict, repr=False)
+
+    def cleaned(self) -> dict[str, Any]:
+        """The document without its bad images and annotations, and without the bad polygons of good annotations."""
+        images = [im for i, im in enumerate(self._document["images"]) if i not in self._bad_images]
+        kept = {im["id"] for im in images}
+        annotations = [
+            {**a, "segmentation": self._segmentations[i]} if i in self._segmentations else a
+            for i, a in enumerate(self._document.get("annotations", []))
+            if i not in self._bad_annotations and a["image_id"] in kept
+        ]
+        return {**self._document, "images": images, "annotations": annotations}
+
+    def left_out(self) -> tuple[int, int]:
+        """(images, annotations) that ``cleaned`` leaves out."""
+        clean = self.cleaned()
+        return (
+            len(self._document["images"]) - len(clean["images"]),
+            len(self._document.get("annotations", [])) - len(clean["annotations"]),
+        )
+
+
+def check_coco(
+    name: str,
+    json_file: str,
+    image_root: str,
+    *,
+    masks: bool,
+    training: bool,
+    check_images: str = "auto",
+    classes: list[str] | None = None,
+) -> CocoReport:
+    """Look at every record of a COCO dataset.
+
+    Args:
+        name: of the dataset, for messages.
+        masks: are segmentations used?
+        training: then there must be annotations.
+        check_images: see DATASETS.CHECK_IMAGES.
+        classes: what the categories must be called, in the order of their ids.
+    Raises:
+        ValueError: ``check_images`` is none of ``IMAGE_CHECKS``.
+    """
+    if check_images not in IMAGE_CHECKS:
+        raise ValueError(
+            f"DATASETS.CHECK_IMAGES is {check_images!r}; choose one of {', '.join(IMAGE_CHECKS)}."
+        )
+    report = CocoReport(name, json_file)
+    report._document = _read_document(report, training) or {}
+    if not report._document:
+        return report
+    category_ids = _check_categories(report, classes)
+    by_id = _check_image_records(report)
+    if check_images != "off":
+        _check_image_files(report, image_root, check_images)
+    _check_annotations(report, by_id, category_ids, masks)
+    _check_something_is_left(report, training)
+    return report
+
+
+def _where(report: CocoReport, image: Any = None, annotation: Any = None) -> str:
+    parts = [f"{report.name}: {report.json_file}"]
+    if isinstance(annotation, Mapping):
+        parts.append(f"annotation {annotation.get('id', 'without id')}")
+        if image is None and "image_id" in annotation:
+            parts.append(f"image {annotation['image_id']}")
+    if isinstance(image, Mapping):
+        parts.append(f"image {image.get('id', 'without id')} {image.get('file_name', '')}".rstrip())
+    return ", ".join(parts)
+
+
+# ---------------------------------------------------------------------------------------------- the document
+
+
+def _read_document(report: CocoReport, training: bool) -> dict[str, Any] | None:
+    def fatal(kind: str, seen: str) -> None:
+        report.problems.append(Problem(kind, _where(report), seen, skippable=False))
+
+    try:
+        with PathManager.open(report.json_file, "rb") as file:
+            raw = file.read()
+    except OSError as err:
+        fatal("the annotation file cannot be read", str(err))
+        return None
+    try:
+        document = json.loads(raw)
+    except ValueError as err:
+        fatal("the annotation file is no JSON", f"{_looks_like_bytes(raw)}; {err}")
+        return None
+    # Test sets are published without annotations; they can be predicted on.
+    needed = ("images", "categories", "annotations") if training else ("images", "categories")
+    if not isinstance(document, dict) or not all(isinstance(document.get(key), list) for key in needed):
+        fatal(
+            "the annotation file is no COCO instances json",
+            f"{_looks_like(document)}; COCO has lists {needed}",
+        )
+        return None
+    return document
+
+
+def _looks_like_bytes(raw: bytes) -> str:
+    starts = {
+        b"": "it is empty",
+        b"\xff\xd8\xff": "it is a JPEG image",
+        b"\x89PNG": "it is a PNG image",
+        b"PK\x03\x04": "it is a zip archive",
+        b"\x1f\x8b": "it is gzip data",
+        b"<": "it looks like XML or HTML",
+        b"version https://git-lfs": "it is a Git LFS pointer, not the file itself",
+    }
+    text = raw.lstrip()
+    for start, kind in starts.items():
+        if (start and text.startswith(start)) or (not start and not text):
+            return kind
+    return f"it starts with {raw[:40]!r}"
+
+
+def _looks_like(document: Any) -> str:
+    if isinstance(document, list):
+        first = document[0] if document else None
+        if isinstance(first, dict) and {"image_id", "category_id", "score"} <= first.keys():
+            return f"it is a list of {len(document)} predictions (COCO results)"
+        if isinstance(first, dict) and {"file_name", "annotations"} <= first.keys():
+            return "it is a list of Detectron2 dataset dicts"
+        keys = f" with keys {sorted(first)[:8]}" if isinstance(first, dict) else ""
+        return f"it is a list of {len(document)} {type(first).__name__}s{keys}"
+    if not isinstance(document, dict):
+        return f"it is a single {type(document).__name__}"
+    keys = set(document)
+    if {"shapes", "imagePath"} <= keys:
+        return "it looks like a labelme file of one image"
+    if "_via_img_metadata" in keys or any(isinstance(v, dict) and "regions" in v for v in document.values()):
+        return "it looks like a VGG Image Annotator project"
+    if document.get("type") == "FeatureCollection":
+        return "it is GeoJSON"
+    annotations = document.get("annotations")
+    if isinstance(annotations, list) and annotations and isinstance(annotations[0], dict):
+        if "segments_info" in annotations[0]:
+            return "it is a COCO panoptic json"
+        if "caption" in annotations[0]:
+            return "it is a COCO captions json"
+    return f"it is an object with keys {sorted(keys)[:8]}"
+
+
+def _check_categories(report: CocoReport, classes: list[str] | None) -> set[Any]:
+    categories, ids = report._document["categories"], set()
+
+    def fatal(kind: str, seen: str) -> None:
+        report.problems.append(Problem(kind, _where(report), seen, skippable=False))
+
+    for category in categories:
+        if not isinstance(category, dict) or not _is_id(category.get("id")) or "name" not in category:
+            fatal("malformed category", repr(category))
+        elif category["id"] in ids:
+            fatal("duplicate category id", repr(category))
+        else:
+            ids.add(category["id"])
+    if not categories:
+        fatal("no categories", "the list is empty")
+    good = [c for c in categories if isinstance(c, dict) and c.get("id") in ids]
+    report.categories = [str(c["name"]) for c in sorted(good, key=lambda c: c["id"])]
+    if classes is not None and classes != report.categories:
+        fatal(
+            "classes of the DATASETS.REGISTER entry are not the data's categories",
+            difference(classes, report.categories, "the entry", "the data"),
+        )
+    return ids
+
+
+def difference(first: list[str], second: list[str], first_name: str, second_name: str) -> str:
+    """In what two lists of class names differ, in words."""
+    only_first = [name for name in first if name not in second]
+    only_second = [name for name in second if name not in first]
+    if not only_first and not only_second:
+        return f"same names, other order: {first_name} has {first}, {second_name} has {second}"
+    parts = [f"{first_name} has {len(first)} classes, {second_name} has {len(second)}"]
+    parts += [f"only in {first_name}: {', '.join(only_first)}"] if only_first else []
+    parts += [f"only in {second_name}: {', '.join(only_second)}"] if only_second else []
+    return "; ".join(parts)
+
+
+# ---------------------------------------------------------------------------------------------- images
+
+
+def _check_image_records(report: CocoReport) -> dict[Any, tuple[int, Any]]:
+    """id -> (position, record) of the images with a usable record."""
+    by_id: dict[Any, tuple[int, Any]] = {}
+    for position, image in enumerate(report._document["images"]):
+        kind, seen = "", ""
+        if (
+            not isinstance(image, dict)
+            or not _is_id(image.get("id"))
+            or not isinstance(image.get("file_name"), str)
+        ):
+            kind, seen = "malformed image record", repr(image)[:80]
+        elif image["id"] in by_id:
+            kind, seen = "duplicate image id", f"also {by_id[image['id']][1]['file_name']}"
+        elif not all(isinstance(image.get(k), (int, float)) and image[k] > 0 for k in ("width", "height")):
+            kind, seen = "image record without a size", f"{image.get('width')!r} x {image.get('height')!r}"
+        if kind:
+            report.problems.append(Problem(kind, _where(report, image), seen))
+            report._bad_images.add(position)
+        else:
+            by_id[image["id"]] = position, image
+    return by_id
+
+
+def _check_image_files(report: CocoReport, image_root: str, level: str) -> None:
+    images = report._document["images"]
+    to_check = [i for i in range(len(images)) if i not in report._bad_images]
+    decode = level == "full" or (level == "auto" and len(to_check) <= AUTO_FULL_UP_TO)
+
+    def look(position: int) -> Problem | None:
+        image = images[position]
+        found = _image_fault(
+            os.path.join(image_root, image["file_name"]), image["width"], image["height"], decode
+        )
+        return Problem(found[0], _where(report, image), found[1]) if found else None
+
+    # Opening a file and decoding it release the interpreter lock.
+    with ThreadPoolExecutor(max_workers=min(32, 4 * (os.cpu_count() or 1))) as pool:
+        for position, problem in zip(to_check, pool.map(look, to_check, chunksize=64)):
+            if problem:
+                report.problems.append(problem)
+                report._bad_images.add(position)
+
+
+def _image_fault(path: str, width: float, height: float, decode: bool) -> tuple[str, str] | None:
+    """(kind, seen) of what is wrong with an image file, or None."""
+    try:
+        with PathManager.open(path, "rb") as file, Image.open(file) as image:
+            size = image.size
+            sideways = image.getexif().get(_EXIF_ORIENTATION) in _EXIF_SIDEWAYS
+            if decode:
+                # A JPEG is read to its end, but only an eighth of each side is computed.
+                image.draft(None, (max(1, size[0] // 8), max(1, size[1] // 8)))
+                image.load()
+    except FileNotFoundError:
+        return "missing image file", path
+    except UnidentifiedImageError:
+        return "file is no image", path
+    except Image.DecompressionBombError as err:
+        return "image too large to open", f"{path}: {err}"
+    except (OSError, SyntaxError, ValueError, EOFError) as err:
+        return "broken image file", f"{path}: {err}"
+    shown = size[::-1] if sideways else size
+    if shown == (width, height):
+        return None
+    seen = f"{path} is {shown[0]}x{shown[1]}, the json says {width}x{height}"
+    if sideways and size == (width, height):
+        seen += (
+            "; that is its size before its EXIF orientation is applied, as Detectron2 does when it reads it"
+        )
+    return "width and height are not the file's", seen
+
+
+# ---------------------------------------------------------------------------------------------- annotations
+
+
+def _check_annotations(report: CocoReport, by_id: dict, category_ids: set[Any], masks: bool) -> None:
+    seen_ids: set[Any] = set()
+    image_ids = {
+        im.get("id") for im in report._document["images"] if isinstance(im, dict) and _is_id(im.get("id"))
+    }
+    for position, annotation in enumerate(report._document.get("annotations", [])):
+        fault = _annotation_fault(annotation, seen_ids, image_ids, by_id, category_ids)
+        image = None
+        if fault is None:
+            found = by_id.get(annotation["image_id"])
+            # The image's own problem is told already; its annotations go with it.
+            if found is not None:
+                image = found[1]
+                fault = _box_fault(annotation.get("bbox"), image["width"], image["height"])
+                if fault is None and masks:
+                    fault = _segmentation_fault(report, position, annotation, image)
+        if fault is not None:
+            report.problems.append(Problem(fault[0], _where(report, image, annotation), fault[1]))
+            if position not in report._segmentations:
+                report._bad_annotations.add(position)
+
+
+def _annotation_fault(
+    annotation: Any, seen_ids: set[Any], image_ids: set[Any], by_id: dict, category_ids: set[Any]
+) -> tuple[str, str] | None:
+    if not isinstance(annotation, dict) or not _is_id(annotation.get("id")):
+        return "malformed annotation", repr(annotation)[:80]
+    if annotation["id"] in seen_ids:
+        return "duplicate annotation id", ""
+    seen_ids.add(annotation["id"])
+    if not _is_id(annotation.get("image_id")) or annotation["image_id"] not in image_ids:
+        return "annotation of an image that is not listed", f"image_id {annotation.get('image_id')!r}"
+    category = annotation.get("category_id")
+    if not _is_id(category) or category not in category_ids:
+        return "category id that is not listed", f"category_id {category!r}"
+    return None
+
+
+def _box_fault(box: Any, width: float, height: float) -> tuple[str, str] | None:
+    if not isinstance(box, list) or len(box) != 4 or not all(type(v) in (int, float) for v in box):
+        return "bbox is not four numbers", repr(box)[:80]
+    x, y, w, h = box
+    if not math.isfinite(x + y + w + h):
+        return "bbox has NaN or infinity", repr(box)
+    if w < 0 or h < 0:
+        return "bbox has a negative size", f"{box}; COCO boxes are x, y, width, height"
+    if w == 0 or h == 0:
+        return "bbox has no area", repr(box)
+    slack = BOX_TOLERANCE_PX
+    outside = x < -slack or y < -slack or x + w > width + slack or y + h > height + slack
+    # With the tolerance alone a box could pass that is empty once it is clipped.
+    if outside or min(x + w, width) <= max(x, 0) or min(y + h, height) <= max(y, 0):
+        return "bbox is outside the image", f"{box} in {width}x{height} pixels"
+    return None
+
+
+def _segmentation_fault(
+    report: CocoReport, position: int, annotation: dict, image: dict
+) -> tuple[str, str] | None:
+    segmentation = annotation.get("segmentation")
+    if not segmentation:
+        return "no segmentation, but MODEL.MASK_ON is True", repr(
+            segmentation
+        ) if segmentation is not None else ""
+    if isinstance(segmentation, dict):
+        return _rle_fault(segmentation, int(image["width"]), int(image["height"]))
+    if not isinstance(segmentation, list):
+        return "segmentation is neither polygons nor RLE", repr(segmentation)[:80]
+    good = []
+    for polygon in segmentation:
+        fault = _polygon_fault(polygon)
+        if fault is None:
+            good.append(polygon)
+        else:
+            first = fault
+    if len(good) == len(segmentation):
+        return None
+    if good:
+        report._segmentations[position] = good
+    return first
+
+
+def _polygon_fault(polygon: Any) -> tuple[str, str] | None:
+    if not isinstance(polygon, list):
+        return "malformed polygon", f"{polygon!r:.60}; a polygon is a list [x0, y0, x1, y1, ...]"
+    if len(polygon) % 2:
+        return "polygon with an odd number of coordinates", f"{len(polygon)} numbers"
+    if len(polygon) < 6:
+        return "polygon with fewer than three points", repr(polygon)
+    try:
+        finite = math.isfinite(sum(polygon))
+    except TypeError:
+        return "malformed polygon", f"{polygon!r:.60}"
+    return None if finite else ("polygon with NaN or infinity", f"{polygon!r:.60}")
+
+
+def _rle_fault(rle: dict, width: int, height: int) -> tuple[str, str] | None:
+    counts, size = rle.get("counts"), rle.get("size")
+    if not isinstance(counts, (list, str)) or not counts or not isinstance(size, list):
+        return "malformed RLE", f"{rle!r:.60}; RLE has size [height, width] and counts"
+    if size != [height, width]:
+        return "RLE of another size than the image", f"{size}, image [height, width] is {[height, width]}"
+    if isinstance(counts, str):
+        return None
+    if not all(isinstance(c, int) and c >= 0 for c in counts) or sum(counts) != width * height:
+        return "RLE whose counts do not fill the image", f"sum is not {width * height}"
+    return None if any(counts[1::2]) else ("RLE of an empty mask", "")
+
+
+def _check_something_is_left(report: CocoReport, training: bool) -> None:
+    clean = report.cleaned()
+    left = clean["images"]
+    if training:
+        used = {a["image_id"] for a in clean["annotations"] if not a.get("iscrowd")}
+        left = [image for image in left if image["id"] in used]
+    if not left:
+        kind = "nothing to train on" if training else "no images"
+        seen = f"{len(report._document['images'])} images, {len(report._document.get('annotations', []))} annotations"
+        if report.problems:
+            seen += "; nothing is left when the bad records are left out"
+        report.problems.append(Problem(kind, _where(report), seen, skippable=False))
+
+
+def _is_id(value: Any) -> bool:
+    return isinstance(value, (int, str)) and not isinstance(value, bool)
+
+
+def across(reports: Iterable[CocoReport]) -> Iterator[Problem]:
+    """Problems between datasets of one run: their categories must be the same, in the same order."""
+    with_names = [report for report in reports if report.categories]
+    for other in with_names[1:]:
+        first = with_names[0]
+        if other.categories != first.categories:
+            seen = difference(first.categories, other.categories, first.name, other.name)
+            yield Problem(
+                "datasets with different categories", f"{first.name}, {other.name}", seen, skippable=False
+            )

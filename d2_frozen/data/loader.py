@@ -1,0 +1,288 @@
+"""Batches for training and evaluation, by the contract of ``draws.py``.
+
+A sample is (position in the endless stream over all ranks, index in the dataset). The stream of indices is
+Detectron2's sampler for the same seed; grouping by aspect ratio happens on indices, before anything is read, so a
+resumed run replays the stream without reading images.
+"""
+
+from __future__ import annotations
+
+import logging
+import traceback
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import islice
+from typing import Any, NamedTuple
+
+import torch
+from torch.utils.data import DataLoader, Dataset, SequentialSampler
+
+from d2_frozen.data.draws import draw_index, seeded
+from d2_frozen.data.transforms import build_augmentations, changes_frame
+from detectron2.config import CfgNode
+from detectron2.data import (
+    DatasetFromList,
+    DatasetMapper,
+    build_detection_test_loader,
+    get_detection_dataset_dicts,
+)
+from detectron2.data.build import trivial_batch_collator
+from detectron2.data.samplers import (
+    RandomSubsetTrainingSampler,
+    RepeatFactorTrainingSampler,
+    TrainingSampler,
+)
+from detectron2.utils import comm
+
+logger = logging.getLogger(__name__)
+
+Record = dict[str, Any]
+Mapper = Callable[[Record], Any]
+_MAX_REDRAWS = 20
+
+
+def build_train_loader(
+    cfg: CfgNode,
+    start_iteration: int = 0,
+    mapper: Mapper | None = None,
+    dataset: Sequence[Record] | None = None,
+) -> TrainLoader:
+    """Endless batches of this rank, as lists of samples.
+
+    Args:
+        cfg: ``SEED`` must not be negative.
+        start_iteration: batches before it are skipped, without reading their images.
+        mapper: record -> sample, or None for a sample to be replaced; Detectron2's DatasetMapper with
+            ``build_augmentations`` if None. May draw from random, numpy and torch.
+        dataset: records in Detectron2's format; those of DATASETS.TRAIN if None.
+    Raises:
+        ValueError: negative seed, unknown sampler, or a batch size that the ranks cannot share.
+    """
+    if cfg.SEED < 0:
+        raise ValueError("SEED is negative, but data draws are functions of it; set SEED >= 0.")
+    world_size = comm.get_world_size()
+    if cfg.SOLVER.IMS_PER_BATCH < 1 or cfg.SOLVER.IMS_PER_BATCH % world_size:
+        raise ValueError(
+            f"SOLVER.IMS_PER_BATCH is {cfg.SOLVER.IMS_PER_BATCH}; it must be a positive multiple of the "
+            f"{world_size} processes."
+        )
+    if dataset is None:
+        dataset = get_detection_dataset_dicts(
+            list(cfg.DATASETS.TRAIN), filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS
+        )
+    mapper = _default_mapper(cfg, is_train=True) if mapper is None else mapper
+    wide = (
+        [record["width"] > record["height"] for record in dataset]
+        if cfg.DATALOADER.ASPECT_RATIO_GROUPING
+        else None
+    )
+    return TrainLoader(
+        DrawnDataset(dataset, mapper, cfg.SEED, skip_bad=cfg.DATASETS.SKIP_BAD),
+        sampler=_build_sampler(cfg, dataset),
+        batch_size=cfg.SOLVER.IMS_PER_BATCH // world_size,
+        wide=wide,
+        start_iteration=start_iteration,
+        num_workers=cfg.DATALOADER.NUM_WORKERS,
+    )
+
+
+def build_test_loader(
+    cfg: CfgNode, dataset_name: str, mapper: Mapper | None = None, indices: Sequence[int] | None = None
+) -> DataLoader:
+    """One image per batch, in dataset order, each rank its share.
+
+    Args:
+        indices: only these records, and all of them on every rank.
+    """
+    records = get_detection_dataset_dicts([dataset_name], filter_empty=False)
+    sampler = None
+    if indices is not None:
+        records = [records[i] for i in indices]
+        sampler = SequentialSampler(records)
+    return build_detection_test_loader(
+        records,
+        mapper=_default_mapper(cfg, is_train=False) if mapper is None else mapper,
+        sampler=sampler,
+        num_workers=cfg.DATALOADER.NUM_WORKERS,
+    )
+
+
+class Place(NamedTuple):
+    """Which sample: ``position`` in the stream over all ranks, from 0; ``index`` in the dataset."""
+
+    position: int
+    index: int
+
+
+class SampleError(RuntimeError):
+    """A record could not be made into a sample; names its file and image id."""
+
+
+class Drawn(NamedTuple):
+    """What came of a place: a sample, or ``error`` and the ``traceback`` of its cause.
+
+    ``faults``: texts about records that failed before, in whose place the sample is.
+    """
+
+    sample: Any = None
+    faults: tuple[str, ...] = ()
+    error: str = ""
+    traceback: str = ""
+
+
+class DrawnDataset(Dataset):
+    """``dataset[Place(position, index)]`` is a ``Drawn`` whose every draw depends on (seed, position).
+
+    Another record, drawn from (seed, position) too, takes the place of one for which the mapper returns None or,
+    with ``skip_bad``, raises. Errors are values here: raised in a worker, they would lose their class, and torch
+    then takes seconds to end its workers.
+    """
+
+    def __init__(self, records: Sequence[Record], mapper: Mapper, seed: int, skip_bad: bool):
+        self.records = DatasetFromList(list(records), copy=False)
+        self.mapper = mapper
+        self.seed = seed
+        self.skip_bad = skip_bad
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getitem__(self, place: Place) -> Drawn:
+        position, index = place
+        faults: tuple[str, ...] = ()
+        for redraw in range(_MAX_REDRAWS + 1):
+            record = self.records[index]
+            try:
+                with seeded(self.seed, position, redraw):
+                    sample = self.mapper(record)
+                if sample is not None:
+                    return Drawn(sample, faults)
+            except Exception as err:
+                fault = (
+                    f"image {record.get('image_id')!r}, {record.get('file_name')}, failed at position {position} of "
+                    f"the sample stream: {type(err).__name__}: {err}"
+                )
+                if not self.skip_bad:
+                    advice = "Correct it, or set DATASETS.SKIP_BAD True to draw another image."
+                    return Drawn(error=f"{fault}. {advice}", traceback=traceback.format_exc())
+                faults = (*faults, fault)
+            index = draw_index(len(self.records), self.seed, position, redraw)
+        told = "; ".join(faults) or "the mapper returned None for each of them"
+        return Drawn(error=f"no sample at position {position} after {_MAX_REDRAWS} redraws: {told}")
+
+
+class TrainLoader:
+    """Iterating gives the batches of this rank from ``start_iteration`` on, without end.
+
+    ``replaced`` counts the samples that failed and were replaced, of the batches handed out so far.
+    """
+
+    def __init__(
+        self,
+        dataset: DrawnDataset,
+        sampler: Iterable[int],
+        batch_size: int,
+        wide: Sequence[bool] | None = None,
+        start_iteration: int = 0,
+        num_workers: int = 0,
+    ):
+        """
+        Args:
+            dataset: what reads the samples.
+            sampler: this rank's endless share of the index stream.
+            batch_size: of this rank.
+            wide: per record, is it wider than high? Then a batch has images of one kind only.
+            start_iteration, num_workers: see ``build_train_loader``; neither changes what a batch holds.
+        """
+        self.dataset = dataset
+        self.sampler = sampler
+        self.batch_size = batch_size
+        self.wide = wide
+        self.start_iteration = start_iteration
+        self.num_workers = num_workers
+        self.replaced = 0
+
+    def __iter__(self) -> Iterator[list[Any]]:
+        batches = DataLoader(
+            self.dataset,
+            batch_sampler=_Places(self),
+            num_workers=self.num_workers,
+            collate_fn=trivial_batch_collator,
+            # Its own: otherwise starting the workers would draw from the global generator.
+            generator=torch.Generator(),
+        )
+        for batch in batches:
+            for drawn in batch:
+                self._tell(drawn)
+            yield [drawn.sample for drawn in batch]
+
+    def _tell(self, drawn: Drawn) -> None:
+        for fault in drawn.faults:
+            self.replaced += 1
+            logger.warning("DATASETS.SKIP_BAD: %s; replaced, %d so far.", fault, self.replaced)
+        if drawn.error:
+            raise SampleError(drawn.error) from (RuntimeError(drawn.traceback) if drawn.traceback else None)
+
+    def places(self) -> Iterator[list[Place]]:
+        """What the batches are made of; nothing is read."""
+        stream = self._place_stream()
+        batches = _fixed_batches(stream, self.batch_size) if self.wide is None else self._grouped(stream)
+        return islice(batches, self.start_iteration, None)
+
+    def _place_stream(self) -> Iterator[Place]:
+        rank, world_size = comm.get_rank(), comm.get_world_size()
+        for count, index in enumerate(self.sampler):
+            yield Place(rank + count * world_size, int(index))
+
+    def _grouped(self, stream: Iterable[Place]) -> Iterator[list[Place]]:
+        waiting: dict[bool, list[Place]] = {True: [], False: []}
+        for place in stream:
+            group = waiting[self.wide[place.index]]
+            group.append(place)
+            if len(group) == self.batch_size:
+                yield group.copy()
+                group.clear()
+
+
+class _Places:
+    """A TrainLoader's places as torch wants a batch sampler: an object to iterate, not an iterator."""
+
+    def __init__(self, loader: TrainLoader):
+        self._loader = loader
+
+    def __iter__(self) -> Iterator[list[Place]]:
+        return self._loader.places()
+
+
+def _fixed_batches(stream: Iterator[Place], size: int) -> Iterator[list[Place]]:
+    while batch := list(islice(stream, size)):
+        yield batch
+
+
+def _default_mapper(cfg: CfgNode, is_train: bool) -> DatasetMapper:
+    return DatasetMapper(
+        is_train,
+        augmentations=build_augmentations(cfg, is_train),
+        image_format=cfg.INPUT.FORMAT,
+        use_instance_mask=cfg.MODEL.MASK_ON,
+        instance_mask_format=cfg.INPUT.MASK_FORMAT,
+        recompute_boxes=is_train and cfg.MODEL.MASK_ON and changes_frame(cfg),
+    )
+
+
+def _build_sampler(cfg: CfgNode, records: Sequence[Record]) -> Iterable[int]:
+    name, seed = cfg.DATALOADER.SAMPLER_TRAIN, cfg.SEED
+    if name == "TrainingSampler":
+        return TrainingSampler(len(records), seed=seed)
+    if name == "RepeatFactorTrainingSampler":
+        factors = RepeatFactorTrainingSampler.repeat_factors_from_category_frequency(
+            records, cfg.DATALOADER.REPEAT_THRESHOLD, sqrt=cfg.DATALOADER.REPEAT_SQRT
+        )
+        return RepeatFactorTrainingSampler(factors, seed=seed)
+    if name == "RandomSubsetTrainingSampler":
+        # Detectron2 has no default for this key; a project that uses the sampler adds it.
+        ratio = cfg.DATALOADER.RANDOM_SUBSET_RATIO
+        return RandomSubsetTrainingSampler(len(records), ratio, seed_shuffle=seed, seed_subset=seed)
+    raise ValueError(
+        f"DATALOADER.SAMPLER_TRAIN is {name!r}; choose TrainingSampler, RepeatFactorTrainingSampler or "
+        "RandomSubsetTrainingSampler."
+    )

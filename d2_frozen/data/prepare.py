@@ -1,0 +1,170 @@
+"""From a config to data that is registered, checked and counted: what happens before a model is built."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from d2_frozen.data.checks import CocoReport, across, check_coco
+from d2_frozen.data.problems import BadDataError, Problem, describe
+from d2_frozen.data.register import entry_of, register_from_config
+from detectron2.config import CfgNode
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data.datasets import load_coco_json
+from detectron2.utils import comm
+from detectron2.utils.file_io import PathManager
+
+logger = logging.getLogger(__name__)
+
+# Where DATASETS.SKIP_BAD put a dataset: name -> (original json, json without the bad records).
+_cleaned: dict[str, tuple[str, str]] = {}
+
+
+def prepare_datasets(cfg: CfgNode, train: bool = True) -> None:
+    """Register DATASETS.REGISTER, check every used dataset, and fill in the class count.
+
+    With several processes, the first one checks and tells the others.
+
+    Args:
+        cfg: gets MODEL.ROI_HEADS.NUM_CLASSES where that is -1.
+        train: False for evaluation only: DATASETS.TRAIN is not looked at.
+    Raises:
+        BadDataError: a list of the problems, unless DATASETS.SKIP_BAD is True and all of them can be skipped.
+        ValueError, FileNotFoundError: see ``register_from_config`` and ``resolve_num_classes``.
+    """
+    names = list(dict.fromkeys([*(cfg.DATASETS.TRAIN if train else ()), *cfg.DATASETS.TEST]))
+    register_from_config(cfg, used=names)
+    for name in names:
+        if name in _cleaned:
+            _point_to(name, _cleaned.pop(name)[0])
+    error, moved = _on_first_process(lambda: _check(cfg, names, train))
+    if error is not None:
+        raise error
+    for name, (original, json_file) in moved.items():
+        _point_to(name, json_file)
+        _cleaned[name] = original, json_file
+    resolve_num_classes(cfg, names)
+
+
+def resolve_num_classes(cfg: CfgNode, names: Sequence[str] | None = None) -> int | None:
+    """Take MODEL.ROI_HEADS.NUM_CLASSES from the data where it is -1; else compare it with the data.
+
+    Args:
+        names: registered datasets; DATASETS.TRAIN and TEST if None.
+    Returns:
+        The number; None if no dataset names its classes.
+    Raises:
+        ValueError: -1 and no dataset that names its classes, or another number than the data's.
+    """
+    names = [*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST] if names is None else names
+    wanted = cfg.MODEL.ROI_HEADS.NUM_CLASSES
+    found = next(((name, classes) for name in names if (classes := class_names(name))), None)
+    if found is None:
+        if wanted < 0:
+            raise ValueError(
+                "MODEL.ROI_HEADS.NUM_CLASSES is -1 (take it from the data), but no dataset of DATASETS.TRAIN and TEST "
+                f"({', '.join(names) or 'both are empty'}) names its classes. Set the number."
+            )
+        return None
+    name, classes = found
+    if wanted < 0:
+        frozen = cfg.is_frozen()
+        cfg.defrost()
+        cfg.MODEL.ROI_HEADS.NUM_CLASSES = len(classes)
+        if frozen:
+            cfg.freeze()
+    elif wanted != len(classes):
+        shown = ", ".join(classes[:12]) + (", ..." if len(classes) > 12 else "")
+        raise ValueError(
+            f"MODEL.ROI_HEADS.NUM_CLASSES is {wanted}, but dataset {name} has {len(classes)} classes ({shown}). "
+            "Set it to -1 to take the number from the data."
+        )
+    return len(classes)
+
+
+def class_names(name: str) -> list[str] | None:
+    """Class names of a registered dataset in the order of class ids; None if it does not tell."""
+    metadata = MetadataCatalog.get(name)
+    known = metadata.get("thing_classes", None)
+    if known is not None:
+        return list(known)
+    if metadata.get("evaluator_type", None) != "coco" or metadata.get("json_file", None) is None:
+        return None
+    with PathManager.open(metadata.json_file) as file:
+        categories = json.load(file)["categories"]
+    return [category["name"] for category in sorted(categories, key=lambda category: category["id"])]
+
+
+def _check(cfg: CfgNode, names: Iterable[str], train: bool) -> dict[str, tuple[str, str]]:
+    """Look at every COCO dataset; returns where the cleaned ones are: name -> (original json, cleaned json)."""
+    reports: list[CocoReport] = []
+    for name in names:
+        if name not in DatasetCatalog.list():
+            DatasetCatalog.get(name)  # its error says which names there are
+        metadata = MetadataCatalog.get(name)
+        if metadata.get("evaluator_type", None) != "coco":
+            logger.info("%s is no COCO dataset; its records are not checked.", name)
+            continue
+        reports.append(
+            check_coco(
+                name,
+                metadata.json_file,
+                metadata.image_root,
+                masks=bool(cfg.MODEL.MASK_ON),
+                training=train and name in cfg.DATASETS.TRAIN,
+                check_images=cfg.DATASETS.CHECK_IMAGES,
+                classes=(entry_of(name) or {}).get("classes"),
+            )
+        )
+    problems: list[Problem] = [problem for report in reports for problem in report.problems]
+    problems += across(reports)
+    if not problems:
+        return {}
+    if not cfg.DATASETS.SKIP_BAD or not all(problem.skippable for problem in problems):
+        raise BadDataError(problems)
+    return {report.name: _write_cleaned(cfg, report) for report in reports if report.problems}
+
+
+def _write_cleaned(cfg: CfgNode, report: CocoReport) -> tuple[str, str]:
+    images, annotations = report.left_out()
+    path = os.path.join(cfg.OUTPUT_DIR, "data", re.sub(r"[^\w.-]", "_", report.name) + ".json")
+    logger.warning(
+        "DATASETS.SKIP_BAD: %s goes on without %d images and %d annotations, as %s.\n%s",
+        report.name,
+        images,
+        annotations,
+        path,
+        describe(report.problems),
+    )
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    partial = f"{path}.{os.getpid()}.partial"
+    with open(partial, "w") as file:
+        json.dump(report.cleaned(), file)
+    os.replace(partial, path)
+    return report.json_file, os.path.abspath(path)
+
+
+def _point_to(name: str, json_file: str) -> None:
+    """Let the catalogs read ``name`` from another json of the same images, loader and evaluator alike."""
+    facts: dict[str, Any] = {**MetadataCatalog.get(name).as_dict(), "json_file": json_file}
+    facts.pop("name", None)
+    image_root = facts["image_root"]
+    DatasetCatalog.remove(name)
+    MetadataCatalog.remove(name)
+    DatasetCatalog.register(name, lambda: load_coco_json(json_file, image_root, name))
+    MetadataCatalog.get(name).set(**facts)
+
+
+def _on_first_process(work: Any) -> tuple[Exception | None, dict[str, tuple[str, str]]]:
+    """(error, result) of ``work()``, done by the first process and known to all."""
+    outcome: tuple[Exception | None, dict[str, tuple[str, str]]] = (None, {})
+    if comm.is_main_process():
+        try:
+            outcome = (None, work())
+        except (ValueError, OSError, KeyError) as err:
+            outcome = (err, {})
+    return comm.all_gather(outcome)[0]
