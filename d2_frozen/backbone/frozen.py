@@ -1,7 +1,7 @@
 """How a backbone, or its first stages, is kept from training.
 
-In: any Detectron2 backbone.  Out: the same backbone, parameter names included, that a training loop cannot change.
-Setting of Lin et al., NeurIPS 2022, arXiv:2211.02043: only what stands on top of the bottom-up network trains.
+In: any Detectron2 backbone.  Out: the same backbone, parameter names included, that a training loop cannot
+change.  Setting of Lin et al., arXiv:2211.02043: only what stands on the bottom-up network trains.
 """
 
 from __future__ import annotations
@@ -23,8 +23,9 @@ PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float
 class _TransparentWrapper(Backbone):
     """A backbone that stands for ``inner`` under the same names.
 
-    It shares the dictionaries of inner's root module instead of registering inner as a child: ``named_parameters``,
-    ``state_dict``, ``load_state_dict``, ``to`` and ``deepcopy`` see inner's tensors without a prefix.
+    It shares the dictionaries of inner's root module instead of registering inner as a child:
+    ``named_parameters``, ``state_dict``, ``load_state_dict``, ``to`` and ``deepcopy`` see inner's tensors
+    without a prefix.
     """
 
     def __init__(self, inner: Backbone) -> None:
@@ -71,16 +72,16 @@ class _TransparentWrapper(Backbone):
 class FrozenBackbone(_TransparentWrapper):
     """A backbone that does not train, whatever the training loop does.
 
-    - No parameter requires a gradient and ``forward`` records no graph (``no_grad``, not ``inference_mode``: heads keep
-      its outputs for their own backward).
+    - No parameter requires a gradient and ``forward`` records no graph (``no_grad``, not ``inference_mode``:
+      heads keep its outputs for their own backward).
     - ``train()`` does not reach it: drop-path stays off and norm statistics stay as they are.
-    - Its arithmetic is its own, also inside an autocast region. Outputs are float32, or autocast's dtype where an
-      autocast region encloses the call.
+    - Its arithmetic is its own, also inside an autocast region. Outputs are float32, or autocast's dtype
+      where an autocast region encloses the call.
 
     Args:
         inner: the backbone to freeze, changed in place (gradients off, eval mode).
-        precision: "fp32", "bf16" or "fp16". The lower two run on a copy of the weights, made at the first forward and
-            made again after the weights change; ``state_dict`` always holds the originals.
+        precision: "fp32", "bf16" or "fp16". The lower two run on a copy of the weights, made at the first
+            forward and made again after the weights change; ``state_dict`` always holds the originals.
         name: for :meth:`fingerprint`; by default ``inner.name``, else inner's class.
     Raises:
         ValueError: unknown precision.
@@ -150,7 +151,8 @@ class FrozenBackbone(_TransparentWrapper):
 class PartlyFrozenBackbone(_TransparentWrapper):
     """A backbone whose first stages do not train; the others train as always.
 
-    Made by :func:`freeze_stages`. The frozen stages keep eval mode (drop-path, norm statistics) under ``train()``.
+    Made by :func:`freeze_stages`. The frozen stages keep eval mode (drop-path, norm statistics) under
+    ``train()``.
     """
 
     def __init__(self, inner: Backbone, frozen_names: set[str]) -> None:
@@ -162,7 +164,7 @@ class PartlyFrozenBackbone(_TransparentWrapper):
         self.train(inner.training)
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
-        """(B, 3, H, W) normalised images -> feature maps by name; the graph begins at the first trained stage."""
+        """(B, 3, H, W) normalised images -> feature maps by name; the graph begins at the trained stages."""
         return self.inner(images)
 
     def train(self, mode: bool = True) -> PartlyFrozenBackbone:
@@ -181,10 +183,10 @@ class PartlyFrozenBackbone(_TransparentWrapper):
 
 
 def freeze_stages(inner: Backbone, stages: int) -> Backbone:
-    """Freeze the first parts of a backbone, counted as Detectron2's MODEL.BACKBONE.FREEZE_AT: 1 = stem, 2 = stem and res2, ...
+    """Freeze the first parts of a backbone: 1 = stem, 2 = stem and res2, ... as in MODEL.BACKBONE.FREEZE_AT.
 
     Args:
-        inner: a :class:`TimmBackbone`, or a backbone with ``stem`` and ``res2`` .. such as Detectron2's ResNet.
+        inner: a :class:`TimmBackbone`, or one with ``stem``, ``res2``, .. such as Detectron2's ResNet.
         stages: 0 returns ``inner`` unchanged.
     Raises:
         ValueError: ``inner`` has fewer parts, or none that are known.
@@ -194,8 +196,8 @@ def freeze_stages(inner: Backbone, stages: int) -> Backbone:
     parts = parameters_by_stage(inner)
     if not 0 < stages <= len(parts):
         raise ValueError(
-            f"MODEL.BACKBONE.FREEZE is {stages}, but {getattr(inner, 'name', type(inner).__name__)} has {len(parts)} "
-            f"parts (stem and {len(parts) - 1} stages); choose 0..{len(parts)}, 'all' or 'none'."
+            f"MODEL.BACKBONE.FREEZE is {stages}, but {getattr(inner, 'name', type(inner).__name__)} has "
+            f"{len(parts)} parts (stem and {len(parts) - 1} stages); choose 0..{len(parts)}, 'all' or 'none'."
         )
     return PartlyFrozenBackbone(inner, {name for part in parts[:stages] for name in part})
 
@@ -214,20 +216,21 @@ def freeze_backbone(bottom_up: Backbone, freeze: str | int = "all", precision: s
         raise ValueError(f"MODEL.FROZEN.PRECISION is {precision!r}; choose one of {', '.join(PRECISIONS)}.")
     if precision != "fp32":
         raise ValueError(
-            f"MODEL.FROZEN.PRECISION is {precision}, which is for MODEL.BACKBONE.FREEZE: all, but FREEZE is {freeze!r}. "
-            "Set it to fp32; SOLVER.AMP.ENABLED lowers the precision of parts that train."
+            f"MODEL.FROZEN.PRECISION is {precision}, which is for MODEL.BACKBONE.FREEZE: all, but FREEZE is "
+            f"{freeze!r}. Set it to fp32; SOLVER.AMP.ENABLED lowers the precision of parts that train."
         )
     if freeze == "none":
         return bottom_up
     if isinstance(freeze, bool) or not str(freeze).isdigit():
         raise ValueError(
-            f"MODEL.BACKBONE.FREEZE is {freeze!r}; choose 'all', 'none', or a number of parts (1 = stem, 2 = stem and res2, ...)."
+            f"MODEL.BACKBONE.FREEZE is {freeze!r}; choose 'all', 'none', or a number of parts "
+            "(1 = stem, 2 = stem and res2, ...)."
         )
     return freeze_stages(bottom_up, int(freeze))
 
 
 def exclude_frozen_from_ddp(model: nn.Module) -> nn.Module:
-    """Tell DistributedDataParallel to leave frozen backbones alone: not in its buckets, not broadcast. In place.
+    """Keep frozen backbones out of DistributedDataParallel: not in its buckets, not broadcast. In place.
 
     Call it on the model before it is wrapped; every process must have loaded the same frozen weights.
     """

@@ -17,8 +17,8 @@ def parameters_by_stage(backbone: nn.Module) -> list[list[str]]:
     stages = [name for name, _ in backbone.named_children() if name.startswith("res") and name[3:].isdigit()]
     if not (hasattr(backbone, "stem") and stages):
         raise ValueError(
-            f"MODEL.BACKBONE.FREEZE as a number needs a backbone with stages; {type(backbone).__name__} has no "
-            "children stem, res2, ... Use 'all' or 'none', or give it a method parameters_by_stage()."
+            f"MODEL.BACKBONE.FREEZE as a number needs a backbone with stages; {type(backbone).__name__} has "
+            "no children stem, res2, ... Use 'all' or 'none', or give it a method parameters_by_stage()."
         )
     parts = ["stem", *sorted(stages, key=lambda name: int(name[3:]))]
     names = [name for name, _ in backbone.named_parameters()]

@@ -1,9 +1,10 @@
 """Which windows a Swin network uses, and the small SwinV2 that ships with this project.
 
-In: the name of a timm model.  Out: the arguments that keep its windows as they were in pretraining, at any image size.
-Method: Lin et al., arXiv:2211.02043, section 3.3, enlarges the image and leaves the window alone. As in the detectors
-of the Swin papers (arXiv:2103.14030, 2111.09883) every stage has window w, odd blocks are shifted by w // 2, and maps
-that are no multiple of w are padded, also where a map is smaller than one window.
+In: the name of a timm model.  Out: the arguments that keep its windows as they were in pretraining, at any
+image size.
+Method: Lin et al., arXiv:2211.02043, section 3.3, enlarges the image and leaves the window alone. As in the
+detectors of the Swin papers (arXiv:2103.14030, 2111.09883) every stage has window w, odd blocks are shifted
+by w // 2, and maps that are no multiple of w are padded, also where a map is smaller than one window.
 """
 
 from __future__ import annotations
@@ -52,8 +53,9 @@ def swinv2_pico_window8_256(pretrained: bool = False, **kwargs: Any) -> torch.nn
 def unchanged_window_arguments(name: str) -> dict[str, Any]:
     """Arguments of ``timm.create_model`` that keep a network's pretraining window at any image size.
 
-    Left alone, timm shrinks windows to the map and drops the shift where a map is not larger than one window, decided
-    at the size the network is built for; and its ``set_input_size`` without ``window_size`` grows windows with the image.
+    Left alone, timm shrinks windows to the map and drops the shift where a map is not larger than one window,
+    decided at the size the network is built for; and its ``set_input_size`` without ``window_size`` grows
+    windows with the image.
 
     Returns:
         Nothing for networks other than Swin and SwinV2.

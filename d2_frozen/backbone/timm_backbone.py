@@ -1,7 +1,7 @@
 """Any timm network with a feature pyramid, as a Detectron2 backbone.
 
-In: a timm model name, and weights if wanted.  Out: {"res2": (B, C2, H/4, W/4), .., "res5": (B, C5, H/32, W/32)},
-channels first whatever the network computes in.
+In: a timm model name, and weights if wanted.  Out: {"res2": (B, C2, H/4, W/4), .., "res5": (B, C5, H/32,
+W/32)}, channels first whatever the network computes in.
 """
 
 from __future__ import annotations
@@ -27,8 +27,9 @@ class TimmBackbone(Backbone):
     """Feature pyramid of a timm network.
 
     Args:
-        network: a timm model with ``feature_info`` and ``forward_intermediates``. Its parts behind the last map that
-            is asked for (classifier, final norm) are removed; parameters keep timm's names, behind ``network.``.
+        network: a timm model with ``feature_info`` and ``forward_intermediates``. Its parts behind the last
+            map that is asked for (classifier, final norm) are removed; parameters keep timm's names, behind
+            ``network.``.
         out_features: of res2, res3, res4, res5 (strides 4, 8, 16, 32 pixels).
         name: what :meth:`FrozenBackbone.fingerprint` and messages call it.
         size_divisibility: height and width of images must be multiples of this, in pixels.
@@ -57,7 +58,7 @@ class TimmBackbone(Backbone):
         self._out_feature_channels = {f: channels[f] for f in self._out_features}
         self._out_feature_strides = {f: s for s, f in STRIDE_NAMES.items() if f in self._out_features}
         self._indices = [index_of[f] for f in self._out_features]
-        self._stage_names = _parameters_by_stage(network, list(index_of.values()))
+        self._stage_names = _parameters_by_stage(network)
         network.prune_intermediate_layers(self._indices, prune_norm=True, prune_head=True)
         self.network = network
 
@@ -84,14 +85,14 @@ class TimmBackbone(Backbone):
         }
 
     def parameters_by_stage(self) -> list[list[str]]:
-        """Names of the parameters of the stem and of each stage that is still there, in the order of the forward pass.
+        """Names of the parameters of the stem and of each remaining stage, in the order of the forward pass.
 
         Raises:
             ValueError: timm does not say to which stage the parameters belong.
         """
         if not self._stage_names:
             raise ValueError(
-                f"timm gives no stages for {self.name}; MODEL.BACKBONE.FREEZE must be 'all' or 'none' with it."
+                f"timm gives no stages for {self.name}; set MODEL.BACKBONE.FREEZE to 'all' or 'none'."
             )
         present = {name for name, _ in self.named_parameters()}
         parts = [
@@ -132,8 +133,8 @@ def create_timm_backbone(
         network = timm.create_model(name, pretrained=pretrained == "hub", num_classes=0, **arguments)
     except TypeError as err:
         raise ValueError(
-            f"timm's {name} does not take one of {sorted(arguments)}: {err}. With MODEL.TIMM.DROP_PATH_RATE 0.0 and "
-            "three image channels nothing special is asked of it."
+            f"timm's {name} does not take one of {sorted(arguments)}: {err}. "
+            "With MODEL.TIMM.DROP_PATH_RATE 0.0 and three image channels nothing special is asked of it."
         ) from err
     _pyramid(network, name)
     if pretrained not in ("", "hub"):
@@ -177,7 +178,7 @@ def _head_prefixes(network: nn.Module) -> tuple[str, ...]:
     return tuple({*(f"{c}." for c in classifiers), "head.", "norm.", "head_norm.", "fc."})
 
 
-def _parameters_by_stage(network: nn.Module, indices: list[int]) -> list[list[str]]:
+def _parameters_by_stage(network: nn.Module) -> list[list[str]]:
     """Stem, then one group per stage, as timm's coarse groups of layer-wise learning rates have it."""
     if not hasattr(network, "group_matcher"):
         return []

@@ -59,8 +59,8 @@ def read_weights(path: str) -> dict[str, Tensor]:
     """All tensors of a weight file, on the CPU, floating-point ones as float32.
 
     Args:
-        path: local path, URL or ``d2_frozen://FILE``; .safetensors, .pth, .pt or .bin. A checkpoint that keeps its
-            weights under "model", "state_dict" or "model_ema" is unwrapped.
+        path: local path, URL or ``d2_frozen://FILE``; .safetensors, .pth, .pt or .bin. A checkpoint that
+            keeps its weights under "model", "state_dict" or "model_ema" is unwrapped.
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: the file is damaged, of another format, or holds no tensors.
@@ -71,7 +71,7 @@ def read_weights(path: str) -> dict[str, Tensor]:
         raise FileNotFoundError(f"no backbone weights at {path} (MODEL.TIMM.PRETRAINED): {err}") from err
     if not os.path.isfile(local):
         raise FileNotFoundError(
-            f"no backbone weights at {path}; correct MODEL.TIMM.PRETRAINED, or set it to '' for random weights."
+            f"no backbone weights at {path}; correct MODEL.TIMM.PRETRAINED, or set it to '' (random)."
         )
     if local.endswith(".safetensors"):
         try:
@@ -107,8 +107,8 @@ def load_weights(
     """Copy tensors into a network; all of it must be covered, and nothing may be left over.
 
     Args:
-        tensors: by the network's own names; a common prefix ("module.", "backbone.bottom_up." ...) is taken off where
-            the names fit only without it.
+        tensors: by the network's own names; a common prefix ("module.", "backbone.bottom_up." ...) is taken
+            off where the names fit only without it.
         source: named in errors.
         ignore: prefixes of names that may be missing or left over, e.g. the classifier.
     Raises:

@@ -1,7 +1,9 @@
-"""Muon: momentum whose matrix update is made orthogonal (Jordan et al., 2024, https://kellerjordan.github.io/posts/muon).
+"""Muon: momentum whose matrix update is made orthogonal (Jordan et al., 2024,
+https://kellerjordan.github.io/posts/muon).
 
 In: gradients of matrices.  Out: steps whose singular values are all near 1, scaled to AdamW's usual step size
-(arXiv:2502.16982, equation 4).  torch.optim.Muon iterates in bfloat16, which CPUs without such units emulate slowly.
+(arXiv:2502.16982, equation 4).  torch.optim.Muon iterates in bfloat16, which CPUs without such units emulate
+slowly.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """Generated scenes with a label at every pixel: textured, lit, overlapping shapes on textured grounds.
 
 In: (seed, index, side).  Out: `Scene`; the same three numbers always give the same scene.
-Formula-driven supervised learning: every label is a parameter of the formula that drew the pixel; no photo, no annotator.
+Formula-driven supervised learning: every label is a parameter of the formula that drew the pixel; no photo,
+no annotator.
 """
 
 from __future__ import annotations
@@ -27,8 +28,9 @@ _MAPS_PER_TEXTURE = 24
 class Scene:
     """Image and labels.
 
-    image: (S, S, 3) uint8 RGB. labels: (4, S, S) uint8: shape (0 = ground, else 1 + class), texture, part (which ninth of
-    its object's box, row-major; IGNORE on ground), size (class of SIZE_EDGES_PX; IGNORE on ground).
+    image: (S, S, 3) uint8 RGB. labels: (4, S, S) uint8: shape (0 = ground, else 1 + class), texture, part
+    (which ninth of its object's box, row-major; IGNORE on ground), size (class of SIZE_EDGES_PX; IGNORE on
+    ground).
     """
 
     image: np.ndarray

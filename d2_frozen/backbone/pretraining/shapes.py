@@ -1,8 +1,9 @@
 """Outlines of 64 shape classes, each a formula with its own parameters.
 
 In: (class, random generator of the instance).  Out: closed curves around the origin, radius about 1.
-Families, 16 classes each: plane figures; radial contours as in RCDB (arXiv:2206.09132); visual atoms, i.e. nested
-sinusoidal orbits (arXiv:2303.01112); attractors of iterated function systems as in FractalDB (arXiv:2101.08515).
+Families, 16 classes each: plane figures; radial contours as in RCDB (arXiv:2206.09132); visual atoms, i.e.
+nested sinusoidal orbits (arXiv:2303.01112); attractors of iterated function systems as in FractalDB
+(arXiv:2101.08515).
 """
 
 from __future__ import annotations
@@ -40,7 +41,8 @@ class ShapeClasses:
             shape: class, 0 <= shape < NUM_SHAPES.
             rng: what varies inside the class.
         Returns:
-            Curves, each (N, 2) float32 xy. The first ones are filled (even-odd); for atoms the others lie inside it.
+            Curves, each (N, 2) float32 xy. All are filled (even-odd); of an atom only the first is, and the
+            others lie inside it.
         """
         family, k = divmod(shape, CLASSES_PER_FAMILY)
         if family == 0:
@@ -62,7 +64,7 @@ def _class_rng(seed: int, family: int, k: int) -> np.random.Generator:
     return np.random.default_rng((seed, family, k))
 
 
-# ---- plane figures ---------------------------------------------------------------------------------------------
+# ---- plane figures ----
 def _regular(corners: int) -> Callable:
     def points(rng: np.random.Generator) -> np.ndarray:
         angle = np.arange(corners) * 2 * np.pi / corners
@@ -174,7 +176,7 @@ _FIGURES: tuple[Callable, ...] = (
 )
 
 
-# ---- contours and atoms ----------------------------------------------------------------------------------------
+# ---- contours and atoms ----
 def _contour_formula(rng: np.random.Generator) -> dict:
     waves = rng.integers(2, 5)
     return {
@@ -203,9 +205,9 @@ def _orbit(formula: dict, radius: float, rng: np.random.Generator) -> np.ndarray
     return np.stack([r * np.cos(angle), r * np.sin(angle)], 1).astype(np.float32)
 
 
-# ---- fractals --------------------------------------------------------------------------------------------------
+# ---- fractals ----
 def _fractal_outlines(rng: np.random.Generator) -> list[list[np.ndarray]]:
-    """Outlines of one attractor under small changes of its maps; drawn again until it fills a fair part of its box."""
+    """Outlines of one attractor under small changes of its maps; drawn again until it fills its box well."""
     while True:
         maps = int(rng.integers(2, 5))
         matrices = rng.uniform(-1.0, 1.0, size=(maps, 2, 2))

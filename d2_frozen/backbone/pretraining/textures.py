@@ -1,6 +1,7 @@
 """Maps of 16 texture classes, values 0..1; a map mixes the two colours of a surface.
 
-In: (class, random generator).  Out: (side, side) uint8, 0..255.  Orientation, period and phase vary inside a class.
+In: (class, random generator).  Out: (side, side) uint8, 0..255.  Orientation, period and phase vary
+inside a class.
 """
 
 from __future__ import annotations

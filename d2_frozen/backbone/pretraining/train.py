@@ -1,11 +1,12 @@
-"""Pretrain the small SwinV2 that ships with the project on generated scenes (formula-driven supervised learning).
+"""Pretrain the small SwinV2 that ships with the project, on generated scenes.
 
     python -m d2_frozen.backbone.pretraining.train --out OUT --minutes 60
-    torchrun --nproc-per-node 2 -m d2_frozen.backbone.pretraining.train --out OUT --minutes 60    # one core each
+    torchrun --nproc-per-node 2 -m d2_frozen.backbone.pretraining.train --out OUT --minutes 60
 
-Out: OUT/checkpoint.pth (to resume from), OUT/log.jsonl, OUT/backbone.safetensors (averaged weights, half precision).
-Linear classifiers at every cell of every stage predict the cell's shape class, texture class, part of the object,
-object size and colour, so all four stages learn features that a head can read off. The classifiers are thrown away.
+Out: OUT/checkpoint.pth (to resume from), OUT/log.jsonl, OUT/backbone.safetensors (averaged weights, float16).
+Formula-driven supervised learning: linear classifiers at every cell of every stage predict the cell's shape
+class, texture class, part of the object, object size and colour, so that all four stages learn features that
+a head can read off. The classifiers are thrown away.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ import timm
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from timm.models.swin_transformer_v2 import SwinTransformerV2Block
 from torch import Tensor, nn
 
 from d2_frozen.backbone.pretraining.muon import Muon
@@ -47,6 +49,7 @@ TARGETS = {
     "size": (NUM_SIZES, 0.5),
     "colour": (COLOUR_LEVELS**3, 0.25),
 }
+MUON_RATE = 3.0  # times --lr: its steps are bounded by the spectral norm, so they may be longer than AdamW's
 GROUND_WEIGHT = (
     0.1  # ground covers half of all cells, a shape class under 1 %; full weight would drown the shapes
 )
@@ -108,7 +111,7 @@ def accuracy(logits: Tensor, target: Tensor, skip_ground: bool) -> Tensor:
 
 
 def learning_rate(progress: float, peak: float) -> float:
-    """Warm-up over 3 %, constant up to 60 %, then linearly to zero: can be cut or prolonged while it is constant."""
+    """Warm-up over 3 %, constant up to 60 % (may be prolonged until then), then linearly to zero."""
     return peak * min(1.0, progress / 0.03, max(0.0, (1.0 - progress) / 0.4))
 
 
@@ -120,10 +123,13 @@ def optimizers(model: nn.Module, peak: float, matrix_method: str) -> list[torch.
             plain.append(parameter)
         else:
             (hidden if is_block_matrix and matrix_method == "muon" else other).append(parameter)
-    groups = [{"params": other, "weight_decay": 0.05}, {"params": plain, "weight_decay": 0.0}]
+    groups = [
+        {"params": other, "weight_decay": 0.05, "rate": 1.0},
+        {"params": plain, "weight_decay": 0.0, "rate": 1.0},
+    ]
     found: list[torch.optim.Optimizer] = [torch.optim.AdamW(groups, lr=peak, betas=(0.9, 0.98))]
     if hidden:
-        found.append(Muon(hidden, lr=peak, weight_decay=0.05))
+        found.append(Muon([{"params": hidden, "rate": MUON_RATE}], lr=peak, weight_decay=0.05))
     return found
 
 
@@ -142,7 +148,7 @@ def train(args: argparse.Namespace) -> None:
     out.mkdir(parents=True, exist_ok=True)
     generator = SceneGenerator(args.seed)
     backbone = timm.create_model(args.model, num_classes=0, strict_img_size=False, always_partition=True)
-    _open_residual_branches(backbone)
+    start_in_full(backbone)
     model = CellClassifiers(backbone)
     average = {k: v.detach().clone() for k, v in backbone.state_dict().items()}
     optims = optimizers(model, args.lr, args.matrices)
@@ -165,7 +171,7 @@ def train(args: argparse.Namespace) -> None:
         side, count = (256, args.batch // 4) if progress > args.large_from else (128, args.batch)
         for optim in optims:
             for group in optim.param_groups:
-                group["lr"] = learning_rate(progress, args.lr)
+                group["lr"] = learning_rate(progress, args.lr) * group["rate"]
         images, labels = batch(generator, state["images"] + rank * count, count, side)
         loss, log = model(images, labels)
         for optim in optims:
@@ -189,7 +195,8 @@ def train(args: argparse.Namespace) -> None:
             with open(out / "log.jsonl", "a") as f:
                 f.write(json.dumps(row) + "\n")
             print(
-                f"step {state['step']} images {state['images']} s {state['seconds']:.0f} loss {loss.item():.3f}",
+                "step {step} images {images} {seconds:.0f} s".format(**state),
+                f"loss {loss.item():.3f}",
                 flush=True,
             )
         if not math.isfinite(loss.item()):
@@ -201,13 +208,15 @@ def train(args: argparse.Namespace) -> None:
         _save(out, model, average, optims, state)
 
 
-def _open_residual_branches(backbone: nn.Module) -> None:
-    # timm starts the norm at the end of each branch at 0 (SwinV2, section 3.1), which suits long schedules; at 0.2
-    # the blocks receive gradients from the first step.
-    for stage in backbone.layers:
-        for block in stage.blocks:
-            nn.init.constant_(block.norm1.weight, 0.2)
-            nn.init.constant_(block.norm2.weight, 0.2)
+def start_in_full(backbone: nn.Module) -> None:
+    # timm starts the norm that ends each residual branch at 0 (SwinV2, section 3.1) and all weights at 0.02:
+    # good for wide networks and long schedules. A narrow one then has almost linear blocks for hundreds of steps.
+    for module in backbone.layers.modules():
+        if isinstance(module, nn.Linear) and module.in_features > 2:
+            nn.init.normal_(module.weight, std=module.in_features**-0.5)
+        if isinstance(module, SwinTransformerV2Block):
+            nn.init.ones_(module.norm1.weight)
+            nn.init.ones_(module.norm2.weight)
 
 
 def _start_processes() -> tuple[int, int]:
@@ -259,7 +268,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("--minutes", type=float, required=True, help="length of the schedule, wall clock")
     parser.add_argument("--model", default=PICO_NAME, help="a SwinV2 of timm")
-    parser.add_argument("--batch", type=int, default=16, help="images of 128 px per process and step")
+    parser.add_argument("--batch", type=int, default=12, help="images of 128 px per process and step")
     parser.add_argument("--lr", type=float, default=2e-3, help="peak learning rate")
     parser.add_argument(
         "--matrices", choices=("muon", "adamw"), default="muon", help="optimiser of the block matrices"

@@ -1,0 +1,170 @@
+"""timm networks as pyramids, and the windows of Swin networks at sizes they were not built for."""
+
+import pytest
+import timm
+import torch
+
+from d2_frozen.backbone import build_timm_backbone, create_timm_backbone
+from d2_frozen.backbone.swin_v2 import PICO_NAME
+from detectron2.layers import ShapeSpec
+from detectron2.modeling import BACKBONE_REGISTRY
+
+
+@pytest.mark.parametrize("name", [PICO_NAME, "resnet18", "convnext_atto", "swin_tiny_patch4_window7_224"])
+def test_any_pyramid_gives_res2_to_res5_channels_first(name):
+    backbone = create_timm_backbone(name).eval()
+    with torch.no_grad():
+        maps = backbone(torch.randn(1, 3, 64, 96))
+    shapes = backbone.output_shape()
+    assert list(maps) == list(shapes) == ["res2", "res3", "res4", "res5"]
+    for (feature, value), stride in zip(maps.items(), (4, 8, 16, 32)):
+        assert shapes[feature].stride == stride
+        assert value.shape == (1, shapes[feature].channels, 64 // stride, 96 // stride)
+    assert backbone.size_divisibility == 32
+
+
+def test_subset_of_features_keeps_their_order_and_drops_what_lies_behind():
+    whole, part = (
+        create_timm_backbone(PICO_NAME),
+        create_timm_backbone(PICO_NAME, out_features=["res4", "res2"]),
+    )
+    assert list(part.output_shape()) == ["res2", "res4"]
+    kept = {n for n, _ in part.named_parameters()}
+    assert {n for n, _ in whole.named_parameters()} - kept == {
+        n for n, _ in whole.named_parameters() if "layers.3." in n
+    }
+    part.load_state_dict({k: v for k, v in whole.state_dict().items() if k in kept})
+    images = torch.randn(1, 3, 64, 64)
+    expected = whole.eval()(images)
+    assert all(torch.equal(v, expected[k]) for k, v in part.eval()(images).items())
+
+
+def test_parameter_names_are_timms():
+    names = {n for n, _ in create_timm_backbone("resnet18").named_parameters()}
+    of_timm = {f"network.{n}" for n, _ in timm.create_model("resnet18", num_classes=0).named_parameters()}
+    assert names == of_timm
+
+
+def test_stages_in_the_order_of_the_forward_pass():
+    for name, stem in (("resnet18", "network.conv1."), (PICO_NAME, "network.patch_embed.")):
+        backbone = create_timm_backbone(name)
+        parts = backbone.parameters_by_stage()
+        assert len(parts) == 5 and any(n.startswith(stem) for n in parts[0])
+        assert sorted(n for part in parts for n in part) == sorted(n for n, _ in backbone.named_parameters())
+
+
+def test_unknown_name_lists_the_nearest():
+    with pytest.raises(ValueError, match=r"swinv2_pico.*Nearest: swinv2_pico_window8_256"):
+        create_timm_backbone("swinv2_pico")
+
+
+def test_a_network_without_pyramid_says_which_strides_it_lacks():
+    with pytest.raises(ValueError, match=r"has strides? .*\[16\]|strides \[16\]"):
+        create_timm_backbone("vit_tiny_patch16_224")
+
+
+@pytest.mark.parametrize("features", [[], ["res1"], ["res2", "res2"], ["p3"]])
+def test_wrong_features(features):
+    with pytest.raises(ValueError, match="MODEL.TIMM.OUT_FEATURES"):
+        create_timm_backbone("resnet18", out_features=features)
+
+
+def test_registered_builder_reads_the_config():
+    from d2_frozen import add_frozen_config
+    from detectron2.config import get_cfg
+
+    cfg = add_frozen_config(get_cfg())
+    cfg.MODEL.TIMM.NAME = "resnet18"
+    cfg.MODEL.TIMM.OUT_FEATURES = ["res3", "res5"]
+    assert BACKBONE_REGISTRY.get("build_timm_backbone") is build_timm_backbone
+    backbone = build_timm_backbone(cfg, ShapeSpec(channels=3))
+    assert backbone.output_shape() == {
+        "res3": ShapeSpec(channels=128, stride=8),
+        "res5": ShapeSpec(channels=512, stride=32),
+    }
+    assert backbone.name == "resnet18"
+
+
+def test_drop_path_acts_in_training_only():
+    backbone = create_timm_backbone(PICO_NAME, drop_path_rate=0.5)
+    for block in backbone.network.layers[3].blocks:
+        torch.nn.init.ones_(block.norm1.weight)
+    images = torch.randn(1, 3, 32, 32)
+    backbone.eval()
+    assert torch.equal(backbone(images)["res5"], backbone(images)["res5"])
+    backbone.train()
+    assert len({backbone(images)["res5"].sum().item() for _ in range(8)}) > 1
+    with pytest.raises(ValueError, match="drop_path_rate"):
+        create_timm_backbone("vgg11", drop_path_rate=0.1)
+
+
+# ---- windows ----
+def _blocks(network):
+    return [[(b.window_size, b.shift_size) for b in stage.blocks] for stage in network.layers]
+
+
+@pytest.mark.parametrize(
+    ("name", "window", "native"), [(PICO_NAME, 8, 256), ("swin_tiny_patch4_window7_224", 7, 224)]
+)
+def test_every_stage_keeps_the_window_and_shifts_odd_blocks(name, window, native):
+    """timm alone: the last stage, one window large at the native size, is never shifted."""
+    with torch.device("meta"):
+        plain = timm.create_model(name, num_classes=0)
+    assert {s for _, s in _blocks(plain)[3]} == {(0, 0)}
+    for blocks in _blocks(create_timm_backbone(name).network):
+        for i, (size, shift) in enumerate(blocks):
+            assert size == (window, window)
+            assert shift == ((window // 2,) * 2 if i % 2 else (0, 0))
+
+
+def test_released_window_changes_keep_their_pretraining_window_in_the_position_table():
+    """swinv2 12to24: coordinates are divided by 12 - 1 (6 - 1 in the last stage), so the table exceeds 8 log units."""
+    with torch.device("meta"):
+        network = create_timm_backbone("swinv2_base_window12to24_192to384").network
+    assert [stage.blocks[0].attn.pretrained_window_size for stage in network.layers] == [(12, 12)] * 3 + [
+        (6, 6)
+    ]
+    assert {size for blocks in _blocks(network) for size, _ in blocks} == {(24, 24)}
+    assert [blocks[1][1] for blocks in _blocks(network)] == [(12, 12)] * 4
+
+
+def test_at_native_size_the_unshifted_stages_equal_timm():
+    torch.manual_seed(0)
+    plain = timm.create_model(PICO_NAME, num_classes=0).eval()
+    for stage in plain.layers:
+        for block in stage.blocks:
+            torch.nn.init.ones_(block.norm1.weight)
+            torch.nn.init.ones_(block.norm2.weight)
+    ours = create_timm_backbone(PICO_NAME).eval()
+    missing, unexpected = ours.network.load_state_dict(plain.state_dict(), strict=False)
+    assert not missing and set(unexpected) == {"norm.weight", "norm.bias"}
+    images = torch.randn(1, 3, 256, 256)
+    with torch.no_grad():
+        expected = plain.forward_intermediates(images, intermediates_only=True)
+        maps = list(ours(images).values())
+    for value, reference in zip(maps[:3], expected[:3]):
+        assert torch.allclose(value, reference, atol=1e-5)
+    assert not torch.allclose(maps[3], expected[3], atol=1e-3), "stage 4 is shifted here, not in timm"
+
+
+@pytest.mark.parametrize(("height", "width"), [(36, 100), (4, 4), (260, 68)])
+def test_any_multiple_of_the_patch_runs(height, width):
+    backbone = create_timm_backbone(PICO_NAME).eval()
+    with torch.no_grad():
+        maps = backbone(torch.randn(1, 3, height, width))
+    for value, stride in zip(maps.values(), (4, 8, 16, 32)):
+        assert value.shape[-2:] == (-(-height // stride), -(-width // stride))
+
+
+def test_windows_see_no_further_than_themselves_at_a_large_size():
+    """Eight pixels of the first cell of a far window cannot reach res2 of the first one through one plain block."""
+    backbone = create_timm_backbone(PICO_NAME, out_features=["res2"]).eval()
+    stage = backbone.network.layers[0]
+    stage.blocks = stage.blocks[:1]
+    torch.nn.init.ones_(stage.blocks[0].norm1.weight)
+    images = torch.randn(1, 3, 512, 512)
+    changed = images.clone()
+    changed[..., 32:, :] += 1  # the second row of windows begins at 8 cells x 4 pixels
+    with torch.no_grad():
+        a, b = backbone(images)["res2"], backbone(changed)["res2"]
+    assert torch.equal(a[..., :8, :], b[..., :8, :]) and not torch.equal(a[..., 8:16, :], b[..., 8:16, :])
