@@ -17,7 +17,7 @@ from fvcore.nn.weight_init import c2_msra_fill
 from torch import Tensor, nn
 
 from d2_frozen.neck.padding import PadsForBottomUp
-from detectron2.layers import get_norm
+from detectron2.layers import ShapeSpec, get_norm
 from detectron2.modeling.backbone import FPN
 
 
@@ -56,12 +56,13 @@ class ResidualFPN(PadsForBottomUp, FPN):
                 for name in self._out_features
             }
         )
-        finest_to_coarsest = list(self._out_features)
-        top = finest_to_coarsest[-1]
-        pooled = f"p{int(top[1:]) + 1}"
-        self._out_features = [*finest_to_coarsest, pooled]
-        self._out_feature_strides = {**self._out_feature_strides, pooled: 2 * self._out_feature_strides[top]}
-        self._out_feature_channels = {**self._out_feature_channels, pooled: out_channels}
+        self._pooled = f"p{int(self._out_features[-1][1:]) + 1}"
+
+    def output_shape(self) -> dict[str, ShapeSpec]:
+        """The FPN's levels and the pooled one."""
+        shapes = super().output_shape()
+        top = shapes[self._out_features[-1]]
+        return {**shapes, self._pooled: ShapeSpec(channels=top.channels, stride=2 * top.stride)}
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         """(B, 3, H, W) images, normalised and padded -> maps by name, fine to coarse."""
@@ -69,7 +70,7 @@ class ResidualFPN(PadsForBottomUp, FPN):
         out = {name: blocks(plain[name]) for name, blocks in self.residual.items()}
         *_, coarsest = out.values()
         # As Detectron2's LastLevelMaxPool, so that the two FPNs differ by the blocks alone.
-        out[self._out_features[-1]] = F.max_pool2d(coarsest, kernel_size=1, stride=2)
+        out[self._pooled] = F.max_pool2d(coarsest, kernel_size=1, stride=2)
         return out
 
 

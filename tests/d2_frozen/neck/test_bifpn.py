@@ -43,7 +43,7 @@ def effdet_batch_norm(channels: int) -> nn.Module:
 def layer_from_effdet(num_levels: int = 5) -> BiFPNLayer:
     """Our layer with the golden weights; effdet's node i < 4 is top-down level 3 - i."""
     layer = BiFPNLayer(8, num_levels, norm=effdet_batch_norm)
-    theirs = {key: filled(key, shape) for key, shape in FACTS["layer_state"].items() if shape}
+    theirs = {key: filled(key, shape) for key, shape in FACTS["layer_state"] if shape}
     theirs |= {key: torch.tensor(value) for key, value in FACTS["layer_edge_weights"].items()}
     names = {
         "after_combine.conv.conv_dw": "conv.0",
