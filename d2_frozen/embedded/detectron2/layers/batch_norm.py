@@ -219,9 +219,10 @@ class LayerNorm(nn.Module):
         self.normalized_shape = (normalized_shape,)
 
     def forward(self, x: Tensor) -> Tensor:
-        var, mean = torch.var_mean(x, dim=1, keepdim=True, correction=0)
-        centered = (x - mean) / torch.sqrt(var + self.eps)
-        return centered * self.weight[:, None, None] + self.bias[:, None, None]
+        # torch's own layer norm wants channels last, and var_mean is slow along a dimension that is not the last.
+        centered = x - x.mean(dim=1, keepdim=True)
+        var = centered.square().mean(dim=1, keepdim=True)
+        return centered / torch.sqrt(var + self.eps) * self.weight[:, None, None] + self.bias[:, None, None]
 
 
 _NORMS: dict[str, Callable[[int], nn.Module]] = {

@@ -70,9 +70,11 @@ class ImageList:
 
         if all(size == batch_hw for size in image_sizes):
             return ImageList(torch.stack(list(tensors)), image_sizes)
-        batch = tensors[0].new_full((len(tensors), *lead, *batch_hw), pad_value)
+        batch = tensors[0].new_empty((len(tensors), *lead, *batch_hw))
         for slot, image, (height, width) in zip(batch, tensors, image_sizes):
             slot[..., :height, :width].copy_(image)
+            slot[..., :height, width:].fill_(pad_value)
+            slot[..., height:, :].fill_(pad_value)
         return ImageList(batch, image_sizes)
 
 

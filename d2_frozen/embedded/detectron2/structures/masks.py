@@ -19,6 +19,9 @@ from torchvision.ops import roi_align
 
 from detectron2.structures.boxes import Boxes
 
+# Mask pixels that are turned into floats at a time on the CPU: 16 MB.
+_CPU_PIXELS_AT_ONCE = 4 * 1024 * 1024
+
 
 def polygon_area(x: np.ndarray, y: np.ndarray) -> float:
     """Area of one simple polygon with the corners (x[i], y[i]), square pixels (shoelace formula)."""
@@ -50,12 +53,7 @@ def rasterize_polygons_within_box(polygons: list[np.ndarray], box: np.ndarray, m
     Returns:
         (mask_size, mask_size) bool.
     """
-    corner = np.asarray(box[:2], dtype=np.float64)
-    sides = np.maximum(np.asarray(box[2:] - box[:2], dtype=np.float32), np.float32(0.1))
-    # In float32, as the box is: both axes of a square box then get one and the same factor.
-    cells_per_pixel = (np.float32(mask_size) / sides).astype(np.float64)
-    on_grid = [((np.asarray(p).reshape(-1, 2) - corner) * cells_per_pixel).reshape(-1) for p in polygons]
-    return torch.from_numpy(polygons_to_bitmask(on_grid, mask_size, mask_size))
+    return torch.from_numpy(_rasterize_in_boxes([polygons], np.asarray(box)[None], mask_size)[0])
 
 
 class BitMasks:
@@ -106,7 +104,7 @@ class BitMasks:
 
     def nonempty(self) -> Tensor:
         """(N,) bool: at least one pixel is set."""
-        return self.tensor.flatten(1).any(dim=1)
+        return _any(self.tensor.flatten(1), dim=1)
 
     @staticmethod
     def from_polygon_masks(
@@ -131,28 +129,26 @@ class BitMasks:
         """
         assert len(boxes) == len(self), f"mask i goes with box i, but there are {len(self)} and {len(boxes)}"
         boxes = boxes.to(dtype=torch.float32)
-        rows = torch.arange(len(boxes), dtype=torch.float32, device=boxes.device)
-        coverage = roi_align(
-            self.tensor[:, None].to(dtype=torch.float32),
-            torch.cat((rows[:, None], boxes), dim=1),
-            (mask_size, mask_size),
-            aligned=True,
-        )
-        return coverage[:, 0] >= 0.5
+        at_once = max(len(self), 1)
+        if self.device.type == "cpu":
+            # The masks as floats are by far the largest thing here; pieces that stay in the cache are 3x faster.
+            at_once = max(1, _CPU_PIXELS_AT_ONCE // max(1, self.image_size[0] * self.image_size[1]))
+        cells = [
+            _covered_cells(masks, part, mask_size)
+            for masks, part in zip(self.tensor.split(at_once), boxes.split(at_once))
+        ]
+        return torch.cat(cells)
 
     def get_bounding_boxes(self) -> Boxes:
         """The tightest box around each mask; (0, 0, 0, 0) for an empty one."""
         starts, ends = [], []
-        for occupied in (self.tensor.any(dim=1), self.tensor.any(dim=2)):  # columns (N, W), then rows (N, H)
-            if occupied.numel() == 0:
-                ends.append(torch.zeros(len(self), device=self.device))
-                starts.append(ends[-1])
-                continue
-            bits = occupied.to(torch.uint8)
-            first = bits.argmax(dim=1)  # argmax of equal values is the first one
-            behind_last = bits.shape[1] - bits.flip(1).argmax(dim=1)
-            starts.append(first)
-            ends.append(behind_last * occupied.any(dim=1))
+        if self.tensor.numel() == 0:
+            return Boxes(torch.zeros(len(self), 4, device=self.device))
+        for dim in (1, 2):
+            occupied = _any(self.tensor, dim).to(torch.uint8)  # columns (N, W), then rows (N, H)
+            starts.append(occupied.argmax(dim=1))  # argmax of equal values is the first one
+            behind_last = occupied.shape[1] - occupied.flip(1).argmax(dim=1)
+            ends.append(behind_last * occupied.amax(dim=1))
         return Boxes(torch.stack(starts + ends, dim=1).to(torch.float32))
 
     @staticmethod
@@ -252,9 +248,8 @@ class PolygonMasks:
         )
         if len(self) == 0:
             return torch.empty(0, mask_size, mask_size, dtype=torch.bool, device=boxes.device)
-        on_cpu = boxes.detach().to("cpu").numpy()
-        cells = [rasterize_polygons_within_box(p, box, mask_size) for p, box in zip(self.polygons, on_cpu)]
-        return torch.stack(cells).to(device=boxes.device)
+        cells = _rasterize_in_boxes(self.polygons, boxes.detach().to("cpu").numpy(), mask_size)
+        return torch.from_numpy(cells).to(device=boxes.device)
 
     def area(self) -> Tensor:
         """(N,) square pixels: the sum over the polygons of an object, overlaps counted twice."""
@@ -306,6 +301,33 @@ class ROIMasks:
         from detectron2.layers.mask_ops import paste_masks_in_image  # layers build on structures
 
         return BitMasks(paste_masks_in_image(self.tensor, boxes, (height, width), threshold=threshold))
+
+
+def _covered_cells(masks: Tensor, boxes: Tensor, mask_size: int) -> Tensor:
+    rows = torch.arange(len(boxes), dtype=torch.float32, device=boxes.device)
+    rois = torch.cat((rows[:, None], boxes), dim=1)
+    coverage = roi_align(masks[:, None].to(torch.float32), rois, (mask_size, mask_size), aligned=True)
+    return coverage[:, 0] >= 0.5
+
+
+def _any(bits: Tensor, dim: int) -> Tensor:
+    """bits.any(dim): a maximum over bytes is about ten times as fast on the CPU."""
+    if bits.shape[dim] == 0:
+        return bits.any(dim=dim)
+    return bits.view(torch.uint8).amax(dim=dim).view(torch.bool)
+
+
+def _rasterize_in_boxes(objects: list[list[np.ndarray]], boxes: np.ndarray, mask_size: int) -> np.ndarray:
+    """(N, mask_size, mask_size) bool: what the polygons of object i cover inside box i."""
+    corners = boxes[:, :2].astype(np.float64)
+    sides = np.maximum(boxes[:, 2:] - boxes[:, :2], 0.1, dtype=np.float32)
+    # In float32, as the boxes are: both axes of a square box then get one and the same factor.
+    cells_per_pixel = (np.float32(mask_size) / sides).astype(np.float64)
+    cells = np.zeros((len(objects), mask_size, mask_size), dtype=bool)
+    for of_object, corner, factor, out in zip(objects, corners, cells_per_pixel, cells):
+        on_grid = [((p.reshape(-1, 2) - corner) * factor).ravel() for p in of_object]
+        out[:] = polygons_to_bitmask(on_grid, mask_size, mask_size)
+    return cells
 
 
 def _checked_polygons(index: int, of_object: Any) -> list[np.ndarray]:
