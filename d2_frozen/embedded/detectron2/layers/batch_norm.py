@@ -219,7 +219,7 @@ class LayerNorm(nn.Module):
         self.normalized_shape = (normalized_shape,)
 
     def forward(self, x: Tensor) -> Tensor:
-        # torch's own layer norm wants channels last, and var_mean is slow along a dimension that is not the last.
+        # torch's own layer norm wants channels last; var_mean is slow along any dimension but the last.
         centered = x - x.mean(dim=1, keepdim=True)
         var = centered.square().mean(dim=1, keepdim=True)
         return centered / torch.sqrt(var + self.eps) * self.weight[:, None, None] + self.bias[:, None, None]

@@ -131,7 +131,7 @@ class BitMasks:
         boxes = boxes.to(dtype=torch.float32)
         at_once = max(len(self), 1)
         if self.device.type == "cpu":
-            # The masks as floats are by far the largest thing here; pieces that stay in the cache are 3x faster.
+            # The masks as floats are by far the largest thing here; pieces that fit the cache are 3x faster.
             at_once = max(1, _CPU_PIXELS_AT_ONCE // max(1, self.image_size[0] * self.image_size[1]))
         cells = [
             _covered_cells(masks, part, mask_size)
