@@ -1,6 +1,7 @@
 """The usual setup: command line, logging and environment, writers, DefaultTrainer, DefaultPredictor.
 
-A project that needs something else overrides one ``build_*`` method, or writes its own loop from the same pieces.
+A project that needs something else overrides one ``build_*`` method, or writes its own loop from the same
+pieces.
 """
 
 from __future__ import annotations
@@ -24,12 +25,7 @@ import detectron2.data.transforms as T
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog, build_detection_test_loader, build_detection_train_loader
-from detectron2.evaluation import (
-    DatasetEvaluator,
-    inference_on_dataset,
-    print_csv_format,
-    verify_results,
-)
+from detectron2.evaluation import DatasetEvaluator, inference_on_dataset, print_csv_format, verify_results
 from detectron2.modeling import build_model
 from detectron2.solver import build_lr_scheduler, build_optimizer
 from detectron2.utils import comm
@@ -125,7 +121,8 @@ Two machines:
 
 
 def _port_of_user() -> int:
-    # One port per user (in the dynamic range, 49152 on), so that two users of a machine do not meet by accident.
+    # One port per user (in the dynamic range, 49152 on), so that two users of a machine do not meet by
+    # accident.
     user = os.getuid() if hasattr(os, "getuid") else 1
     return 2**15 + 2**14 + hash(user) % 2**14
 
@@ -137,7 +134,8 @@ def default_setup(cfg: CfgNode, args: argparse.Namespace) -> None:
 
     Args:
         cfg: complete; frozen or not.
-        args: from :func:`default_argument_parser`; ``config_file`` and ``eval_only`` are looked at, if present.
+        args: from :func:`default_argument_parser`; ``config_file`` and ``eval_only`` are looked at, if
+            present.
     """
     output_dir = cfg.OUTPUT_DIR
     rank = comm.get_rank()
@@ -160,7 +158,8 @@ def default_setup(cfg: CfgNode, args: argparse.Namespace) -> None:
             handle.write(text)
         log.info("Full config saved to %s", path)
     seed_all_rng(cfg.SEED + rank if cfg.SEED >= 0 else None)
-    # Searching for the fastest convolutions pays only when the same sizes come often; in evaluation they do not.
+    # Searching for the fastest convolutions pays only when the same sizes come often; in evaluation they do
+    # not.
     if not getattr(args, "eval_only", False):
         torch.backends.cudnn.benchmark = cfg.CUDNN_BENCHMARK
 
@@ -172,11 +171,8 @@ def default_writers(output_dir: str, max_iter: int | None = None) -> list[EventW
         max_iter: length of the run, for the ETA.
     """
     PathManager.mkdirs(output_dir)
-    return [
-        CommonMetricPrinter(max_iter),
-        JSONWriter(os.path.join(output_dir, "metrics.json")),
-        TensorboardXWriter(output_dir),
-    ]
+    rows = JSONWriter(os.path.join(output_dir, "metrics.json"))
+    return [CommonMetricPrinter(max_iter), rows, TensorboardXWriter(output_dir)]
 
 
 class DefaultPredictor:
@@ -197,11 +193,11 @@ class DefaultPredictor:
                 f"INPUT.FORMAT is {cfg.INPUT.FORMAT!r}; DefaultPredictor takes RGB or BGR models."
             )
         self.cfg = cfg.clone()
-        self.model = build_model(self.cfg)
-        self.model.eval()
-        if len(cfg.DATASETS.TEST):
-            self.metadata = MetadataCatalog.get(cfg.DATASETS.TEST[0])
-        DetectionCheckpointer(self.model).load(cfg.MODEL.WEIGHTS)
+        datasets = list(self.cfg.DATASETS.TEST)
+        if datasets:
+            self.metadata = MetadataCatalog.get(datasets[0])
+        self.model = build_model(self.cfg).eval()
+        DetectionCheckpointer(self.model).load(self.cfg.MODEL.WEIGHTS)
         shortest = cfg.INPUT.MIN_SIZE_TEST
         self.aug = T.ResizeShortestEdge([shortest, shortest], cfg.INPUT.MAX_SIZE_TEST)
         self.input_format = cfg.INPUT.FORMAT
@@ -229,7 +225,7 @@ class DefaultPredictor:
 
 
 class DefaultTrainer(TrainerBase):
-    """Training of a detector by config: build everything, resume or load, train with the usual hooks, evaluate.
+    """Training of a detector by config: build all parts, resume or load, train with hooks, evaluate.
 
     Example:
         trainer = DefaultTrainer(cfg)
@@ -288,7 +284,7 @@ class DefaultTrainer(TrainerBase):
             loop.register_hooks([_Relay(self)])
 
     def build_hooks(self) -> list[HookBase | None]:
-        """Timing, learning rate, precise BN (by TEST.PRECISE_BN), checkpoints, evaluation, writers, in this order.
+        """In this order: timing, learning rate, precise BN (if set), checkpoints, evaluation, writers.
 
         Checkpoints come before the evaluation, which may fail; writers last, so that they see all results.
         """
@@ -321,7 +317,8 @@ class DefaultTrainer(TrainerBase):
         """Run the remaining iterations.
 
         Returns:
-            The last evaluation's results; None if there was none. With TEST.EXPECTED_RESULTS they are verified.
+            The last evaluation's results; None if there was none. With TEST.EXPECTED_RESULTS they are
+            verified.
         """
         super().train(self.start_iter, self.max_iter)
         results = getattr(self, "_last_eval_results", None)
@@ -438,9 +435,10 @@ class DefaultTrainer(TrainerBase):
     def auto_scale_workers(cfg: CfgNode, num_workers: int) -> CfgNode:
         """The config for another number of processes, by the linear scaling rule.
 
-        Does nothing if ``SOLVER.REFERENCE_WORLD_SIZE`` is 0 or equals ``num_workers``. Otherwise, with the ratio r of
-        the two: batch size and learning rate times r; iterations, steps, warm-up, evaluation and checkpoint periods
-        divided by r. The number of samples seen stays the same. (Goyal et al., arXiv:1706.02677, section 2.1.)
+        Does nothing if ``SOLVER.REFERENCE_WORLD_SIZE`` is 0 or equals ``num_workers``. Otherwise, with r the
+        ratio of the two, batch size and learning rate are multiplied by r, and iterations, steps, warm-up,
+        evaluation and checkpoint periods divided by it, so that a run sees the same number of images.
+        Goyal et al., arXiv:1706.02677, section 2.1.
 
         Args:
             num_workers: processes of this run.

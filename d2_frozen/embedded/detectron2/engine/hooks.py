@@ -45,6 +45,9 @@ __all__ = [
 
 _Predicate = Callable[[TrainerBase], bool]
 
+# What a profile holds beside times.
+_RECORDED = dict.fromkeys(("record_shapes", "profile_memory", "with_stack", "with_flops"), True)
+
 
 class CallbackHook(HookBase):
     """A hook from functions; each is called with the trainer."""
@@ -170,7 +173,7 @@ class PeriodicWriter(HookBase):
 
 
 class PeriodicCheckpointer(_PeriodicSaving, HookBase):
-    """fvcore's PeriodicCheckpointer as a hook: ``model_0004999.pth`` every period, ``model_final.pth`` at the end."""
+    """fvcore's PeriodicCheckpointer as a hook: ``model_0004999.pth`` etc., ``model_final.pth``."""
 
     def before_train(self) -> None:
         self.max_iter = self.trainer.max_iter
@@ -205,8 +208,7 @@ class BestCheckpointer(HookBase):
         if mode not in ("max", "min"):
             raise ValueError(f"BestCheckpointer's mode is 'max' or 'min', got {mode!r}.")
         self._logger = logging.getLogger(__name__)
-        self._period = eval_period
-        self._val_metric = val_metric
+        self._val_metric, self._period = val_metric, eval_period
         self._is_better = operator.gt if mode == "max" else operator.lt
         self._checkpointer = checkpointer
         self._file_prefix = file_prefix
@@ -242,7 +244,7 @@ class BestCheckpointer(HookBase):
         latest = self.trainer.storage.latest().get(self._val_metric)
         if latest is None:
             self._logger.warning(
-                "No %s in the event storage: no best model is kept. Is the EvalHook registered before this hook?",
+                "No %s in the event storage, no best model is kept: is an EvalHook registered before this?",
                 self._val_metric,
             )
             return
@@ -275,8 +277,8 @@ class LRScheduler(HookBase):
 
     Args:
         optimizer: by default the trainer's.
-        scheduler: of torch, or fvcore's ``ParamScheduler`` (a multiplier of the initial rates); by default the
-            trainer's.
+        scheduler: of torch, or fvcore's ``ParamScheduler`` (a multiplier of the initial rates); by default
+            the trainer's.
     """
 
     def __init__(
@@ -297,7 +299,7 @@ class LRScheduler(HookBase):
 
     @staticmethod
     def get_best_param_group_id(optimizer: torch.optim.Optimizer) -> int:
-        """Which group's rate stands for all: the largest group; with one tensor per group, the most common rate."""
+        """Which group's rate stands for all: the largest; with one tensor each, one of the commonest rate."""
         groups = optimizer.param_groups
         sizes = [len(group["params"]) for group in groups]
         if max(sizes) > 1:
@@ -326,7 +328,7 @@ class LRScheduler(HookBase):
 
 
 class EvalHook(HookBase):
-    """Evaluates every ``eval_period`` iterations and after the last one; all results go into the event storage.
+    """Evaluates every ``eval_period`` iterations and after the last one; results go into the event storage.
 
     Args:
         eval_period: 0 for only at the end.
@@ -349,7 +351,8 @@ class EvalHook(HookBase):
         results = self._func()
         if results:
             self.trainer.storage.put_scalars(**_numbers(results), smoothing_hint=False)
-        # The others wait while rank 0 evaluates alone; without this, their next iteration's timing would be off.
+        # The others wait while rank 0 evaluates alone; without this, their next iteration's timing would be
+        # off.
         comm.synchronize()
 
     def after_step(self) -> None:
@@ -452,12 +455,7 @@ class TorchProfiler(HookBase):
                 f"worker{comm.get_rank()}",
             )
         self._profiler = torch.profiler.profile(
-            activities=self._activities,
-            on_trace_ready=on_ready,
-            record_shapes=True,
-            profile_memory=True,
-            with_stack=True,
-            with_flops=True,
+            activities=self._activities, on_trace_ready=on_ready, **_RECORDED
         )
         self._profiler.__enter__()
 

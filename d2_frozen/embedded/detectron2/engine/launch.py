@@ -30,9 +30,10 @@ def launch(
     args: tuple[Any, ...] = (),
     timeout: timedelta = DEFAULT_TIMEOUT,
 ) -> None:
-    """Call ``main_func(*args)`` in ``num_machines * num_gpus_per_machine`` processes that can talk to each other.
+    """Call ``main_func(*args)`` in ``num_machines * num_gpus_per_machine`` connected processes.
 
-    With one process in all, it is called right here. Without CUDA the processes share the CPU and talk over gloo.
+    With one process in all, it is called right here. Without CUDA the processes share the CPU and talk over
+    gloo.
 
     Args:
         main_func: importable by name, since it is called in other processes.
@@ -54,7 +55,7 @@ def launch(
     visible = torch.cuda.device_count()
     if visible and num_gpus_per_machine > visible:
         raise ValueError(
-            f"{num_gpus_per_machine} GPUs per machine were asked for (--num-gpus), {visible} are visible here."
+            f"--num-gpus asks for {num_gpus_per_machine} GPUs per machine, {visible} are visible here."
         )
     url = _meeting_point(dist_url, num_machines)
     mp.start_processes(
@@ -76,7 +77,7 @@ def _meeting_point(dist_url: str | None, num_machines: int) -> str:
         return f"tcp://127.0.0.1:{_free_port()}"
     if num_machines > 1 and dist_url.startswith("file://"):
         logging.getLogger(__name__).warning(
-            "file:// as meeting point of several machines needs a shared file system with locks; tcp:// is safer."
+            "file:// across machines needs a shared file system with locks; tcp:// is safer."
         )
     return dist_url
 
@@ -116,5 +117,6 @@ def _run_as_rank(
     # Past this point everyone has joined; a straggler would show up as a timeout far from its cause.
     comm.synchronize()
     main_func(*args)
-    # Only after success: with a failed rank the others still wait in a collective, and this would wait for them.
+    # Only after success: with a failed rank the others still wait in a collective, and this would wait for
+    # them.
     dist.destroy_process_group()

@@ -28,7 +28,8 @@ class HookBase:
     """Something to do at certain points of training. Override what you need.
 
     Attributes:
-        trainer: the trainer that the hook is registered with (a weak proxy); ``trainer.iter`` is the current iteration.
+        trainer: the trainer that the hook is registered with (a weak proxy); ``trainer.iter`` is the current
+            iteration.
     """
 
     trainer: TrainerBase
@@ -49,7 +50,7 @@ class HookBase:
         """After each iteration."""
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint must hold for this hook; a hook that returns something has ``load_state_dict`` too."""
+        """What a checkpoint must hold for this hook; who returns something has ``load_state_dict`` too."""
         return {}
 
 
@@ -98,9 +99,8 @@ class TrainerBase:
             try:
                 self.before_train()
                 while self.iter < max_iter:
-                    self.before_step()
-                    self.run_step()
-                    self.after_step()
+                    for phase in (self.before_step, self.run_step, self.after_step):
+                        phase()
                     self.iter += 1
             except Exception:
                 log.exception("Exception during training, in iteration %d:", self.iter)
@@ -116,7 +116,8 @@ class TrainerBase:
         self._call_hooks("after_train")
 
     def before_step(self) -> None:
-        # The storage counts with the trainer, so everything that is put during the step has the right iteration.
+        # The storage counts with the trainer, so everything that is put during the step has the right
+        # iteration.
         self.storage.iter = self.iter
         self._call_hooks("before_step")
 
@@ -135,7 +136,7 @@ class TrainerBase:
             getattr(hook, moment)()
 
     def state_dict(self) -> dict[str, Any]:
-        """``iteration`` (the one that was run last), and ``hooks``: class name -> state, for hooks that have one."""
+        """``iteration``, the one that was run last; ``hooks``: class name -> state, where there is one."""
         states: dict[str, Any] = {}
         for hook in self._hooks:
             state = hook.state_dict()
@@ -144,7 +145,7 @@ class TrainerBase:
         return {"iteration": self.iter, "hooks": states} if states else {"iteration": self.iter}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Take over iteration and hook states; states of hooks that are not registered are reported and left."""
+        """Take over iteration and hook states; states of unknown hooks are reported and left."""
         self.iter = state_dict["iteration"]
         registered = {type(hook).__qualname__: hook for hook in reversed(self._hooks)}
         for name, state in state_dict.get("hooks", {}).items():
@@ -160,13 +161,15 @@ class SimpleTrainer(TrainerBase):
     """One model, one loader, one optimizer: forward, backward, step.
 
     Args:
-        model: called with a batch, returns a loss or a dict of losses, which are summed. Put into training mode.
+        model: called with a batch, returns a loss or a dict of losses, which are summed. Put into training
+            mode.
         data_loader: iterable of batches, endless or at least ``max_iter`` long.
         optimizer: its ``step`` follows the backward pass.
         gather_metric_period: collect the losses of all processes every so many iterations (it costs a sync).
-        zero_grad_before_forward: clear gradients before the forward pass instead of just before the backward pass.
-        async_write_metrics: write losses from a second thread, so that the loop does not wait for the GPU. A loss that
-            is not finite is then noticed one iteration later.
+        zero_grad_before_forward: clear gradients before the forward pass instead of just before the backward
+            pass.
+        async_write_metrics: write losses from a second thread, so that the loop does not wait for the GPU. A
+            loss that is not finite is then noticed one iteration later.
     """
 
     def __init__(
@@ -220,8 +223,8 @@ class SimpleTrainer(TrainerBase):
         """The next batch, and how many seconds it took to get it."""
         if not self.model.training:
             raise RuntimeError(
-                f"{type(self).__name__}: the model is in eval mode in iteration {self.iter}; a hook or an evaluation "
-                "left it there. Call model.train()."
+                f"the model is in eval mode in iteration {self.iter}: a hook or an evaluation left it there. "
+                "Call model.train()."
             )
         start = time.perf_counter()
         try:
@@ -285,8 +288,8 @@ class SimpleTrainer(TrainerBase):
     def write_metrics(
         loss_dict: Mapping[str, torch.Tensor], data_time: float, cur_iter: int, prefix: str = ""
     ) -> None:
-        """Average the losses over all processes and put them, their sum ``total_loss``, and ``data_time`` (the slowest
-        process) into the event storage, on the main process.
+        """Average the losses over all processes and put them, their sum ``total_loss``, and ``data_time``
+        (the slowest process) into the event storage, on the main process.
 
         Args:
             loss_dict: scalar tensors by name.
@@ -327,8 +330,8 @@ class AMPTrainer(SimpleTrainer):
     """SimpleTrainer with the forward pass in mixed precision; on CPU as well, in bfloat16.
 
     Args:
-        grad_scaler: scales the loss so that float16 gradients do not vanish; by default a new one, switched off where
-            it has no use (bfloat16, CPU).
+        grad_scaler: scales the loss so that float16 gradients do not vanish; by default a new one, switched
+            off where it has no use (bfloat16, CPU).
         precision: dtype of autocast. On CPU float16 becomes bfloat16.
         log_grad_scaler: put the scale into the event storage, as ``[metric]grad_scaler``.
         (The others are those of SimpleTrainer.)

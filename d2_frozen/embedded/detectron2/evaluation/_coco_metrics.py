@@ -1,7 +1,7 @@
 """COCO's numbers: average precision of boxes and masks, average recall of proposals.
 
-Protocol: https://cocodataset.org/#detection-eval. IoU thresholds 0.50:0.05:0.95; object sizes in pixels of area:
-small < 32^2 <= medium < 96^2 <= large.
+Protocol: https://cocodataset.org/#detection-eval.
+IoU thresholds 0.50:0.05:0.95. Object sizes in pixels of area: small < 32^2 <= medium < 96^2 <= large.
 """
 
 from __future__ import annotations
@@ -46,11 +46,13 @@ def match_detections(
         truth: ground truth with annotations.
         detections: at least one entry of the COCO results format; ids as in the truth. Not changed.
         iou_type: "bbox" or "segm".
-        max_dets: detections per image and category that count, ascending; the last one is that of all AP metrics.
+        max_dets: detections per image and category that count, ascending; the last one is that of all AP
+            metrics.
         image_ids: evaluate these only.
         compiled: use faster-coco-eval; False: pycocotools, which is slower and equal.
     Returns:
-        The evaluation object; its ``eval["precision"]`` is (IoU, recall, category, area, max_dets), -1 where undefined.
+        The evaluation object; its ``eval["precision"]`` is (IoU, recall, category, area, max_dets), -1 where
+        undefined.
     """
     rows = [dict(row) for row in detections]
     if iou_type == "segm":
@@ -112,7 +114,7 @@ def _percent(values: np.ndarray) -> float:
 
 
 def summary_lines(evaluation: Any) -> list[str]:
-    """The table that every COCO evaluation prints: six lines of AP, then AR per detection limit and per size."""
+    """The table that every COCO evaluation prints: six lines of AP, then AR by limit and by size."""
     params = evaluation.params
     most, sizes = params.maxDets[-1], list(params.areaRngLbl)
     whole = f"{params.iouThrs[0]:.2f}:{params.iouThrs[-1]:.2f}"
@@ -137,15 +139,16 @@ def summary_lines(evaluation: Any) -> list[str]:
 def proposal_recall(
     predictions: Sequence[Mapping[str, Any]], truth: COCO, size: str = "", limit: int | None = None
 ) -> dict[str, Any]:
-    """Recall of class-agnostic boxes; each truth box is covered by at most one proposal and the other way round.
+    """Recall of class-agnostic boxes. A proposal covers at most one truth box, and the other way round.
 
     Args:
-        predictions: dicts with ``image_id`` and ``proposals`` (Instances with proposal_boxes, objectness_logits).
+        predictions: dicts with ``image_id`` and ``proposals`` (Instances with proposal_boxes,
+            objectness_logits).
         truth: ground truth; crowds do not count.
         size: "" (all), "s", "m", "l".
         limit: proposals per image, best objectness first; None for all.
     Returns:
-        ``ar``: mean recall over the thresholds, 0..1, NaN without objects; ``recalls``, ``thresholds``: float tensors;
+        ``ar``: mean recall over ``thresholds``, 0..1, NaN without objects; ``recalls``: at each of them;
         ``gt_overlaps``: sorted IoU of each truth box with its proposal; ``num_pos``: number of truth boxes.
     """
     lowest, highest = _PROPOSAL_AREAS[size]
@@ -176,7 +179,7 @@ def proposal_recall(
 
 
 def _cover_greedily(iou: torch.Tensor) -> torch.Tensor:
-    """(truth, proposals) -> (truth,): the best pair is taken first, then both leave; 0 for truth that stays alone."""
+    """(truth, proposals) -> (truth,): the best pair first, then without these two; 0 for the rest."""
     num_truth, num_proposals = iou.shape
     covered = torch.zeros(num_truth)
     left = iou.clone()

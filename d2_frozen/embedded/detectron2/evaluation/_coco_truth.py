@@ -1,7 +1,8 @@
 """Which ground truth COCO's protocol measures against: a COCO json, read and put in order.
 
-What the protocol needs and files in the wild leave out is filled in (``iscrowd``, ``area``); what would distort the
-result without a word is set right (annotation ids) or reported (images listed twice, annotations without a mask).
+What the protocol needs and files in the wild leave out is filled in (``iscrowd``, ``area``); what would
+distort the result without a word is set right (annotation ids) or reported (images listed twice, annotations
+without a mask).
 """
 
 from __future__ import annotations
@@ -42,14 +43,14 @@ def index_truth(content: Mapping[str, Any], source: str) -> COCO:
     """Index COCO ground truth that is in memory.
 
     Args:
-        content: ``images``, ``categories``, and ``annotations`` unless this is a test set without public truth.
+        content: ``images``, ``categories``, and ``annotations`` unless this is a test set without public
+            truth.
         source: file or dataset name, for messages.
     """
     missing = [key for key in ("images", "categories") if not isinstance(content.get(key), list)]
     if missing:
-        raise ValueError(
-            f"{source} is no COCO json for detection: it has no list {' and no list '.join(missing)}."
-        )
+        lists = " and no list ".join(missing)
+        raise ValueError(f"{source} is no COCO json for detection: it has no list {lists}.")
     truth = dict(content)
     truth["images"] = _images_once(content["images"], source)
     if "annotations" in content:
@@ -67,11 +68,11 @@ def without_missing_masks(truth: COCO, source: str) -> COCO:
     usable = [a for a in annotations if _has_mask(a)]
     if len(usable) == len(annotations):
         return truth
-    lost = [a["id"] for a in annotations if not _has_mask(a)]
+    lost = [a["id_in_file"] for a in annotations if not _has_mask(a)]
     if not usable:
         raise ValueError(
-            f"{source}: none of the {len(annotations)} annotations has a segmentation, but the predictions have masks. "
-            "Evaluate boxes only: COCOEvaluator(..., tasks=('bbox',))."
+            f"{source}: none of the {len(annotations)} annotations has a segmentation, but the "
+            "predictions have masks. Evaluate boxes only: COCOEvaluator(..., tasks=('bbox',))."
         )
     _log.warning(
         "%s: %d of %d annotations have no usable segmentation and are left out of the mask evaluation (%s).",
@@ -115,8 +116,8 @@ def _complete(
     known = {image["id"]: image for image in images}
     done = []
     strays = []
-    # Fresh ids from 1 on: the matching code of every COCO implementation takes the id 0 for "no match", and a repeated
-    # id for the same object.
+    # Fresh ids from 1 on: the matching code of every COCO implementation takes the id 0 for "no match", and a
+    # repeated id for the same object.
     for number, original in enumerate(annotations, 1):
         annotation = dict(original)
         for key in ("image_id", "category_id"):
@@ -130,7 +131,7 @@ def _complete(
             continue
         if "bbox" not in annotation:
             raise ValueError(f"{source}: annotation {number - 1} (id {original.get('id')!r}) has no bbox.")
-        annotation["id"] = number
+        annotation["id_in_file"], annotation["id"] = original.get("id"), number
         annotation["iscrowd"] = int(annotation.get("iscrowd") or 0)
         if annotation.get("area") is None:
             annotation["area"] = _area(annotation, known[annotation["image_id"]])

@@ -49,19 +49,20 @@ _PIXELS_PER_ENCODING = 64 * 1024 * 1024
 class COCOEvaluator(DatasetEvaluator):
     """AP of boxes and masks, AR of proposals, for any dataset in COCO format or in Detectron2's own.
 
-    Class ids of the model (0 .. n-1) are mapped back to the category ids of the json, also when nobody has read the
-    dataset before.
+    Class ids of the model (0 .. n-1) are mapped back to the category ids of the json, also when nobody has
+    read the dataset before.
 
     Args:
-        dataset_name: a registered dataset. With ``json_file`` in its metadata, that is the ground truth; otherwise the
-            registered dicts are converted (and written to ``output_dir`` where one is given).
-        tasks: some of "bbox", "segm"; None takes what the predictions have. A config in this place (the signature of
-            old releases) means None.
+        dataset_name: a registered dataset. With ``json_file`` in its metadata, that is the ground truth;
+            otherwise the registered dicts are converted (and written to ``output_dir`` where one is given).
+        tasks: some of "bbox", "segm"; None takes what the predictions have. A config in this place (the
+            signature of old releases) means None.
         distributed: gather the predictions of all processes and evaluate on the first.
-        output_dir: where to write ``instances_predictions.pth`` (list of dicts, loads with ``weights_only=True``) and
-            ``coco_instances_results.json`` (COCO's results format), for proposals ``box_proposals.pkl``.
-        max_dets_per_image: detections per image and category that count, 100 by default. AR@10 is part of the protocol,
-            so fewer than 10 act as 10.
+        output_dir: where to write ``instances_predictions.pth`` (list of dicts, loads with
+            ``weights_only=True``) and ``coco_instances_results.json`` (COCO's results format), for proposals
+            ``box_proposals.pkl``.
+        max_dets_per_image: detections per image and category that count, 100 by default. AR@10 is part of the
+            protocol, so fewer than 10 act as 10.
         use_fast_impl: faster-coco-eval; False takes pycocotools, slower and equal.
         kpt_oks_sigmas: keypoints are outside the subset: must be empty.
         allow_cached_coco: reuse a converted json that lies in ``output_dir``.
@@ -151,8 +152,8 @@ class COCOEvaluator(DatasetEvaluator):
 
         Args:
             inputs: dicts with ``image_id``.
-            outputs: dicts with ``instances`` (pred_boxes, scores, pred_classes, optional pred_masks of the original
-                image's size) and/or ``proposals`` (proposal_boxes, objectness_logits).
+            outputs: dicts with ``instances`` (pred_boxes, scores, pred_classes, optional pred_masks of the
+                original image's size) and/or ``proposals`` (proposal_boxes, objectness_logits).
         """
         for given, output in zip(inputs, outputs):
             prediction: dict[str, Any] = {"image_id": given["image_id"]}
@@ -175,8 +176,10 @@ class COCOEvaluator(DatasetEvaluator):
             return OrderedDict()
         self._results = OrderedDict()
         if not predictions:
-            self._logger.warning("COCOEvaluator was given no predictions: the model returned neither instances nor "
-                                 "proposals, or the data loader was empty.")  # fmt: skip
+            self._logger.warning(
+                "COCOEvaluator was given no predictions: the model gave neither instances nor proposals, "
+                "or the data loader was empty."
+            )
             return self._results
         if self._output_dir:
             PathManager.mkdirs(self._output_dir)
@@ -199,7 +202,7 @@ class COCOEvaluator(DatasetEvaluator):
         return list(itertools.chain.from_iterable(parts))
 
     def _one_per_image(self, predictions: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """Of an image that came twice only the first prediction counts: its second boxes would all be false positives."""
+        """Of an image that came twice the first prediction counts; the second would be false positives."""
         counts = Counter(
             (p["image_id"], kind) for p in predictions for kind in ("instances", "proposals") if kind in p
         )
@@ -326,8 +329,9 @@ class COCOEvaluator(DatasetEvaluator):
             return category_ids[row["category_id"]]
         except KeyError:
             raise ValueError(
-                f"image {row['image_id']}: the model predicts class {row['category_id']}, but {self._dataset_name} has "
-                f"{len(category_ids)} classes (0..{len(category_ids) - 1}). Set MODEL.ROI_HEADS.NUM_CLASSES to match."
+                f"image {row['image_id']}: the model predicts class {row['category_id']}, but "
+                f"{self._dataset_name} has {len(category_ids)} classes (0..{len(category_ids) - 1}). "
+                "Make MODEL.ROI_HEADS.NUM_CLASSES match."
             ) from None
 
     def _category_names(self, category_ids: Mapping[int, int]) -> dict[int, str]:
@@ -346,8 +350,8 @@ class COCOEvaluator(DatasetEvaluator):
         if strangers:
             raise ValueError(
                 f"predictions for {len(strangers)} images that {self._truth_source} does not list "
-                f"(image_id {', '.join(strangers[:5])}): evaluator and data loader use different datasets, or the "
-                "mapper changed image_id."
+                f"(image_id {', '.join(strangers[:5])}): evaluator and data loader use different datasets, "
+                "or the mapper changed image_id."
             )
         seen = {p["image_id"] for p in predictions}
         unseen = [i for i in known if i not in seen and self._coco_api.imgToAnns.get(i)]
@@ -397,8 +401,8 @@ def instances_to_coco_json(instances: Instances, img_id: int) -> list[dict[str, 
             ``pred_classes``; ``pred_masks`` (N, H, W) bool where masks are wanted.
         img_id: image_id of the rows.
     Returns:
-        One dict per detection: image_id, category_id (class of the model), bbox (XYWH), score, and segmentation
-        (compressed RLE, counts as str) with masks.
+        One dict per detection: image_id, category_id (class of the model), bbox (XYWH), score; with masks
+        segmentation (compressed RLE, counts as str).
     """
     count = len(instances)
     if count == 0:

@@ -45,8 +45,8 @@ class DatasetEvaluator:
         """Compute the metrics after the last batch.
 
         Returns:
-            {task: {metric: value}} on the main process, anything that is falsy elsewhere. None when there is nothing
-            to report.
+            {task: {metric: value}} on the main process, anything that is falsy elsewhere. None when there is
+            nothing to report.
         """
 
 
@@ -87,7 +87,7 @@ class DatasetEvaluators(DatasetEvaluator):
 
 @contextmanager
 def inference_context(model: nn.Module) -> Iterator[None]:
-    """``model.eval()`` inside; afterwards every module has the mode it had before, frozen submodules included."""
+    """``model.eval()`` inside; afterwards each module has the mode it had, frozen submodules included."""
     before = {module: module.training for module in model.modules()}
     was_training = model.training
     model.eval()
@@ -109,11 +109,12 @@ def inference_on_dataset(
     """Run ``model`` over ``data_loader`` without gradients, in eval mode, and evaluate.
 
     Args:
-        model: called with each batch. A ``nn.Module`` is put into eval mode and back; anything else is called as it is.
+        model: called with each batch. A ``nn.Module`` is put into eval mode and back; anything else is called
+            as it is.
         data_loader: batches; must have a length.
         evaluator: one, several, or None to run the model only (a speed test).
-        callbacks: functions to call at ``on_start``, ``before_inference``, ``after_inference`` (both around every
-            batch) and ``on_end``.
+        callbacks: functions to call at ``on_start``, ``before_inference``, ``after_inference`` (both around
+            every batch) and ``on_end``.
     Returns:
         The evaluator's results; an empty dict where it returns None.
     """

@@ -1,9 +1,9 @@
 """SemSegEvaluator: intersection over union and accuracy of per-pixel classes.
 
-In: per image ``{"sem_seg": (C, H, W) scores}``.  Out: ``{"sem_seg": {"mIoU": ..., "IoU-wall": ...}}`` in percent.
+In: per image ``{"sem_seg": (C, H, W) scores}``.  Out: ``{"sem_seg": {"mIoU": percent, ...}}``.
 
-Everything is read off one confusion matrix over all pixels of all images. Pixels that are ignored in the ground truth
-count nowhere.
+Everything is read off one confusion matrix over all pixels of all images. Pixels that are ignored in the
+ground truth count nowhere.
 """
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ class SemSegEvaluator(DatasetEvaluator):
             inputs: dicts with ``file_name``.
             outputs: dicts with ``sem_seg``, (C, H, W) scores at the size of the ground truth.
         Raises:
-            ValueError: prediction and ground truth differ in size, or labels are out of range; names the file.
+            ValueError: names the file whose prediction has another size, or whose labels are out of range.
         """
         for given, output in zip(inputs, outputs):
             name = given["file_name"]
@@ -118,7 +118,7 @@ class SemSegEvaluator(DatasetEvaluator):
         truth = np.array(self._load_labels(labels_file, dtype=int))
         if truth.shape != shape:
             raise ValueError(
-                f"{name}: the prediction is {shape} (height, width), the labels in {labels_file} are {truth.shape}."
+                f"{name}: (height, width) is {shape} predicted, but {truth.shape} in {labels_file}."
             )
         truth[truth == self._ignore_label] = self._num_classes
         if truth.min(initial=0) < 0 or truth.max(initial=0) > self._num_classes:
@@ -135,9 +135,9 @@ class SemSegEvaluator(DatasetEvaluator):
         return np.bincount(pairs, minlength=side * side).reshape(side, side)
 
     def evaluate(self) -> OrderedDict[str, dict[str, float]] | None:
-        """``sem_seg``: mIoU, fwIoU (weighted by how frequent a class is), IoU per class, boundary IoU per class, mACC, pACC
-        (all pixels), ACC per class. NaN for classes that the ground truth does not have. None on all processes but the
-        first.
+        """``sem_seg``: mIoU, fwIoU (weighted by how frequent a class is), IoU per class, boundary IoU per
+        class, mACC, pACC (all pixels), ACC per class. NaN for classes that the ground truth does not have.
+        None on all processes but the first.
         """
         if not self._gather():
             return None
@@ -191,7 +191,7 @@ class SemSegEvaluator(DatasetEvaluator):
 
 
 class _Scores:
-    """All metrics of one confusion matrix (rows: predicted, columns: truth; the last of each is "ignored")."""
+    """All metrics of one confusion matrix: rows predicted, columns truth, the last of each ignored."""
 
     def __init__(self, matrix: np.ndarray) -> None:
         counted = matrix[:-1, :-1].astype(np.float64)
@@ -211,8 +211,9 @@ class _Scores:
 def _label_edges(labels: np.ndarray) -> np.ndarray:
     """(H, W) labels -> the band along label borders, as Detectron2 measures it, so that the numbers compare.
 
-    The band is the label map minus its erosion (the lowest label in reach, 0 beyond the image). It equals the boundary
-    of the Boundary IoU paper for background 0 and one other class; between two classes it holds their difference.
+    The band is the label map minus its erosion (the lowest label in reach, 0 beyond the image). It equals the
+    boundary of the Boundary IoU paper for background 0 and one other class; between two classes it holds
+    their difference.
     """
     height, width = labels.shape
     reach = max(1, round(_BAND_WIDTH * float(np.hypot(height, width))))

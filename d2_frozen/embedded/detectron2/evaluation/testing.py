@@ -31,7 +31,8 @@ def _leaves(node: Mapping[str, Any], above: tuple[str, ...]) -> Iterator[tuple[s
 def print_csv_format(results: Mapping[str, Any]) -> None:
     """Log the main metrics as two comma-separated lines per task, ready to paste into a table.
 
-    Per-category entries (names with a ``-``, such as ``AP-person``) are left out. The lines start with ``copypaste:``.
+    Per-category entries (names with a ``-``, such as ``AP-person``) are left out. The lines start with
+    ``copypaste:``.
 
     Raises:
         TypeError: ``results`` is no mapping.
@@ -55,7 +56,8 @@ def verify_results(cfg: Any, results: Mapping[str, Mapping[str, float]]) -> bool
     Returns:
         True when nothing is expected or all is within tolerance.
     Raises:
-        SystemExit: code 1 when a metric is missing, not finite, or off by more than its tolerance; the log says which.
+        SystemExit: code 1 when a metric is missing, not finite, or off by more than its tolerance; the log
+            says which.
     """
     expected = cfg.TEST.EXPECTED_RESULTS
     complaints = []

@@ -1,7 +1,7 @@
 """Colours that are easy to tell apart, for drawing.
 
-The palette is computed: hues one golden angle apart never repeat, and lightness and saturation alternate so that
-neighbours in the palette also differ without colour vision.
+The palette is computed: hues one golden angle apart never repeat, and lightness and saturation alternate so
+that neighbours in the palette also differ without colour vision.
 """
 
 from __future__ import annotations

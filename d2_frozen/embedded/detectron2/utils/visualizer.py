@@ -152,7 +152,8 @@ class Visualizer:
 
     Args:
         img_rgb: (H, W, 3) **RGB**, 0..255.
-        metadata: of the dataset; ``thing_classes``, ``thing_colors``, ``stuff_classes``, ``stuff_colors`` are used.
+        metadata: of the dataset; ``thing_classes``, ``thing_colors``, ``stuff_classes``, ``stuff_colors`` are
+            used.
         scale: size of the output relative to the image.
         instance_mode: how instances are coloured.
     """
@@ -204,7 +205,7 @@ class Visualizer:
         )
 
     def draw_dataset_dict(self, dic: Mapping[str, Any]) -> VisImage:
-        """Draw the annotations of a dict in Detectron2's dataset format: instances, and semantic labels if there are."""
+        """Draw a dict in Detectron2's dataset format: its instances, and its semantic labels if there are."""
         if dic.get("pan_seg_file_name") or dic.get("segments_info"):
             raise NotImplementedError(outside_message("drawing panoptic annotations"))
         annotations = dic.get("annotations") or []
@@ -241,7 +242,7 @@ class Visualizer:
 
         Args:
             sem_seg: (H, W) integers; values without a name in ``stuff_classes`` (255, say) are left out.
-            area_threshold: regions below this many pixels get no text.
+            area_threshold: connected regions below this many pixels are left out; None for none.
             alpha: 0 (transparent) .. 1.
         """
         sem_seg = _array(sem_seg)
@@ -434,13 +435,14 @@ class Visualizer:
 
         Args:
             binary_mask: (H, W), non-zero where the object is.
-            area_threshold: parts below this many pixels are not written on.
+            area_threshold: connected parts below this many pixels are left out; None for none.
         """
         mask = GenericMask(_array(binary_mask), self.output.height, self.output.width).mask
+        mask = _without_small_parts(mask, area_threshold or 0)
         color = _palette_color(0) if color is None else color
         self._fill(mask, color, alpha, edge_color)
         if text:
-            self._write_in_mask(text, mask, color, area_threshold or 0)
+            self._write_in_mask(text, mask, color)
         return self.output
 
     def draw_soft_mask(
@@ -456,7 +458,7 @@ class Visualizer:
         color = _palette_color(0) if color is None else color
         self._blend(self._to_canvas((weights * 255).clip(0, 255).astype(np.uint8)), color, alpha)
         if text:
-            self._write_in_mask(text, (weights > 0.5).astype(np.uint8), color, 0)
+            self._write_in_mask(text, (weights > 0.5).astype(np.uint8), color)
         return self.output
 
     def get_output(self) -> VisImage:
@@ -476,15 +478,12 @@ class Visualizer:
         top = (y1 if below else y0 - 1.5 * size / self.output.scale) if small else y0
         self.draw_text(text, (x0, top), color=color, horizontal_alignment="left", font_size=size)
 
-    def _write_in_mask(self, text: str, mask: np.ndarray, color: Color, area_threshold: int) -> None:
-        count, parts, stats, _ = cv2.connectedComponentsWithStats(mask, 8)
-        if count <= 1:
-            return
+    def _write_in_mask(self, text: str, mask: np.ndarray, color: Color) -> None:
+        """On the largest connected part, and on every other one that has room."""
+        count, parts, stats, _ = cv2.connectedComponentsWithStats(mask, connectivity=8)
         sizes = stats[1:, cv2.CC_STAT_AREA]
         for part in range(1, count):
-            if part - 1 == int(sizes.argmax()) or sizes[part - 1] > max(area_threshold, _SMALL_AREA):
-                if sizes[part - 1] < area_threshold:
-                    continue
+            if part - 1 == int(sizes.argmax()) or sizes[part - 1] > _SMALL_AREA:
                 # The median lies inside far more often than the mean.
                 y, x = np.median(np.nonzero(parts == part), axis=1)
                 self.draw_text(text, (x, y), color=color)
@@ -561,7 +560,8 @@ class Visualizer:
         return cv2.resize(cover, (width, height), interpolation=cv2.INTER_LINEAR)
 
     def _fixed(self, points: Any) -> np.ndarray:
-        """Image coordinates -> fixed-point canvas coordinates. (0, 0) is the corner of the first pixel; OpenCV's is its centre."""
+        """Image coordinates -> fixed-point canvas coordinates."""
+        # Ours start at the corner of the first pixel, OpenCV's at its centre.
         scaled = np.asarray(points, dtype=np.float64) * self.output.scale - 0.5
         return np.round(scaled * (1 << _SUBPIXEL_BITS)).astype(np.int32)
 
@@ -613,6 +613,15 @@ def _labels(
             parts.append(f"{float(scores[k]) * 100:.0f}%")
         texts.append(" ".join(parts) + ("|crowd" if crowd is not None and crowd[k] else ""))
     return texts
+
+
+def _without_small_parts(mask: np.ndarray, least_pixels: int) -> np.ndarray:
+    if least_pixels <= 1:
+        return mask
+    _, parts, stats, _ = cv2.connectedComponentsWithStats(mask, connectivity=8)
+    large = stats[:, cv2.CC_STAT_AREA] >= least_pixels
+    large[0] = False  # what lies around the parts
+    return large[parts].astype(np.uint8)
 
 
 def _outlines(mask: np.ndarray) -> list[np.ndarray]:

@@ -1,0 +1,146 @@
+"""Drawing: where colour ends up, not how it looks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+
+from detectron2.data import MetadataCatalog
+from detectron2.structures import Boxes, BoxMode, Instances
+from detectron2.utils.colormap import colormap, random_color, random_colors
+from detectron2.utils.visualizer import ColorMode, GenericMask, Visualizer
+
+H, W = 120, 160
+GREY = np.full((H, W, 3), 128, np.uint8)
+
+
+def changed(visualizer: Visualizer) -> np.ndarray:
+    """(H, W) bool: pixels that differ clearly from the grey image."""
+    return (np.abs(visualizer.get_output().get_image()[:, :, :3].astype(int) - 128) > 8).any(axis=2)
+
+
+def instances() -> Instances:
+    found = Instances((H, W))
+    found.pred_boxes = Boxes(torch.tensor([[20.0, 30, 90, 100]]))
+    found.scores = torch.tensor([0.98])
+    found.pred_classes = torch.tensor([1])
+    found.pred_masks = torch.zeros(1, H, W, dtype=torch.bool)
+    found.pred_masks[0, 50:90, 40:80] = True
+    return found
+
+
+def metadata():
+    meta = MetadataCatalog.get("visualizer_test")
+    meta.thing_classes = ["nut", "bolt"]
+    meta.stuff_classes = ["wall", "floor"]
+    return meta
+
+
+def test_an_instance_is_drawn_where_it_is():
+    visualizer = Visualizer(GREY.copy(), metadata())
+    output = visualizer.draw_instance_predictions(instances())
+    assert output.get_image().dtype == np.uint8 and output.get_image().shape == (H, W, 3)
+    where = changed(visualizer)
+    assert where[55:85, 45:75].all()  # the mask is filled
+    assert where[65, 18:23].any() and where[65, 87:93].any()  # sides of the box
+    assert not where[105:, :].any() and not where[:, 100:].any()  # nothing far from it
+
+
+def test_nothing_is_drawn_for_no_instances():
+    visualizer = Visualizer(GREY.copy(), metadata())
+    visualizer.draw_instance_predictions(instances()[torch.zeros(1, dtype=torch.bool)])
+    assert not changed(visualizer).any()
+
+
+def test_scale_enlarges_the_output():
+    visualizer = Visualizer(GREY.copy(), metadata(), scale=2.0)
+    image = visualizer.draw_instance_predictions(instances()).get_image()
+    assert image.shape == (2 * H, 2 * W, 3)
+    assert (np.abs(image[110:170, 90:150].astype(int) - 128) > 8).any(axis=2).all()
+
+
+def test_bw_mode_keeps_colour_inside_masks_only():
+    image = np.zeros((H, W, 3), np.uint8)
+    image[:] = (200, 100, 0)
+    visualizer = Visualizer(image, metadata(), instance_mode=ColorMode.IMAGE_BW)
+    drawn = visualizer.draw_instance_predictions(instances()).get_image().astype(int)
+    assert np.ptp(drawn[115, 150]) <= 2  # grey
+    assert np.ptp(drawn[80, 60]) > 20
+
+
+def test_dataset_dict():
+    record = {
+        "annotations": [
+            {
+                "bbox": [20, 30, 70, 70],
+                "bbox_mode": BoxMode.XYWH_ABS,
+                "category_id": 0,
+                "segmentation": [[30, 50, 80, 50, 80, 90, 30, 90]],
+            }
+        ]
+    }
+    visualizer = Visualizer(GREY.copy(), metadata())
+    visualizer.draw_dataset_dict(record)
+    where = changed(visualizer)
+    assert where[55:85, 35:75].all() and not where[:, 110:].any()
+
+
+def test_sem_seg_leaves_out_the_ignored():
+    labels = np.full((H, W), 255)
+    labels[:, :80] = 1
+    visualizer = Visualizer(GREY.copy(), metadata())
+    visualizer.draw_sem_seg(torch.from_numpy(labels), alpha=0.9)
+    where = changed(visualizer)
+    assert where[:, 5:75].mean() > 0.95 and not where[:, 120:].any()
+
+
+def test_small_parts_are_left_out():
+    mask = np.zeros((H, W), np.uint8)
+    mask[10:20, 10:20] = 1
+    mask[60:62, 60:62] = 1
+    visualizer = Visualizer(GREY.copy())
+    visualizer.draw_binary_mask(mask, color="r", area_threshold=50)
+    where = changed(visualizer)
+    assert where[12:18, 12:18].all() and not where[55:70, 55:70].any()
+
+
+def test_single_shapes():
+    visualizer = Visualizer(GREY.copy())
+    visualizer.draw_box([10, 10, 50, 40], edge_color="r")
+    visualizer.draw_polygon(np.array([[100, 50], [140, 50], [120, 90]]), (0.0, 0.0, 1.0), alpha=1.0)
+    image = visualizer.get_output().get_image()
+    assert image[60, 120, 2] > 200 and image[60, 120, 0] < 60
+    assert (image[8:13, 30, 0].astype(int) - image[8:13, 30, 1] > 60).any()  # red
+    before = changed(visualizer).sum()
+    visualizer.draw_text("Schraube", (80, 100), color="w")
+    assert changed(visualizer).sum() > before
+
+
+def test_save(tmp_path: Path):
+    visualizer = Visualizer(GREY.copy(), metadata())
+    output = visualizer.draw_instance_predictions(instances())
+    output.save(str(tmp_path / "picture.png"))
+    read = cv2.imread(str(tmp_path / "picture.png"))[:, :, ::-1]
+    assert np.abs(read.astype(int) - output.get_image()[:, :, :3].astype(int)).max() <= 1
+
+
+def test_generic_mask():
+    mask = GenericMask([[10, 10, 30, 10, 30, 20, 10, 20]], H, W)
+    assert mask.area() == 200 and mask.bbox() == pytest.approx([10, 10, 30, 20], abs=1)
+    ring = np.zeros((H, W), np.uint8)
+    ring[10:40, 10:40] = 1
+    ring[20:30, 20:30] = 0
+    assert GenericMask(ring, H, W).has_holes
+
+
+def test_colours():
+    palette = colormap(rgb=True)
+    assert palette.shape[1] == 3 and palette.min() >= 0 and palette.max() <= 255
+    assert np.allclose(colormap()[:, ::-1], palette)
+    assert len(np.unique(palette.round(), axis=0)) > 60
+    assert random_color(rgb=True, maximum=1).max() <= 1
+    assert len({tuple(c) for c in random_colors(10)}) == 10

@@ -1,0 +1,114 @@
+"""Where the embedded training loop differs from the original on purpose."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import detectron2
+from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.engine import AMPTrainer, HookBase, hooks, launch
+
+if not hasattr(detectron2, "EMBEDDED_IN"):
+    pytest.skip("about the embedded engine", allow_module_level=True)
+
+_spec = importlib.util.spec_from_file_location(
+    "engine_facts", Path(__file__).parents[1] / "contract/test_engine.py"
+)
+facts = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(facts)
+
+
+def test_amp_on_cpu_is_bfloat16_and_needs_no_scaling():
+    seen = []
+
+    class Probe(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = nn.Linear(4, 1)
+
+        def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+            y = self.net(x)
+            seen.append(y.dtype)
+            return {"loss": y.float().pow(2).mean()}
+
+    model = Probe()
+    before = model.net.weight.detach().clone()
+    trainer = AMPTrainer(
+        model, facts.Endless(([[1.0, 2.0, 3.0, 4.0]],)), torch.optim.SGD(model.parameters(), lr=0.01)
+    )
+    trainer.train(0, 2)
+    assert seen == [torch.bfloat16] * 2 and model.net.weight.dtype == torch.float32
+    assert not torch.equal(before, model.net.weight)
+    trainer.load_state_dict(trainer.state_dict())
+
+
+def test_after_backward_reaches_the_hooks_of_default_trainer(tmp_path: Path):
+    gradients = []
+
+    class Watch(HookBase):
+        def after_backward(self) -> None:
+            gradients.append(self.trainer.model.a.grad.item())
+
+    trainer = facts.ToyTrainer(facts.toy_config(tmp_path, 2))
+    trainer.register_hooks([Watch()])
+    trainer.train()
+    assert len(gradients) == 2 and gradients[0] == pytest.approx(-6.0)
+
+
+def test_async_metrics_stop_training_too():
+    trainer = facts.simple_trainer(async_write_metrics=True)
+    trainer.data_loader = facts.Endless((1.0, float("nan")))
+    with pytest.raises(FloatingPointError, match="iteration=1"):
+        trainer.train(0, 6)
+    assert trainer.iter <= 2
+
+
+def test_a_loader_that_ends_says_so():
+    trainer = facts.simple_trainer()
+    trainer.data_loader = [torch.tensor(1.0)]
+    with pytest.raises(RuntimeError, match="ended before iteration 1.*MAX_ITER"):
+        trainer.train(0, 3)
+
+
+def test_best_checkpoint_survives_resuming(tmp_path: Path):
+    def run(values: list[float], start: int) -> hooks.BestCheckpointer:
+        trainer = facts.simple_trainer()
+        best = hooks.BestCheckpointer(1, DetectionCheckpointer(trainer.model, str(tmp_path)), "bbox/AP")
+        left = iter(values)
+        trainer.register_hooks([hooks.EvalHook(1, lambda: {"bbox": {"AP": next(left)}}), best])
+        trainer.train(start, start + len(values))
+        return best
+
+    run([10.0, 40.0], start=0)
+    resumed = run([20.0, 30.0], start=2)
+    assert resumed.best_metric == 40.0
+    assert torch.load(tmp_path / "model_best.pth", weights_only=True)["best_metric"] == {"bbox/AP": 40.0}
+    # A run that starts anew does not look at the old file.
+    assert run([5.0], start=0).best_metric == 5.0
+
+
+def test_default_trainer_returns_the_last_results(tmp_path: Path):
+    class Evaluated(facts.ToyTrainer):
+        @classmethod
+        def test(cls, cfg, model, evaluators=None):
+            return {"bbox": {"AP": 12.0}}
+
+    assert Evaluated(facts.toy_config(tmp_path, 1)).train() == {"bbox": {"AP": 12.0}}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"dist_url": None}, "dist-url"),
+        ({"dist_url": "auto", "num_machines": 2}, "one machine"),
+        ({"dist_url": "auto", "num_machines": 2, "machine_rank": 2}, "machine-rank"),
+    ],
+)
+def test_launch_says_what_is_missing(options: dict, message: str):
+    with pytest.raises(ValueError, match=message):
+        launch(print, 1 if "num_machines" in options else 2, **options)
