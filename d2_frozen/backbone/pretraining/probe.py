@@ -2,8 +2,8 @@
 
     python -m d2_frozen.backbone.pretraining.probe --weights FILE --coco DIR --sem-seg DIR
 
-In: a folder of images with COCO json, and one of images with label maps.  Out: a row per network and task.
-The features are frozen and only a linear classifier is fitted, so the numbers compare representations, not detectors.
+In: images with COCO json of objects; images with label maps.  Out: a row per network and task.
+The features are frozen and only a linear classifier is fitted: this compares representations, not detectors.
 """
 
 from __future__ import annotations

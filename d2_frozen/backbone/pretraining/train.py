@@ -49,6 +49,7 @@ TARGETS = {
     "size": (NUM_SIZES, 0.5),
     "colour": (COLOUR_LEVELS**3, 0.25),
 }
+READ_OUT_RATE = 0.25  # up to 256 inputs each: at the full rate one step moves a logit by about 1
 MUON_RATE = 3.0  # times --lr: its steps are bounded by the spectral norm, so they may be longer than AdamW's
 GROUND_WEIGHT = (
     0.1  # ground covers half of all cells, a shape class under 1 %; full weight would drown the shapes
@@ -65,6 +66,9 @@ class CellClassifiers(nn.Module):
         self.backbone = backbone
         outputs = sum(classes for classes, _ in TARGETS.values())
         self.read_out = nn.ModuleList(nn.Conv2d(c["num_chs"], outputs, 1) for c in backbone.feature_info)
+        for layer in self.read_out:
+            nn.init.zeros_(layer.weight)
+            nn.init.zeros_(layer.bias)
 
     def forward(self, images: Tensor, labels: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss, and parts of it for the log.
@@ -111,21 +115,24 @@ def accuracy(logits: Tensor, target: Tensor, skip_ground: bool) -> Tensor:
 
 
 def learning_rate(progress: float, peak: float) -> float:
-    """Warm-up over 3 %, constant up to 60 % (may be prolonged until then), then linearly to zero."""
-    return peak * min(1.0, progress / 0.03, max(0.0, (1.0 - progress) / 0.4))
+    """Warm-up over 3 %, constant up to 75 % (may be prolonged until then), then linearly to zero."""
+    return peak * min(1.0, progress / 0.03, max(0.0, (1.0 - progress) / 0.25))
 
 
 def optimizers(model: nn.Module, peak: float, matrix_method: str) -> list[torch.optim.Optimizer]:
-    hidden, other, plain = [], [], []
+    hidden, other, plain, read_out = [], [], [], []
     for name, parameter in model.named_parameters():
         is_block_matrix = parameter.ndim == 2 and name.startswith("backbone.layers") and "cpb_mlp" not in name
-        if parameter.ndim < 2 or "logit_scale" in name or "cpb_mlp" in name:
+        if name.startswith("read_out"):
+            read_out.append(parameter)
+        elif parameter.ndim < 2 or "logit_scale" in name or "cpb_mlp" in name:
             plain.append(parameter)
         else:
             (hidden if is_block_matrix and matrix_method == "muon" else other).append(parameter)
     groups = [
         {"params": other, "weight_decay": 0.05, "rate": 1.0},
         {"params": plain, "weight_decay": 0.0, "rate": 1.0},
+        {"params": read_out, "weight_decay": 0.0, "rate": READ_OUT_RATE},
     ]
     found: list[torch.optim.Optimizer] = [torch.optim.AdamW(groups, lr=peak, betas=(0.9, 0.98))]
     if hidden:
@@ -210,13 +217,13 @@ def train(args: argparse.Namespace) -> None:
 
 def start_in_full(backbone: nn.Module) -> None:
     # timm starts the norm that ends each residual branch at 0 (SwinV2, section 3.1) and all weights at 0.02:
-    # good for wide networks and long schedules. A narrow one then has almost linear blocks for hundreds of steps.
+    # good for wide networks and long schedules. A narrow one then has almost linear blocks for long.
     for module in backbone.layers.modules():
         if isinstance(module, nn.Linear) and module.in_features > 2:
             nn.init.normal_(module.weight, std=module.in_features**-0.5)
         if isinstance(module, SwinTransformerV2Block):
-            nn.init.ones_(module.norm1.weight)
-            nn.init.ones_(module.norm2.weight)
+            nn.init.constant_(module.norm1.weight, 0.5)
+            nn.init.constant_(module.norm2.weight, 0.5)
 
 
 def _start_processes() -> tuple[int, int]:
@@ -274,7 +281,7 @@ def main(argv: list[str] | None = None) -> None:
         "--matrices", choices=("muon", "adamw"), default="muon", help="optimiser of the block matrices"
     )
     parser.add_argument(
-        "--large-from", type=float, default=0.75, help="progress at which scenes grow to 256 px"
+        "--large-from", type=float, default=0.8, help="progress at which scenes grow to 256 px"
     )
     parser.add_argument("--save-minutes", type=float, default=3.0)
     parser.add_argument("--threads", type=int, default=1, help="per process")

@@ -1,4 +1,4 @@
-"""A frozen backbone: nothing that a training loop does may change it, and nothing else may notice that it is wrapped."""
+"""A frozen backbone: no training loop may change it, and nobody else may notice that it is wrapped."""
 
 import copy
 
@@ -169,7 +169,7 @@ def test_fingerprint_tells_weights_apart_and_nothing_else(images):
 
 
 def test_fingerprint_ignores_what_timm_computes_for_itself():
-    """Position tables and masks of Swin are no weights: they change with the window, the fingerprint does not."""
+    """Position tables of Swin are no weights: they change with the window, the fingerprint does not."""
     network = create_timm_backbone("swinv2_pico_window8_256")
     wrapped = FrozenBackbone(network)
     before = wrapped.fingerprint()["sha256"]

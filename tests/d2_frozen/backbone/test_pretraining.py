@@ -54,7 +54,7 @@ def test_cells_take_the_label_of_their_centre_and_the_mean_colour():
 
 
 def test_schedule_warms_up_holds_and_ends_at_zero():
-    assert [learning_rate(p, 2.0) for p in (0.0, 0.015, 0.3, 0.8, 1.0)] == pytest.approx([0, 1, 2, 1, 0])
+    assert [learning_rate(p, 2.0) for p in (0.0, 0.015, 0.3, 0.875, 1.0)] == pytest.approx([0, 1, 2, 1, 0])
 
 
 def test_muon_steps_have_nearly_equal_singular_values():
@@ -63,8 +63,8 @@ def test_muon_steps_have_nearly_equal_singular_values():
     assert values.min() > 0.6 and values.max() < 1.3
     weight = torch.nn.Parameter(torch.randn(4, 4))
     distance = (weight.detach() - torch.eye(4)).norm()
-    optimizer = Muon([weight], lr=0.05, weight_decay=0.0)
-    for _ in range(60):
+    optimizer = Muon([weight], lr=0.02, weight_decay=0.0)
+    for _ in range(300):  # each step is 0.2 * sqrt(4) * lr long in every singular direction
         optimizer.zero_grad()
         (weight - torch.eye(4)).square().sum().backward()
         optimizer.step()

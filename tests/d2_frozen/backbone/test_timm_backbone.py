@@ -118,7 +118,7 @@ def test_every_stage_keeps_the_window_and_shifts_odd_blocks(name, window, native
 
 
 def test_released_window_changes_keep_their_pretraining_window_in_the_position_table():
-    """swinv2 12to24: coordinates are divided by 12 - 1 (6 - 1 in the last stage), so the table exceeds 8 log units."""
+    """swinv2 12to24: coordinates are divided by 12 - 1, in the last stage by 6 - 1."""
     with torch.device("meta"):
         network = create_timm_backbone("swinv2_base_window12to24_192to384").network
     assert [stage.blocks[0].attn.pretrained_window_size for stage in network.layers] == [(12, 12)] * 3 + [
@@ -157,7 +157,7 @@ def test_any_multiple_of_the_patch_runs(height, width):
 
 
 def test_windows_see_no_further_than_themselves_at_a_large_size():
-    """Eight pixels of the first cell of a far window cannot reach res2 of the first one through one plain block."""
+    """The second row of windows cannot reach res2 in the first one through one plain block."""
     backbone = create_timm_backbone(PICO_NAME, out_features=["res2"]).eval()
     stage = backbone.network.layers[0]
     stage.blocks = stage.blocks[:1]
