@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import collections
+import io
 import os
 import pickle
 import signal
@@ -13,7 +15,7 @@ from torch import nn
 
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.checkpoint.atomic import write_atomically
-from detectron2.checkpoint.safe_pickle import UnsafePickleError
+from detectron2.checkpoint.safe_pickle import UnsafePickleError, load_pickle
 
 
 class _Call:
@@ -41,6 +43,46 @@ def test_arrays_and_containers_load_in_every_protocol(tmp_path, protocol):
     path.write_bytes(pickle.dumps({"model": _weights(), "__author__": "test", **extra}, protocol))
     rest = _load(path)
     assert {name: rest[name] for name in extra} == extra
+
+
+def test_array_layouts_survive(tmp_path):
+    """Byte order, column order, empty and shared arrays, text, and the metadata of a state dict."""
+    state = collections.OrderedDict(swapped=np.arange(6, dtype=">f4").reshape(2, 3))
+    state._metadata = {"version": 3}
+    shared = np.arange(24).reshape(2, 3, 4).transpose(1, 0, 2)
+    content = {
+        "state": state,
+        "first": shared,
+        "second": shared,
+        "empty": np.zeros((0, 3)),
+        "text": np.array("é"),
+    }
+    for protocol in range(pickle.HIGHEST_PROTOCOL + 1):
+        loaded = load_pickle(io.BytesIO(pickle.dumps(content, protocol)), "file")
+        assert loaded["first"] is loaded["second"]
+        assert loaded["state"]._metadata == {"version": 3}
+        loaded["swapped"], content["swapped"] = loaded["state"]["swapped"], state["swapped"]
+        for name in ("swapped", "first", "empty", "text"):
+            assert loaded[name].dtype == content[name].dtype and loaded[name].flags.writeable
+            assert np.array_equal(loaded[name], content[name])
+        del content["swapped"]
+
+
+def test_forged_array_state_is_refused():
+    """numpy's own reader would make float32 hold Python objects, or read beyond the data."""
+    forged_dtype = b"cnumpy\ndtype\n(Vf4\nI00\nI01\ntR(I3\nV<\nNNNI-1\nI-1\nI63\ntb."
+    assert np.zeros(2, np.float32).dtype.hasobject is False
+    load_pickle(io.BytesIO(forged_dtype), "file")
+    assert np.zeros(2, np.float32).dtype.hasobject is False
+    forged_array = (
+        b"cnumpy.core.multiarray\n_reconstruct\n(cnumpy\nndarray\n(I0\ntVb\ntR"
+        b"(I1\n(I9\ntcnumpy\ndtype\n(Vf4\ntRI00\nVxy\ntb."
+    )
+    with pytest.raises(ValueError, match="2 bytes for 9 values"):
+        load_pickle(io.BytesIO(forged_array), "file")
+    for kind in ("O", "V8", "f4,O", "M8[s]"):
+        with pytest.raises(UnsafePickleError, match="array of type"):
+            load_pickle(io.BytesIO(b"cnumpy\ndtype\n(V%s\ntR." % kind.encode()), "file")
 
 
 def _hostile(witness):
