@@ -1,8 +1,9 @@
 """Is a COCO dataset fit to train or evaluate on? Every record is looked at before anything else starts.
 
-In: a COCO json and its image folder.  Out: ``CocoReport``: problems with file, image id and annotation id, and the
-document without the records that have them.
-Boxes may leave the image by up to one pixel: such rounding is usual, and Detectron2 clips boxes when it maps a sample.
+In: a COCO json and its image folder.
+Out: ``CocoReport``: problems with file, image id and annotation id, and the document without the bad records.
+Boxes may leave the image by up to one pixel: such rounding is usual, and Detectron2 clips the boxes of a
+sample.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ class CocoReport:
     _segmentations: dict[int, list[list[float]]] = field(default_factory=dict, repr=False)
 
     def cleaned(self) -> dict[str, Any]:
-        """The document without its bad images and annotations, and without the bad polygons of good annotations."""
+        """The document without bad images and annotations, and without bad polygons of good annotations."""
         images = [im for i, im in enumerate(self._document["images"]) if i not in self._bad_images]
         kept = {im["id"] for im in images}
         annotations = [
@@ -291,9 +292,7 @@ def _image_fault(path: str, width: float, height: float, decode: bool) -> tuple[
         return None
     seen = f"{path} is {shown[0]}x{shown[1]}, the json says {width}x{height}"
     if sideways and size == (width, height):
-        seen += (
-            "; that is its size before its EXIF orientation is applied, as Detectron2 does when it reads it"
-        )
+        seen += "; that is its size before its EXIF orientation is applied, which Detectron2 does"
     return "width and height are not the file's", seen
 
 
@@ -417,7 +416,8 @@ def _check_something_is_left(report: CocoReport, training: bool) -> None:
         left = [image for image in left if image["id"] in used]
     if not left:
         kind = "nothing to train on" if training else "no images"
-        seen = f"{len(report._document['images'])} images, {len(report._document.get('annotations', []))} annotations"
+        document = report._document
+        seen = f"{len(document['images'])} images, {len(document.get('annotations', []))} annotations"
         if report.problems:
             seen += "; nothing is left when the bad records are left out"
         report.problems.append(Problem(kind, _where(report), seen, skippable=False))

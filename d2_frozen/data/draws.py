@@ -1,7 +1,7 @@
 """The contract of the data path: every random choice is a function of (seed, position in the sample stream).
 
-Not of the number of workers, of what a process did before, or of when a run was resumed. So batches are the same bit
-for bit with 0, 1 or 4 workers, and after a resume; and any sample can be made again alone.
+Not of the number of workers, of what a process did before, or of when a run was resumed. So batches are the
+same bit for bit with 0, 1 or 4 workers, and after a resume; and any sample can be made again alone.
 """
 
 from __future__ import annotations
@@ -16,10 +16,11 @@ import torch
 
 @contextlib.contextmanager
 def seeded(seed: int, *position: int) -> Iterator[None]:
-    """Within, the global generators of random, numpy and torch (CPU) draw from (seed, position); after, as before.
+    """Within, the global generators of random, numpy and torch (CPU) draw from (seed, position).
 
     Args:
         seed, position: integers >= 0.
+    Afterwards the generators are as they were before.
     """
     words = _words(seed, *position)
     before = random.getstate(), np.random.get_state(), torch.get_rng_state()

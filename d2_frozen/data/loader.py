@@ -1,8 +1,8 @@
 """Batches for training and evaluation, by the contract of ``draws.py``.
 
 A sample is (position in the endless stream over all ranks, index in the dataset). The stream of indices is
-Detectron2's sampler for the same seed; grouping by aspect ratio happens on indices, before anything is read, so a
-resumed run replays the stream without reading images.
+Detectron2's sampler for the same seed; grouping by aspect ratio happens on indices, before anything is read,
+so a resumed run replays the stream without reading images.
 """
 
 from __future__ import annotations
@@ -132,9 +132,9 @@ class Drawn(NamedTuple):
 class DrawnDataset(Dataset):
     """``dataset[Place(position, index)]`` is a ``Drawn`` whose every draw depends on (seed, position).
 
-    Another record, drawn from (seed, position) too, takes the place of one for which the mapper returns None or,
-    with ``skip_bad``, raises. Errors are values here: raised in a worker, they would lose their class, and torch
-    then takes seconds to end its workers.
+    Another record, drawn from (seed, position) too, takes the place of one for which the mapper returns None
+    or, with ``skip_bad``, raises. Errors are values here: raised in a worker, they would lose their class,
+    and torch then takes seconds to end its workers.
     """
 
     def __init__(self, records: Sequence[Record], mapper: Mapper, seed: int, skip_bad: bool):
@@ -158,8 +158,8 @@ class DrawnDataset(Dataset):
                     return Drawn(sample, faults)
             except Exception as err:
                 fault = (
-                    f"image {record.get('image_id')!r}, {record.get('file_name')}, failed at position {position} of "
-                    f"the sample stream: {type(err).__name__}: {err}"
+                    f"image {record.get('image_id')!r}, {record.get('file_name')}, failed at position "
+                    f"{position} of the sample stream: {type(err).__name__}: {err}"
                 )
                 if not self.skip_bad:
                     advice = "Correct it, or set DATASETS.SKIP_BAD True to draw another image."

@@ -66,8 +66,8 @@ def resolve_num_classes(cfg: CfgNode, names: Sequence[str] | None = None) -> int
     if found is None:
         if wanted < 0:
             raise ValueError(
-                "MODEL.ROI_HEADS.NUM_CLASSES is -1 (take it from the data), but no dataset of DATASETS.TRAIN and TEST "
-                f"({', '.join(names) or 'both are empty'}) names its classes. Set the number."
+                "MODEL.ROI_HEADS.NUM_CLASSES is -1 (take it from the data), but no dataset of DATASETS.TRAIN "
+                f"and TEST ({', '.join(names) or 'both are empty'}) names its classes. Set the number."
             )
         return None
     name, classes = found
@@ -80,8 +80,8 @@ def resolve_num_classes(cfg: CfgNode, names: Sequence[str] | None = None) -> int
     elif wanted != len(classes):
         shown = ", ".join(classes[:12]) + (", ..." if len(classes) > 12 else "")
         raise ValueError(
-            f"MODEL.ROI_HEADS.NUM_CLASSES is {wanted}, but dataset {name} has {len(classes)} classes ({shown}). "
-            "Set it to -1 to take the number from the data."
+            f"MODEL.ROI_HEADS.NUM_CLASSES is {wanted}, but dataset {name} has {len(classes)} classes "
+            f"({shown}). Set it to -1 to take the number from the data."
         )
     return len(classes)
 
@@ -100,7 +100,7 @@ def class_names(name: str) -> list[str] | None:
 
 
 def _check(cfg: CfgNode, names: Iterable[str], train: bool) -> dict[str, tuple[str, str]]:
-    """Look at every COCO dataset; returns where the cleaned ones are: name -> (original json, cleaned json)."""
+    """Look at every COCO dataset; name -> (original json, cleaned json) of those with bad records."""
     reports: list[CocoReport] = []
     for name in names:
         if name not in DatasetCatalog.list():

@@ -13,8 +13,10 @@ _SHOWN = 10
 class Problem:
     """One fault.
 
-    kind: what is wrong, in words that are equal for equal faults; counted.  where: dataset, file, image id, annotation
-    id.  seen: the offending value, "" if the kind says it all.  skippable: can one record be left out to be rid of it?
+    kind: what is wrong, in words that are equal for equal faults, so that they can be counted.
+    where: dataset, file, image id, annotation id.
+    seen: the offending value; "" if the kind says it all.
+    skippable: is the rest of the data fine without this record?
     """
 
     kind: str

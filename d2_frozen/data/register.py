@@ -4,8 +4,8 @@
       REGISTER:
         - {name: nuts_train, type: coco_instances, json: nuts/train.json, images: nuts/photos}
 
-Nothing is read here: a dataset is loaded when somebody asks the catalog for it. Other tasks add their own types of
-entries with ``entry_type``.
+Nothing is read here: a dataset is loaded when somebody asks the catalog for it. Other tasks add their own
+types of entries with ``entry_type``.
 """
 
 from __future__ import annotations
@@ -62,11 +62,12 @@ def register_from_config(cfg: CfgNode, used: Iterable[str] | None = None) -> Non
 
     Args:
         cfg: with ``add_frozen_config``'s keys.
-        used: names whose files must exist now; DATASETS.TRAIN and DATASETS.TEST if None. An unused entry may name
-            files that are not there.
+        used: names whose files must exist now; DATASETS.TRAIN and DATASETS.TEST if None. An unused entry may
+            name files that are not there.
     Raises:
-        ValueError: malformed entry, unknown type or field (names the nearest known one), or a name that stands for
-            two different datasets.
+        ValueError: malformed entry, unknown type or field (names the nearest known one), or a name that
+        stands
+            for two different datasets.
         FileNotFoundError: a file or folder of a used entry is missing.
     """
     used = {*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST} if used is None else set(used)
@@ -85,7 +86,7 @@ def entry_of(name: str) -> dict[str, Any] | None:
 
 
 def find_path(path: str) -> str:
-    """Relative to DETECTRON2_DATASETS if it exists there, else to the working directory; URLs and such stay."""
+    """Relative to DETECTRON2_DATASETS if it exists there, else to the working directory; URLs stay."""
     if "://" in path:
         return path  # Detectron2's PathManager knows what to do with it
     path = os.path.expanduser(path)

@@ -43,9 +43,9 @@ def changes_frame(cfg: CfgNode) -> bool:
 class SquareCrop(T.FixedSizeCrop):
     """A window of size x size pixels at a random place; smaller images are padded at the right and bottom.
 
-    Differs from its base class in two points. x and y are drawn independently, where Detectron2 draws once for both
-    and so only ever crops along the diagonal. Polygons are clipped here, without shapely, and keep holes that
-    are cut in by a seam (see ``clip_polygon``).
+    Differs from its base class in two points. x and y are drawn independently, where Detectron2 draws once
+    for both and so only ever crops along the diagonal. Polygons are clipped here, without shapely, and keep
+    holes that are cut in by a seam (see ``clip_polygon``).
     """
 
     def __init__(self, size: int, pad_value: float = 128.0, seg_pad_value: int = 255):
@@ -79,8 +79,8 @@ class ClippingCrop(T.CropTransform):
 def clip_polygon(polygon: np.ndarray, x0: float, y0: float, x1: float, y1: float) -> np.ndarray:
     """Intersection of a polygon with a window (Sutherland & Hodgman 1974), one half-plane after the other.
 
-    Pieces of a concave polygon stay joined along the window's border, and a hole that a seam joins to the outline
-    stays a hole: both enclose no area, so the rasterised mask and the shoelace area are exact.
+    Pieces of a concave polygon stay joined along the window's border, and a hole that a seam joins to the
+    outline stays a hole: such seams enclose nothing, so the rasterised mask and the shoelace area are exact.
 
     Args:
         polygon: (n, 2) float, in pixels.
@@ -115,7 +115,8 @@ def _scale_crop(cfg: CfgNode, is_train: bool) -> list[T.Augmentation]:
     size, low, high = settings.SIZE, settings.MIN_SCALE, settings.MAX_SCALE
     if size < 1 or not 0 < low <= high:
         raise ValueError(
-            f"INPUT.SCALE_CROP: SIZE {size}, MIN_SCALE {low}, MAX_SCALE {high}; need SIZE >= 1 and 0 < MIN <= MAX."
+            f"INPUT.SCALE_CROP: SIZE {size}, MIN_SCALE {low}, MAX_SCALE {high}; "
+            "need SIZE >= 1 and 0 < MIN <= MAX."
         )
     if not is_train:
         # The long side to SIZE: the short one would be SIZE, but the long one must not exceed it.

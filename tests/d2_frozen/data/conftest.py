@@ -27,7 +27,7 @@ def forget_datasets():
 
 @pytest.fixture
 def make_cfg(tmp_path: Path) -> Callable[..., CfgNode]:
-    """``make_cfg(entries, "KEY", value, ...)``: all keys of the project, the first entry trains, the second tests."""
+    """``make_cfg(entries, "KEY", value, ...)``: the first entry trains, the second tests."""
 
     def make(entries: list[dict[str, Any]] = (), *pairs: Any) -> CfgNode:
         cfg = get_cfg()

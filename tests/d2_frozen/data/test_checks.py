@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import logging
+import re
 
 import numpy as np
 import pytest
@@ -203,8 +204,6 @@ def test_what_is_no_coco_json(tmp_path, text, seen):
     report = check_coco("set", str(path), str(tmp_path), masks=True, training=True)
     (problem,) = report.problems
     assert not problem.skippable and "annotation file is no" in problem.kind
-    import re
-
     assert re.search(seen, problem.seen), problem.seen
 
 

@@ -72,7 +72,7 @@ def test_missing_files_matter_for_used_datasets_only(files, make_cfg, monkeypatc
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"type": "coco_instance"}, r"REGISTER\[0\] \(nuts_test_register\) has the unknown type .*did you mean coco_instances"),
+        ({"type": "coco_instance"}, r"has the unknown type 'coco_instance' \(did you mean coco_instances"),
         ({"type": None}, "has no type; types are coco_instances"),
         ({"image": "x"}, r"unknown field 'image' \(did you mean images\?\)"),
         ({"json": None}, "lacks json; coco_instances needs json, images"),
