@@ -77,7 +77,8 @@ class _Dtype:
             raise ValueError(f"{len(data)} bytes for {count} values of {self._dtype}")
         if not self._dtype.itemsize:  # empty text
             return np.zeros(count, self._dtype)
-        return np.frombuffer(data, self._dtype).copy()
+        # A copy, since the bytes are read-only; in this machine's byte order, which torch wants.
+        return np.frombuffer(data, self._dtype).astype(self._dtype.newbyteorder("="))
 
 
 def _as_text(value: Any) -> Any:
