@@ -59,7 +59,7 @@ class ResNet(Backbone):
 
         if out_features is not None:
             wanted = [int(name[3:]) for name in out_features if name.startswith("res") and name[3:].isdigit()]
-            # "linear" reads the last stage. (The original drops stages for it too, and classifies earlier maps.)
+            # "linear" reads the last stage. (The original drops stages then too, and reads an earlier one.)
             if "linear" not in out_features:
                 stages = stages[: max(wanted, default=1) - 1]
 
