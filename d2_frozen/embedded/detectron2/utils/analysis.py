@@ -48,6 +48,7 @@ class FlopCountAnalysis(_FvcoreFlopCount):
 class _ActivationCount(_FvcoreActivationCount):
     def __init__(self, model: nn.Module, inputs: _Batch) -> None:
         super().__init__(*_traceable(model, inputs))
+        self.unsupported_ops_warnings(False)
         self.uncalled_modules_warnings(False)
         self.tracer_warnings("none")
 

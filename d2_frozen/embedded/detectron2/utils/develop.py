@@ -21,7 +21,9 @@ def create_dummy_class(klass: str, dependency: str, message: str = "") -> type:
     return _Complaining(klass, (), {})
 
 
-def create_dummy_func(func: str, dependency: str | Sequence[str], message: str = "") -> Callable[..., NoReturn]:
+def create_dummy_func(
+    func: str, dependency: str | Sequence[str], message: str = ""
+) -> Callable[..., NoReturn]:
     """A function named ``func`` that cannot be called, for lack of ``dependency``."""
     needed = dependency if isinstance(dependency, str) else ", ".join(dependency)
 
