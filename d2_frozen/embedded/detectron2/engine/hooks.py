@@ -46,7 +46,9 @@ __all__ = [
 _Predicate = Callable[[TrainerBase], bool]
 
 # What a profile holds beside times.
-_RECORDED = dict.fromkeys(("record_shapes", "profile_memory", "with_stack", "with_flops"), True)
+_RECORDED: dict[str, Any] = dict.fromkeys(
+    ("record_shapes", "profile_memory", "with_stack", "with_flops"), True
+)
 
 
 class CallbackHook(HookBase):
@@ -286,11 +288,12 @@ class LRScheduler(HookBase):
         optimizer: torch.optim.Optimizer | None = None,
         scheduler: torch.optim.lr_scheduler.LRScheduler | ParamScheduler | None = None,
     ) -> None:
-        self._optimizer = optimizer
-        self._scheduler = scheduler
+        self._optimizer: Any = optimizer
+        self._scheduler: Any = scheduler
 
     def before_train(self) -> None:
-        self._optimizer = self._optimizer or self.trainer.optimizer
+        trainer: Any = self.trainer
+        self._optimizer = self._optimizer or trainer.optimizer
         if isinstance(self.scheduler, ParamScheduler):
             self._scheduler = LRMultiplier(
                 self._optimizer, self.scheduler, self.trainer.max_iter, last_iter=self.trainer.iter - 1
@@ -314,7 +317,8 @@ class LRScheduler(HookBase):
 
     @property
     def scheduler(self) -> Any:
-        return self._scheduler or self.trainer.scheduler
+        trainer: Any = self.trainer
+        return self._scheduler or trainer.scheduler
 
     def state_dict(self) -> dict[str, Any]:
         # A ParamScheduler is a function of progress: it has no state until before_train wraps it.
@@ -324,7 +328,7 @@ class LRScheduler(HookBase):
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         if isinstance(self.scheduler, torch.optim.lr_scheduler.LRScheduler):
             logging.getLogger(__name__).info("The learning-rate scheduler continues from the checkpoint.")
-            self.scheduler.load_state_dict(state_dict)
+            self.scheduler.load_state_dict(dict(state_dict))
 
 
 class EvalHook(HookBase):
@@ -367,7 +371,7 @@ class EvalHook(HookBase):
         self._func = None  # usually closes over the trainer
 
 
-def _numbers(results: Mapping[str, Any]) -> dict[str, float]:
+def _numbers(results: Mapping[str, Any]) -> dict[str, Any]:
     if not isinstance(results, Mapping):
         raise TypeError(f"eval_function must return a dict, got {type(results).__name__}: {results!r}")
     numbers = {}

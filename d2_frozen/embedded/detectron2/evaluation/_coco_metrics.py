@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -18,8 +17,6 @@ from faster_coco_eval.core.coco import COCO
 from faster_coco_eval.core.faster_eval_api import COCOeval_faster
 
 from detectron2.structures import Boxes, BoxMode, pairwise_iou
-
-_log = logging.getLogger(__name__)
 
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 
@@ -60,7 +57,7 @@ def match_detections(
             # With a box present the size class would be that of the box instead of the mask.
             row.pop("bbox", None)
     if compiled:
-        evaluation = COCOeval_faster(truth, truth.loadRes(rows), iou_type, print_function=_log.debug)
+        evaluation = COCOeval_faster(truth, truth.loadRes(rows), iou_type, print_function=_silent)
     else:
         evaluation = _by_pycocotools(truth, rows, iou_type)
     evaluation.params.maxDets = list(max_dets)
@@ -70,6 +67,10 @@ def match_detections(
         evaluation.evaluate()
         evaluation.accumulate()
     return evaluation
+
+
+def _silent(*_: object) -> None:
+    """For the progress texts of the evaluation library."""
 
 
 def _by_pycocotools(truth: COCO, rows: list[dict[str, Any]], iou_type: str) -> Any:

@@ -88,7 +88,7 @@ def _images_once(images: Sequence[Mapping[str, Any]], source: str) -> list[dict[
     by_id: dict[Any, dict[str, Any]] = {}
     twice = []
     for position, image in enumerate(images):
-        image_id = image.get("id")
+        image_id: Any = image.get("id")
         try:
             number = int(image_id)
         except (TypeError, ValueError) as err:

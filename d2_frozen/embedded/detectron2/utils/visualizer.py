@@ -312,7 +312,9 @@ class Visualizer:
         colors = (
             assigned_colors if assigned_colors is not None else [_palette_color(k) for k in range(number)]
         )
-        places = corners if corners is not None else np.array([s.bbox() for s in shapes]).reshape(-1, 4)
+        places = corners
+        if places is None:
+            places = np.array([mask.bbox() for mask in shapes or ()]).reshape(-1, 4)
         areas = np.prod(places[:, 2:] - places[:, :2], axis=1)
         for k in np.argsort(-areas, kind="stable"):
             if shapes is not None:
@@ -667,8 +669,8 @@ def _rgb(color: Color) -> tuple[float, float, float]:
     if isinstance(color, str):
         if color in _LETTERS:
             return _LETTERS[color]
-        red, green, blue = ImageColor.getrgb(color)[:3]
-        return red / 255, green / 255, blue / 255
+        levels = ImageColor.getrgb(color)
+        return levels[0] / 255, levels[1] / 255, levels[2] / 255
     red, green, blue = (float(v) for v in tuple(color)[:3])
     if not all(0 <= v <= 1 for v in (red, green, blue)):
         raise ValueError(f"colours are (r, g, b) in 0..1, got {tuple(color)}.")
