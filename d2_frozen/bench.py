@@ -23,14 +23,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from detectron2.config import CfgNode, get_cfg
+from detectron2.config import CfgNode
 from detectron2.utils.events import EventStorage
 from tabulate import tabulate
 from torch import nn
 
 import d2_frozen
-from d2_frozen.config import add_frozen_config
 from d2_frozen.engine.hooks import peak_memory_mib
+from d2_frozen.train_net import read_config
 
 PHASES = ("data", "backbone", "neck+heads", "backward+update", "step")
 _DEFAULT_CONFIG = "configs/quickstart/detection.yaml"
@@ -205,14 +205,9 @@ def _memory_in_children(args: argparse.Namespace) -> dict[str, float]:
 def _config(args: argparse.Namespace, freeze: str) -> CfgNode:
     from d2_frozen.data import prepare_datasets
 
-    cfg = get_cfg()
-    add_frozen_config(cfg)
-    cfg.merge_from_file(args.config_file)
-    cfg.merge_from_list(args.opts)
+    cfg = read_config(args.config_file, args.opts)
     cfg.MODEL.BACKBONE.FREEZE = freeze
     cfg.SEED = max(cfg.SEED, 0)
-    if not torch.cuda.is_available():
-        cfg.MODEL.DEVICE = "cpu"
     cfg.OUTPUT_DIR = tempfile.gettempdir()
     prepare_datasets(cfg, train=True)
     return cfg

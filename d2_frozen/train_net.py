@@ -11,6 +11,7 @@ import logging
 import os
 from typing import Any
 
+import torch
 from detectron2.config import CfgNode, get_cfg
 from detectron2.engine import default_argument_parser, default_setup, launch
 from detectron2.utils import comm
@@ -32,11 +33,7 @@ def setup(args: argparse.Namespace) -> CfgNode:
     from d2_frozen.data import prepare_datasets
     from d2_frozen.engine import saved_seed
 
-    cfg = get_cfg()
-    add_frozen_config(cfg)
-    if args.config_file:
-        cfg.merge_from_file(args.config_file)
-    cfg.merge_from_list(args.opts)
+    cfg = read_config(args.config_file, args.opts)
     if not args.eval_only and cfg.SEED < 0:
         seed = saved_seed(cfg.OUTPUT_DIR) if args.resume else None
         cfg.SEED = comm.shared_random_seed() % 2**31 if seed is None else seed
@@ -45,6 +42,17 @@ def setup(args: argparse.Namespace) -> CfgNode:
     default_setup(cfg, args)
     # Detectron2 sets up its own logger and that of fvcore.
     _share_handlers("detectron2", "d2_frozen")
+    return cfg
+
+
+def read_config(config_file: str, options: list[str]) -> CfgNode:
+    """File and KEY VALUE options over the defaults; MODEL.DEVICE becomes cpu on a machine without CUDA."""
+    cfg = add_frozen_config(get_cfg())
+    if config_file:
+        cfg.merge_from_file(config_file)
+    cfg.merge_from_list(options)
+    if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
+        cfg.MODEL.DEVICE = "cpu"
     return cfg
 
 
