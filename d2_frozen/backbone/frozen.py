@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import hashlib
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -59,10 +60,10 @@ class _TransparentWrapper(Backbone):
         self.inner._apply(fn, recurse)
         return self
 
-    def _save_to_state_dict(self, *args, **kwargs) -> None:
+    def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
         self.inner._save_to_state_dict(*args, **kwargs)
 
-    def _load_from_state_dict(self, *args, **kwargs) -> None:
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         self.inner._load_from_state_dict(*args, **kwargs)
 
     def extra_repr(self) -> str:
@@ -94,7 +95,7 @@ class FrozenBackbone(_TransparentWrapper):
             )
         super().__init__(inner)
         self.precision = precision
-        self.name = name or getattr(inner, "name", type(inner).__name__)
+        self.name: str = name or getattr(inner, "name", None) or type(inner).__name__
         self._runner: Backbone | None = None
         self._runner_state: tuple | None = None
         self._sha256 = ""
@@ -242,7 +243,7 @@ def exclude_frozen_from_ddp(model: nn.Module) -> nn.Module:
     }
     if ignored:
         present = getattr(model, "_ddp_params_and_buffers_to_ignore", ())
-        model._ddp_params_and_buffers_to_ignore = sorted({*present, *ignored})
+        object.__setattr__(model, "_ddp_params_and_buffers_to_ignore", sorted({*present, *ignored}))
     return model
 
 

@@ -114,23 +114,40 @@ def linear_probe(
     return {"balanced": 100 * torch.stack(per_class).mean().item(), "all": 100 * right.float().mean().item()}
 
 
+def probe(
+    train: dict[str, tuple[Tensor, Tensor]], val: dict[str, tuple[Tensor, Tensor]], seeds: int
+) -> dict[str, list[dict[str, float]]]:
+    """One probe per stage and seed; each seed keeps another 80 % of the training samples."""
+    results: dict[str, list[dict[str, float]]] = {}
+    for stage, (features, classes) in train.items():
+        for seed in range(seeds):
+            order = torch.randperm(len(classes), generator=torch.Generator().manual_seed(seed))
+            keep = order[: round(0.8 * len(classes))]
+            score = linear_probe((features[keep], classes[keep]), val[stage])
+            results.setdefault(stage, []).append(score)
+    return results
+
+
 def networks(weights: str, seeds: int) -> Iterator[tuple[str, TimmBackbone]]:
     """The pretrained network, then random ones: as timm starts them, and as our pretraining starts."""
-    yield "pretrained", create_timm_backbone(PICO_NAME, weights)
+    if weights:
+        yield "pretrained", create_timm_backbone(PICO_NAME, weights)
     for seed in range(seeds):
         torch.manual_seed(seed)
-        yield "random", create_timm_backbone(PICO_NAME)
+        yield f"random {seed}", create_timm_backbone(PICO_NAME)
         torch.manual_seed(seed)
         opened = create_timm_backbone(PICO_NAME)
         start_in_full(opened.network)
-        yield "random, branches open", opened
+        yield f"random {seed}, open", opened
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--weights", required=True, help="as MODEL.TIMM.PRETRAINED")
+    parser.add_argument(
+        "--weights", default="", help="as MODEL.TIMM.PRETRAINED; '' for the random networks alone"
+    )
     parser.add_argument(
         "--coco", type=Path, help="folder with train/, val/, annotations/instances_{train,val}.json"
     )
@@ -138,7 +155,8 @@ def main(argv: list[str] | None = None) -> None:
         "--sem-seg", type=Path, help="folder with images/{train,val}, annotations/{train,val}"
     )
     parser.add_argument("--side", type=int, default=320, help="long side of the images, pixels")
-    parser.add_argument("--seeds", type=int, default=3, help="networks with random weights")
+    parser.add_argument("--networks", type=int, default=3, help="networks with random weights, of each kind")
+    parser.add_argument("--seeds", type=int, default=3, help="probes per network")
     args = parser.parse_args(argv)
     for task, folder, sample in (
         ("objects", args.coco, object_samples),
@@ -146,17 +164,15 @@ def main(argv: list[str] | None = None) -> None:
     ):
         if folder is None:
             continue
-        for label, backbone in networks(args.weights, args.seeds):
+        for label, backbone in networks(args.weights, args.networks):
             backbone.eval()
             train, val = (sample(backbone, folder, split, args.side) for split in ("train", "val"))
-            pairs = {stage: (train[stage], val[stage]) for stage in STAGES}
-            if task == "objects":  # the cells of different stages differ, boxes do not
-                pairs["all"] = tuple(
-                    (torch.cat([d[s][0] for s in STAGES], 1), d["res2"][1]) for d in (train, val)
+            for stage, scores in probe(train, val, args.seeds).items():
+                shown = "  ".join(
+                    f"{kind} {np.mean(v):5.1f} ({min(v):.1f} .. {max(v):.1f})"
+                    for kind, v in ((k, [score[k] for score in scores]) for k in ("balanced", "all"))
                 )
-            row = {stage: linear_probe(*pair) for stage, pair in pairs.items()}
-            shown = "  ".join(f"{stage} {r['balanced']:.1f}/{r['all']:.1f}" for stage, r in row.items())
-            print(f"{task:8s} {label:24s} {shown}", flush=True)
+                print(f"{task:8s} {label:16s} {stage}  {shown}", flush=True)
 
 
 if __name__ == "__main__":

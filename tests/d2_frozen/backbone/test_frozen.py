@@ -245,10 +245,16 @@ def test_freeze_key():
         freeze_backbone(TinyBackbone(), "none", "bf16")
 
 
-def test_ddp_leaves_frozen_tensors_alone():
+def test_ddp_leaves_frozen_tensors_alone(tmp_path):
     model = exclude_frozen_from_ddp(_model())
-    ignored = set(model._ddp_params_and_buffers_to_ignore)
     inner = model.backbone.inner
-    assert ignored == {
-        f"backbone.{n}" for n in [*dict(inner.named_parameters()), *dict(inner.named_buffers())]
-    }
+    frozen = {f"backbone.{n}" for n in [*dict(inner.named_parameters()), *dict(inner.named_buffers())]}
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1
+    )
+    try:
+        parallel = nn.parallel.DistributedDataParallel(model)
+        assert set(parallel.parameters_to_ignore) == frozen
+        assert list(parallel.named_buffers()) and not parallel.modules_buffers
+    finally:
+        torch.distributed.destroy_process_group()
