@@ -170,10 +170,10 @@ def _looks_like(document: Any) -> str:
         return f"it is a list of {len(document)} {type(first).__name__}s{keys}"
     if not isinstance(document, dict):
         return f"it is a single {type(document).__name__}"
-    keys = set(document)
-    if {"shapes", "imagePath"} <= keys:
+    if {"shapes", "imagePath"} <= document.keys():
         return "it looks like a labelme file of one image"
-    if "_via_img_metadata" in keys or any(isinstance(v, dict) and "regions" in v for v in document.values()):
+    with_regions = any(isinstance(value, dict) and "regions" in value for value in document.values())
+    if with_regions or "_via_img_metadata" in document:
         return "it looks like a VGG Image Annotator project"
     if document.get("type") == "FeatureCollection":
         return "it is GeoJSON"
@@ -183,7 +183,7 @@ def _looks_like(document: Any) -> str:
             return "it is a COCO panoptic json"
         if "caption" in annotations[0]:
             return "it is a COCO captions json"
-    return f"it is an object with keys {sorted(keys)[:8]}"
+    return f"it is an object with keys {sorted(document)[:8]}"
 
 
 def _check_categories(report: CocoReport, classes: list[str] | None) -> set[Any]:

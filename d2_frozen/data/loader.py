@@ -107,10 +107,10 @@ def build_test_loader(
 
 
 class Place(NamedTuple):
-    """Which sample: ``position`` in the stream over all ranks, from 0; ``index`` in the dataset."""
+    """Which sample: ``position`` in the stream over all ranks, from 0; ``record_index`` in the dataset."""
 
     position: int
-    index: int
+    record_index: int
 
 
 class SampleError(RuntimeError):
@@ -225,22 +225,16 @@ class TrainLoader:
     def places(self) -> Iterator[list[Place]]:
         """What the batches are made of; nothing is read."""
         stream = self._place_stream()
-        batches = _fixed_batches(stream, self.batch_size) if self.wide is None else self._grouped(stream)
+        if self.wide is None:
+            batches = _batches_in_order(stream, self.batch_size)
+        else:
+            batches = _batches_by_group(stream, self.batch_size, self.wide)
         return islice(batches, self.start_iteration, None)
 
     def _place_stream(self) -> Iterator[Place]:
         rank, world_size = comm.get_rank(), comm.get_world_size()
         for count, index in enumerate(self.sampler):
             yield Place(rank + count * world_size, int(index))
-
-    def _grouped(self, stream: Iterable[Place]) -> Iterator[list[Place]]:
-        waiting: dict[bool, list[Place]] = {True: [], False: []}
-        for place in stream:
-            group = waiting[self.wide[place.index]]
-            group.append(place)
-            if len(group) == self.batch_size:
-                yield group.copy()
-                group.clear()
 
 
 class _Places:
@@ -253,9 +247,20 @@ class _Places:
         return self._loader.places()
 
 
-def _fixed_batches(stream: Iterator[Place], size: int) -> Iterator[list[Place]]:
+def _batches_in_order(stream: Iterator[Place], size: int) -> Iterator[list[Place]]:
     while batch := list(islice(stream, size)):
         yield batch
+
+
+def _batches_by_group(stream: Iterator[Place], size: int, group_of: Sequence[bool]) -> Iterator[list[Place]]:
+    """A batch is given as soon as its group has enough; the others wait."""
+    waiting: dict[bool, list[Place]] = {True: [], False: []}
+    for place in stream:
+        group = waiting[group_of[place.record_index]]
+        group.append(place)
+        if len(group) == size:
+            yield group.copy()
+            group.clear()
 
 
 def _default_mapper(cfg: CfgNode, is_train: bool) -> DatasetMapper:

@@ -144,11 +144,11 @@ def _register_entry(entry: dict[str, Any], place: str, must_exist: bool) -> None
     place = f"{place} ({name})"
     kind = ENTRY_TYPES.get(str(entry.get("type")))
     if kind is None:
-        wrong, known = entry.get("type"), sorted(ENTRY_TYPES)
+        wrong, types = entry.get("type"), sorted(ENTRY_TYPES)
         said = (
-            "has no type" if wrong is None else f"has the unknown type {wrong!r}{_nearest(str(wrong), known)}"
+            "has no type" if wrong is None else f"has the unknown type {wrong!r}{_nearest(str(wrong), types)}"
         )
-        raise ValueError(f"{place} {said}; types are {', '.join(known)}.")
+        raise ValueError(f"{place} {said}; types are {', '.join(types)}.")
     known = (*_COMMON_FIELDS, *kind.required, *kind.optional)
     for field in entry:
         if field not in known:

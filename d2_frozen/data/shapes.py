@@ -93,7 +93,9 @@ def coco_annotations(scene: Scene, image_id: int, first_id: int) -> list[dict]:
 
 
 def _write_split(root: Path, split: str, count: int, seed: int, size: int) -> dict[str, int]:
-    images, annotations, sizes = [], [], {}
+    images: list[dict] = []
+    annotations: list[dict] = []
+    sizes: dict[str, int] = {}
     to_label = np.array([0, *range(1, len(CLASSES) + 1)], dtype=np.uint8)
     for index in range(count):
         scene = render(seed, split, index, size)

@@ -36,7 +36,7 @@ class BiFPN(PadsForBottomUp, Backbone):
 
     def __init__(
         self,
-        bottom_up: nn.Module,
+        bottom_up: Backbone,
         in_features: Sequence[str],
         out_channels: int,
         *,
@@ -67,14 +67,14 @@ class BiFPN(PadsForBottomUp, Backbone):
                 "BiFPN without norm (MODEL.FPN.NORM: ''): a signal gets weaker at each of its nodes. "
                 "Set MODEL.FPN.NORM to GN, BN or SyncBN unless this is on purpose."
             )
-        strides, channels = input_strides(bottom_up, in_features), bottom_up.output_shape()
+        strides, shapes = input_strides(bottom_up, in_features), bottom_up.output_shape()
         self.bottom_up = bottom_up
         self.in_features = tuple(in_features)
         self.num_pooled_levels = num_pooled_levels
         strides += [strides[-1] * 2 ** (i + 1) for i in range(num_pooled_levels)]
 
         self.projections = nn.ModuleDict(
-            {name: _projection(channels[name].channels, out_channels, norm) for name in in_features}
+            {name: _projection(shapes[name].channels, out_channels, norm) for name in in_features}
         )
         self.layers = nn.Sequential(
             *(BiFPNLayer(out_channels, len(strides), norm, separable, fuse_type) for _ in range(num_layers))
@@ -192,7 +192,7 @@ class _Node(nn.Module):
         return self.norm(self.conv(F.silu(self.fuse(maps))))
 
 
-def input_strides(bottom_up: nn.Module, in_features: Sequence[str]) -> list[int]:
+def input_strides(bottom_up: Backbone, in_features: Sequence[str]) -> list[int]:
     """Strides in pixels of ``in_features``.
 
     Raises:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from d2_frozen.neck.padding import PadsForBottomUp
 from detectron2.layers import ShapeSpec, get_norm
-from detectron2.modeling.backbone import FPN
+from detectron2.modeling.backbone import FPN, Backbone
 
 
 class ResidualFPN(PadsForBottomUp, FPN):
@@ -26,7 +26,7 @@ class ResidualFPN(PadsForBottomUp, FPN):
 
     def __init__(
         self,
-        bottom_up: nn.Module,
+        bottom_up: Backbone,
         in_features: Sequence[str],
         out_channels: int,
         *,
