@@ -23,14 +23,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from detectron2.config import CfgNode
-from detectron2.utils.events import EventStorage
 from tabulate import tabulate
 from torch import nn
 
 import d2_frozen
 from d2_frozen.engine.hooks import peak_memory_mib
 from d2_frozen.train_net import read_config
+from detectron2.config import CfgNode
+from detectron2.utils.events import EventStorage
 
 PHASES = ("data", "backbone", "neck+heads", "backward+update", "step")
 _DEFAULT_CONFIG = "configs/quickstart/detection.yaml"
@@ -137,7 +137,9 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         print(json.dumps(_measure_memory(_config(args, args.memory_of), args.rounds)))
         return {}
     result: dict[str, Any] = {"machine": machine_facts(), "config": args.config_file, "options": args.opts}
-    subjects = {name: _Subject(_config(args, freeze)) for name, freeze in (("frozen", "all"), ("full", "none"))}
+    subjects = {
+        name: _Subject(_config(args, freeze)) for name, freeze in (("frozen", "all"), ("full", "none"))
+    }
     for title, runs in (
         ("training step", {name: s.train_step for name, s in subjects.items()}),
         ("evaluation image", {name: s.test_image for name, s in subjects.items()}),
@@ -159,9 +161,9 @@ def report(result: dict[str, Any]) -> str:
     for title in ("training step", "evaluation image"):
         measured = result[title]
         phases = [phase for phase in PHASES if phase in measured["frozen"]]
-        rows = [
-            [name, *(f"{measured[name][p]:.4f}" for p in phases)] for name in ("frozen", "full")
-        ] + [["frozen / full", *(f"{measured['frozen / full'].get(p, float('nan')):.2f}" for p in phases)]]
+        rows = [[name, *(f"{measured[name][p]:.4f}" for p in phases)] for name in ("frozen", "full")] + [
+            ["frozen / full", *(f"{measured['frozen / full'].get(p, float('nan')):.2f}" for p in phases)]
+        ]
         blocks.append(tabulate(rows, headers=[f"{title}, seconds", *phases]))
     memory = result["peak memory MiB"]
     rows = [[name, f"{value:.2f}" if "/" in name else f"{value:.0f}"] for name, value in memory.items()]
@@ -171,7 +173,11 @@ def report(result: dict[str, Any]) -> str:
 
 def machine_facts() -> dict[str, Any]:
     """What a reported figure must name."""
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else (platform.processor() or platform.machine())
+    device = (
+        torch.cuda.get_device_name()
+        if torch.cuda.is_available()
+        else (platform.processor() or platform.machine())
+    )
     return {
         "device": device,
         "threads": torch.get_num_threads(),
@@ -215,7 +221,9 @@ def _config(args: argparse.Namespace, freeze: str) -> CfgNode:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m d2_frozen.bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m d2_frozen.bench",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--config-file", default=_DEFAULT_CONFIG, help=f"default: {_DEFAULT_CONFIG}")
     parser.add_argument("--rounds", type=int, default=10, help="measured steps of each model")
@@ -244,7 +252,9 @@ def _progress(done: int, total: int) -> None:
 
 def _commit() -> str:
     folder = Path(__file__).resolve().parent
-    done = subprocess.run(["git", "-C", str(folder), "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
+    done = subprocess.run(
+        ["git", "-C", str(folder), "rev-parse", "--short", "HEAD"], capture_output=True, text=True
+    )
     return done.stdout.strip() or "unknown"
 
 

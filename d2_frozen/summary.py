@@ -24,16 +24,20 @@ def parts_table(model: nn.Module) -> str:
         total, trainable = total + count, trainable + training
         rows.append([name, _class_name(part), f"{count:,}", _state(count, training), _dtype(part)])
     rows.append(["all", "", f"{total:,}", f"{trainable:,} trainable", ""])
-    return tabulate(rows, headers=["part", "class", "parameters", "state", "dtype"], colalign=("left",) * 2 + ("right",))
+    return tabulate(
+        rows, headers=["part", "class", "parameters", "state", "dtype"], colalign=("left",) * 2 + ("right",)
+    )
 
 
 def _parts(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    if hasattr(model, "parts"):
-        yield from model.parts()
+    own_parts = getattr(model, "parts", None)
+    if callable(own_parts):
+        yield from own_parts()
         return
     for name, child in model.named_children():
-        if isinstance(getattr(child, "bottom_up", None), nn.Module):
-            yield f"{name}.bottom_up", child.bottom_up
+        bottom_up = getattr(child, "bottom_up", None)
+        if isinstance(bottom_up, nn.Module):
+            yield f"{name}.bottom_up", bottom_up
             yield f"{name} (neck)", RestOf(child, "bottom_up")
         else:
             yield name, child

@@ -1,7 +1,7 @@
 """Train or evaluate by config, with Detectron2's flags.
 
-    python train_net.py --config-file configs/quickstart/detection.yaml
-    python train_net.py --config-file output/config.yaml --eval-only MODEL.WEIGHTS output/model_final.pth
+python train_net.py --config-file configs/quickstart/detection.yaml
+python train_net.py --config-file output/config.yaml --eval-only MODEL.WEIGHTS output/model_final.pth
 """
 
 from __future__ import annotations
@@ -12,13 +12,13 @@ import os
 from typing import Any
 
 import torch
-from detectron2.config import CfgNode, get_cfg
-from detectron2.engine import default_argument_parser, default_setup, launch
-from detectron2.utils import comm
 from tabulate import tabulate
 from torch import nn
 
 from d2_frozen.config import add_frozen_config
+from detectron2.config import CfgNode, get_cfg
+from detectron2.engine import default_argument_parser, default_setup, launch
+from detectron2.utils import comm
 
 logger = logging.getLogger("d2_frozen.train_net")
 
@@ -86,7 +86,9 @@ def evaluation_model(cfg: CfgNode, resume: bool = False) -> nn.Module:
     from d2_frozen.engine import FrozenCheckpointer, FrozenTrainer
 
     model = FrozenTrainer.build_model(cfg)
-    FrozenCheckpointer(model, save_dir=cfg.OUTPUT_DIR, strict=True).resume_or_load(cfg.MODEL.WEIGHTS, resume=resume)
+    FrozenCheckpointer(model, save_dir=cfg.OUTPUT_DIR, strict=True).resume_or_load(
+        cfg.MODEL.WEIGHTS, resume=resume
+    )
     return model
 
 
@@ -103,7 +105,11 @@ def finish(cfg: CfgNode, model: nn.Module, results: dict[str, Any] | None) -> No
         sheet = write_prediction_sheet(cfg, model, name, cfg.TEST.PICTURES)
         if sheet:
             lines.append(f"pictures:   {sheet}")
-    for label, file in (("metrics", "metrics.json"), ("weights", "model_final.pth"), ("config", "config.yaml")):
+    for label, file in (
+        ("metrics", "metrics.json"),
+        ("weights", "model_final.pth"),
+        ("config", "config.yaml"),
+    ):
         path = os.path.join(cfg.OUTPUT_DIR, file)
         if os.path.exists(path):
             lines.append(f"{label + ':':11s} {path}")

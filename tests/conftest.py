@@ -5,9 +5,10 @@ import os
 # Before torch: the shapes in the tests are tiny, and thread pools only slow them down.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-import d2_frozen  # noqa: F401,E402  (makes `import detectron2` work)
-import pytest  # noqa: E402
-import torch  # noqa: E402
+import pytest
+import torch
+
+import d2_frozen
 
 
 def pytest_report_header(config: pytest.Config) -> str:

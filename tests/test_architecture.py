@@ -46,11 +46,14 @@ def test_rooms_import_only_rooms_before_them(room: str) -> None:
 def test_the_embedded_engine_knows_nothing_of_this_project() -> None:
     files = sorted((ROOT / "d2_frozen/embedded/detectron2").rglob("*.py"))
     assert files
-    assert not [str(path) for path in files for module in imports_of(path) if module.split(".")[0] == "d2_frozen"]
+    assert not [
+        str(path) for path in files for module in imports_of(path) if module.split(".")[0] == "d2_frozen"
+    ]
 
 
 def test_importing_the_package_is_light() -> None:
     """`import d2_frozen` must not pull in timm or the models."""
-    code = "import sys, d2_frozen; print([m for m in ('timm', 'd2_frozen.backbone', 'd2_frozen.engine') if m in sys.modules])"
+    heavy = ("timm", "d2_frozen.backbone", "d2_frozen.engine")
+    code = f"import sys, d2_frozen; print([m for m in {heavy} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert done.stdout.strip() == "[]", done.stderr

@@ -40,7 +40,7 @@ default_cfgs = generate_default_cfgs(
 @register_model
 def swinv2_pico_window8_256(pretrained: bool = False, **kwargs: Any) -> torch.nn.Module:
     """SwinV2 with 2.7 M parameters: channels 32, 64, 128, 256; blocks 2, 2, 4, 2; window 8."""
-    shape = dict(embed_dim=32, depths=(2, 2, 4, 2), num_heads=(1, 2, 4, 8), window_size=8, img_size=256)
+    shape = dict(embed_dim=32, depths=(2, 2, 4, 2), num_heads=(2, 4, 8, 16), window_size=8, img_size=256)
     return build_model_with_cfg(
         SwinTransformerV2,
         PICO_NAME,

@@ -6,13 +6,14 @@ In: Detectron2's list of dicts.  Out: losses when training, else Detectron2's li
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
-from detectron2.config import CfgNode, configurable
-from detectron2.modeling import META_ARCH_REGISTRY, GeneralizedRCNN
 from torch import nn
 
 from d2_frozen.backbone import FrozenBackbone
 from d2_frozen.summary import RestOf
+from detectron2.config import CfgNode, configurable
+from detectron2.modeling import META_ARCH_REGISTRY, GeneralizedRCNN
 
 
 @META_ARCH_REGISTRY.register()
@@ -29,7 +30,7 @@ class FrozenRCNN(GeneralizedRCNN):
     """
 
     @configurable
-    def __init__(self, *, freeze: str | int, **kwargs) -> None:
+    def __init__(self, *, freeze: str | int, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         if freeze == "all" and self.frozen_backbone is None:
             raise ValueError(

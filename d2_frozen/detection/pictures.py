@@ -9,13 +9,14 @@ from pathlib import Path
 import cv2
 import numpy as np
 import torch
-from detectron2.config import CfgNode
-from detectron2.data import DatasetCatalog, MetadataCatalog
-from detectron2.data import detection_utils as utils
-from detectron2.utils.visualizer import Visualizer
 from torch import nn
 
 from d2_frozen.data import build_test_loader
+from detectron2.config import CfgNode
+from detectron2.data import DatasetCatalog, Metadata, MetadataCatalog
+from detectron2.data import detection_utils as utils
+from detectron2.structures import Instances
+from detectron2.utils.visualizer import Visualizer
 
 logger = logging.getLogger(__name__)
 
@@ -62,7 +63,7 @@ def write_prediction_sheet(
     return path
 
 
-def _pair(record: dict, instances, metadata) -> np.ndarray:
+def _pair(record: dict, instances: Instances, metadata: Metadata) -> np.ndarray:
     """Truth and prediction side by side, (h, w, 3) uint8 RGB."""
     image = utils.read_image(record["file_name"], format="RGB")
     left = Visualizer(image, metadata).draw_dataset_dict(record).get_image()

@@ -13,10 +13,10 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from detectron2.checkpoint import DetectionCheckpointer
 from torch import nn
 
 from d2_frozen.backbone import FrozenBackbone
+from detectron2.checkpoint import DetectionCheckpointer
 
 logger = logging.getLogger(__name__)
 

@@ -12,6 +12,7 @@ from types import FrameType
 
 import numpy as np
 import torch
+
 from detectron2.engine import HookBase
 from detectron2.utils import comm
 from detectron2.utils.events import EventWriter, get_event_storage
@@ -111,7 +112,9 @@ class ProgressPrinter(EventWriter):
             fields.append(f"time: {seconds:.4f}")
             fields.append(f"images/s: {self.images_per_iteration / max(seconds, 1e-9):.1f}")
         if "data_time" in histories:
-            fields.append(f"data_time: {histories['data_time'].median(self._smoothing(storage, 'data_time')):.4f}")
+            fields.append(
+                f"data_time: {histories['data_time'].median(self._smoothing(storage, 'data_time')):.4f}"
+            )
         if "lr" in histories:
             fields.append(f"lr: {histories['lr'].latest():.5g}")
         fields.append(f"max_mem: {peak_memory_mib():.0f}M")

@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import nn
+
 from detectron2.config import CfgNode
 from detectron2.solver.build import get_default_optimizer_params, maybe_add_gradient_clipping
-from torch import nn
 
 
 def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
@@ -22,7 +23,7 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
     if not any(p.requires_grad for p in model.parameters()):
         raise ValueError("the model has no parameter to train; check MODEL.BACKBONE.FREEZE and the heads.")
     solver = cfg.SOLVER
-    kinds: dict[str, tuple[type[torch.optim.Optimizer], dict[str, Any]]] = {
+    kinds: dict[str, tuple[Any, dict[str, Any]]] = {
         "SGD": (torch.optim.SGD, {"momentum": solver.MOMENTUM, "nesterov": solver.NESTEROV}),
         "ADAMW": (torch.optim.AdamW, {}),
     }
@@ -40,7 +41,8 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
     return clipping(groups, lr=solver.BASE_LR, weight_decay=solver.WEIGHT_DECAY, **options)
 
 
-def _clipping_class(cfg: CfgNode, optimizer_class: type[torch.optim.Optimizer]) -> type[torch.optim.Optimizer]:
+def _clipping_class(cfg: CfgNode, optimizer_class: Any) -> Any:
+    """The optimiser class, with SOLVER.CLIP_GRADIENTS before each step."""
     settings = cfg.SOLVER.CLIP_GRADIENTS
     if not settings.ENABLED or settings.CLIP_TYPE != "full_model":
         return maybe_add_gradient_clipping(cfg, optimizer_class)

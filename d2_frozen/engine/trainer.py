@@ -13,19 +13,20 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
+from torch import nn
+
+from d2_frozen.backbone import exclude_frozen_from_ddp
+from d2_frozen.data import build_test_loader, build_train_loader
+from d2_frozen.engine.checkpoint import FrozenCheckpointer
+from d2_frozen.engine.hooks import ProgressPrinter, SaveAndLeaveOnSignal, SeedEachIteration
+from d2_frozen.engine.optimizer import build_optimizer
+from d2_frozen.summary import parts_table
 from detectron2.config import CfgNode
 from detectron2.engine import AMPTrainer, DefaultTrainer, HookBase, SimpleTrainer, TrainerBase
 from detectron2.engine.defaults import create_ddp_model
 from detectron2.evaluation import COCOEvaluator, DatasetEvaluator
 from detectron2.utils import comm
 from detectron2.utils.events import EventWriter, JSONWriter, TensorboardXWriter
-from torch import nn
-
-from d2_frozen.data import build_test_loader, build_train_loader
-from d2_frozen.engine.checkpoint import FrozenCheckpointer, frozen_parts
-from d2_frozen.engine.hooks import ProgressPrinter, SaveAndLeaveOnSignal, SeedEachIteration
-from d2_frozen.engine.optimizer import build_optimizer
-from d2_frozen.summary import parts_table
 
 logger = logging.getLogger(__name__)
 
@@ -40,13 +41,15 @@ class FrozenTrainer(DefaultTrainer):
     def __init__(self, cfg: CfgNode) -> None:
         TrainerBase.__init__(self)
         if cfg.SEED < 0:
-            raise ValueError("SEED is negative: give one, or let d2_frozen.train_net.setup(args) draw and record it.")
+            raise ValueError(
+                "SEED is negative: give one, or let d2_frozen.train_net.setup(args) draw and record it."
+            )
         cfg = self.auto_scale_workers(cfg, comm.get_world_size())
         model = self.build_model(cfg)
         if comm.is_main_process():
             logger.info("Parts of the model:\n%s", parts_table(model))
         optimizer = self.build_optimizer(cfg, model)
-        parallel = self._parallel(model)
+        parallel = create_ddp_model(exclude_frozen_from_ddp(model), broadcast_buffers=False)
         self._stream = _ResumableStream(lambda start: self.build_train_loader(cfg, start_iteration=start))
         self._trainer = _loop_kind(cfg, parallel)(parallel, self._stream, optimizer)
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
@@ -57,15 +60,18 @@ class FrozenTrainer(DefaultTrainer):
             extra={"seed": int(cfg.SEED)},
             trainer=weakref.proxy(self),
         )
-        self.start_iter = 0
-        self.max_iter = cfg.SOLVER.MAX_ITER
-        self.cfg = cfg
+        self.cfg, self.start_iter, self.max_iter = cfg, 0, cfg.SOLVER.MAX_ITER
         self.register_hooks(self.build_hooks())
 
     def resume_or_load(self, resume: bool = True) -> None:
         """Continue from ``last_checkpoint`` of OUTPUT_DIR, data stream included, or start from MODEL.WEIGHTS."""
         super().resume_or_load(resume=resume)
         self._stream.start_iteration = self.start_iter
+
+    def train(self) -> dict[str, Any] | None:
+        """Run to SOLVER.MAX_ITER; the result of the last evaluation, None where TEST is empty."""
+        super().train()
+        return getattr(self, "_last_eval_results", None)
 
     def build_hooks(self) -> list[HookBase]:
         """Detectron2's hooks between ours: draws first, leaving on SIGTERM last."""
@@ -97,23 +103,13 @@ class FrozenTrainer(DefaultTrainer):
         return build_test_loader(cfg, dataset_name)
 
     @classmethod
-    def build_evaluator(cls, cfg: CfgNode, dataset_name: str, output_folder: str | None = None) -> DatasetEvaluator:
+    def build_evaluator(
+        cls, cfg: CfgNode, dataset_name: str, output_folder: str | None = None
+    ) -> DatasetEvaluator:
         """COCO's protocol; results go to ``OUTPUT_DIR/inference``."""
         folder = output_folder or os.path.join(cfg.OUTPUT_DIR, "inference")
         tasks = ("bbox", "segm") if cfg.MODEL.MASK_ON else ("bbox",)
         return COCOEvaluator(dataset_name, tasks=tasks, distributed=True, output_dir=folder)
-
-    @staticmethod
-    def _parallel(model: nn.Module) -> nn.Module:
-        # Frozen tensors are the same on every rank already: neither in DDP's buckets nor broadcast.
-        names = [
-            f"{prefix}.{name}"
-            for prefix, part in frozen_parts(model).items()
-            for name in (*dict(part.named_parameters()), *dict(part.named_buffers()))
-        ]
-        if comm.get_world_size() > 1:
-            nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, names)
-        return create_ddp_model(model, broadcast_buffers=False)
 
 
 class _ResumableStream:

@@ -12,10 +12,11 @@ import random
 from pathlib import Path
 from types import ModuleType
 
-import detectron2
 import numpy as np
 import pytest
 import torch
+
+import detectron2
 
 GOLDEN = Path(__file__).parent / "golden"
 FILES = {

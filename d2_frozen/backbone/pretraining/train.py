@@ -24,7 +24,7 @@ import timm
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from timm.models.swin_transformer_v2 import SwinTransformerV2Block
+from timm.models.swin_transformer_v2 import WindowAttention
 from torch import Tensor, nn
 
 from d2_frozen.backbone.pretraining.muon import Muon
@@ -43,17 +43,21 @@ STRIDES_PX = (4, 8, 16, 32)
 COLOUR_LEVELS = 3
 # What is classified at a cell: number of classes, weight in the loss.
 TARGETS = {
-    "shape": (1 + NUM_SHAPES, 1.0),
+    "object": (2, 1.0),  # ground or object
+    "shape": (NUM_SHAPES, 0.5),
     "texture": (NUM_TEXTURES, 1.0),
     "part": (NUM_PARTS, 0.5),
     "size": (NUM_SIZES, 0.5),
     "colour": (COLOUR_LEVELS**3, 0.25),
 }
 READ_OUT_RATE = 0.25  # up to 256 inputs each: at the full rate one step moves a logit by about 1
-MUON_RATE = 3.0  # times --lr: its steps are bounded by the spectral norm, so they may be longer than AdamW's
-GROUND_WEIGHT = (
-    0.1  # ground covers half of all cells, a shape class under 1 %; full weight would drown the shapes
-)
+POSITION_RATE = 0.02  # 512 inputs each, see look_at_neighbours
+MUON_RATE = 2.0  # times --lr: its steps are bounded by the spectral norm, so they may be longer than AdamW's
+# (rows, columns) from a cell to the one that a head looks at first: sides, corners, then the same two cells away.
+NEIGHBOURS = [
+    *((0, 1), (1, 0), (0, -1), (-1, 0), (1, 1), (-1, -1), (1, -1), (-1, 1)),
+    *((0, 2), (2, 0), (0, -2), (-2, 0), (2, 2), (-2, -2), (2, -2), (-2, 2)),
+]
 MEAN = torch.tensor([123.675, 116.28, 103.53]).view(1, 3, 1, 1)
 STD = torch.tensor([58.395, 57.12, 57.375]).view(1, 3, 1, 1)
 
@@ -82,16 +86,10 @@ class CellClassifiers(nn.Module):
         for stride, read_out, feature in zip(STRIDES_PX, self.read_out, maps):
             targets = cell_targets(images, labels, stride)
             logits = read_out(feature).float().split([classes for classes, _ in TARGETS.values()], dim=1)
-            for (name, (classes, weight)), logit in zip(TARGETS.items(), logits):
-                class_weight = None
-                if name == "shape":
-                    class_weight = logit.new_ones(classes)
-                    class_weight[0] = GROUND_WEIGHT
-                loss = F.cross_entropy(
-                    logit, targets[name], class_weight, ignore_index=IGNORE, label_smoothing=0.05
-                )
+            for (name, (_, weight)), logit in zip(TARGETS.items(), logits):
+                loss = F.cross_entropy(logit, targets[name], ignore_index=IGNORE, label_smoothing=0.05)
                 total = total + weight * loss
-                log[f"{name}/{stride}"] = accuracy(logit, targets[name], skip_ground=name == "shape")
+                log[f"{name}/{stride}"] = accuracy(logit, targets[name])
         return total, log
 
 
@@ -99,6 +97,8 @@ def cell_targets(images: Tensor, labels: Tensor, stride: int) -> dict[str, Tenso
     """Class at the centre pixel of each cell, (B, S/stride, S/stride) int64; colour is the cell's mean."""
     centre = labels[:, :, stride // 2 :: stride, stride // 2 :: stride].long()
     targets = dict(zip(("shape", "texture", "part", "size"), centre.unbind(1)))
+    targets["object"] = (targets["shape"] > 0).long()
+    targets["shape"] = torch.where(targets["shape"] > 0, targets["shape"] - 1, IGNORE)
     mean = F.avg_pool2d(images.float(), stride)
     level = (mean * (COLOUR_LEVELS / 256)).long()
     targets["colour"] = (level[:, 0] * COLOUR_LEVELS + level[:, 1]) * COLOUR_LEVELS + level[:, 2]
@@ -106,10 +106,8 @@ def cell_targets(images: Tensor, labels: Tensor, stride: int) -> dict[str, Tenso
 
 
 @torch.no_grad()
-def accuracy(logits: Tensor, target: Tensor, skip_ground: bool) -> Tensor:
+def accuracy(logits: Tensor, target: Tensor) -> Tensor:
     counted = target != IGNORE
-    if skip_ground:
-        counted = counted & (target != 0)
     right = (logits.argmax(1) == target) & counted
     return right.sum() / counted.sum().clamp(min=1)
 
@@ -120,12 +118,14 @@ def learning_rate(progress: float, peak: float) -> float:
 
 
 def optimizers(model: nn.Module, peak: float, matrix_method: str) -> list[torch.optim.Optimizer]:
-    hidden, other, plain, read_out = [], [], [], []
+    hidden, other, plain, read_out, positions = [], [], [], [], []
     for name, parameter in model.named_parameters():
-        is_block_matrix = parameter.ndim == 2 and name.startswith("backbone.layers") and "cpb_mlp" not in name
+        is_block_matrix = parameter.ndim == 2 and name.startswith("backbone.layers")
         if name.startswith("read_out"):
             read_out.append(parameter)
-        elif parameter.ndim < 2 or "logit_scale" in name or "cpb_mlp" in name:
+        elif "cpb_mlp" in name:
+            positions.append(parameter)
+        elif parameter.ndim < 2 or "logit_scale" in name:
             plain.append(parameter)
         else:
             (hidden if is_block_matrix and matrix_method == "muon" else other).append(parameter)
@@ -133,6 +133,7 @@ def optimizers(model: nn.Module, peak: float, matrix_method: str) -> list[torch.
         {"params": other, "weight_decay": 0.05, "rate": 1.0},
         {"params": plain, "weight_decay": 0.0, "rate": 1.0},
         {"params": read_out, "weight_decay": 0.0, "rate": READ_OUT_RATE},
+        {"params": positions, "weight_decay": 0.0, "rate": POSITION_RATE},
     ]
     found: list[torch.optim.Optimizer] = [torch.optim.AdamW(groups, lr=peak, betas=(0.9, 0.98))]
     if hidden:
@@ -216,14 +217,43 @@ def train(args: argparse.Namespace) -> None:
 
 
 def start_in_full(backbone: nn.Module) -> None:
-    # timm starts the norm that ends each residual branch at 0 (SwinV2, section 3.1) and all weights at 0.02:
-    # good for wide networks and long schedules. A narrow one then has almost linear blocks for long.
-    for module in backbone.layers.modules():
-        if isinstance(module, nn.Linear) and module.in_features > 2:
-            nn.init.normal_(module.weight, std=module.in_features**-0.5)
-        if isinstance(module, SwinTransformerV2Block):
-            nn.init.constant_(module.norm1.weight, 0.5)
-            nn.init.constant_(module.norm2.weight, 0.5)
+    """Initial weights for a narrow network and a short schedule, in place.
+
+    timm starts the norm that ends each residual branch at 0 (SwinV2, section 3.1) and all weights at 0.02: good for
+    wide networks and long schedules. A narrow one then has almost linear blocks and blurring attention for long.
+    """
+    for stage in backbone.layers:
+        for module in stage.modules():
+            if isinstance(module, nn.Linear) and module.in_features > 2:
+                nn.init.normal_(module.weight, std=module.in_features**-0.5)
+        for index, block in enumerate(stage.blocks):
+            nn.init.constant_(block.norm1.weight, 0.5)
+            nn.init.constant_(block.norm2.weight, 0.5)
+            look_at_neighbours(block.attn, first=index * block.num_heads)
+
+
+@torch.no_grad()
+def look_at_neighbours(attention: WindowAttention, first: int) -> None:
+    """Let each head begin by looking at one neighbouring cell, so that a block begins as a convolution.
+
+    The position bias 16 * sigmoid(mlp(offset)) gets a peak of 12 at the neighbour over a ground of 2; the mlp's last
+    layer is solved for it (512 random features, 225 offsets).
+
+    Args:
+        first: head h looks at neighbour ``first + h`` of a fixed list.
+    """
+    lift, _, last = attention.cpb_mlp
+    nn.init.normal_(lift.weight)
+    nn.init.normal_(lift.bias)
+    table = attention.relative_coords_table
+    reach = torch.arange(table.shape[1], device=table.device) - table.shape[1] // 2
+    offsets = torch.stack(torch.meshgrid(reach, reach, indexing="ij"), -1).view(-1, 2).float()
+    chosen = [NEIGHBOURS[(first + h) % len(NEIGHBOURS)] for h in range(attention.num_heads)]
+    distance = torch.cdist(offsets, torch.tensor(chosen, dtype=torch.float32, device=table.device))
+    bias = 2 + 10 * torch.exp(-(distance**2) / (2 * 0.6**2))
+    hidden = F.relu(lift(table.view(-1, 2)))
+    kernel = hidden @ hidden.T + 1e-2 * torch.eye(len(hidden), device=table.device)
+    last.weight.copy_((hidden.T @ torch.linalg.solve(kernel, torch.logit(bias / 16))).T)
 
 
 def _start_processes() -> tuple[int, int]:

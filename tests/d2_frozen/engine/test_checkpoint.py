@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from detectron2.layers import ShapeSpec
-from detectron2.modeling import Backbone
 from torch import nn
 
 from d2_frozen.backbone import FrozenBackbone
 from d2_frozen.engine import CheckpointMismatchError, FrozenCheckpointer, frozen_parts
 from d2_frozen.engine.checkpoint import write_atomically
+from detectron2.layers import ShapeSpec
+from detectron2.modeling import Backbone
 
 
 class Trunk(Backbone):

@@ -12,11 +12,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from detectron2.engine import HookBase
 
 from d2_frozen.engine import FrozenTrainer
 from d2_frozen.engine.hooks import StoppedBySignal
 from d2_frozen.train_net import main, setup
+from detectron2.engine import HookBase
 
 Flags = Callable[..., Namespace]
 
@@ -43,7 +43,9 @@ class SignalAfter(HookBase):
             os.kill(os.getpid(), self.number)
 
 
-def test_backbone_is_bit_identical_after_training_and_not_in_the_checkpoint(flags: Flags, tmp_path: Path) -> None:
+def test_backbone_is_bit_identical_after_training_and_not_in_the_checkpoint(
+    flags: Flags, tmp_path: Path
+) -> None:
     trainer = FrozenTrainer(setup(flags()))
     trainer.resume_or_load(resume=False)
     backbone = trainer.model.frozen_backbone
@@ -68,7 +70,9 @@ def test_eval_only_repeats_the_result_to_the_last_digit(flags: Flags, tmp_path: 
 
 
 @pytest.mark.parametrize("workers", ["0", "2"])
-def test_run_stopped_by_sigterm_ends_like_an_uninterrupted_one(workers: str, flags: Flags, tmp_path: Path) -> None:
+def test_run_stopped_by_sigterm_ends_like_an_uninterrupted_one(
+    workers: str, flags: Flags, tmp_path: Path
+) -> None:
     whole = FrozenTrainer(setup(flags("OUTPUT_DIR", str(tmp_path / "whole"))))
     whole.train()
 
@@ -138,7 +142,9 @@ def test_trains_in_bfloat16_on_cpu(optimizer: str, freeze: str, flags: Flags) ->
     trainer = FrozenTrainer(setup(flags("SOLVER.OPTIMIZER", optimizer, "SOLVER.BASE_LR", "1e-3", *options)))
     before = {key: value.clone() for key, value in trainer.model.state_dict().items()}
     trainer.train()
-    bottom_up = [key for key in before if key.startswith("backbone.bottom_up.") and before[key].is_floating_point()]
+    bottom_up = [
+        key for key in before if key.startswith("backbone.bottom_up.") and before[key].is_floating_point()
+    ]
     moved = [key for key in bottom_up if not torch.equal(before[key], trainer.model.state_dict()[key])]
     assert bool(moved) == (freeze == "none")
 

@@ -1,0 +1,132 @@
+"""FrozenRCNN: every combination by yaml, and the plug-in into someone's own Detectron2 project."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import d2_frozen
+from d2_frozen.backbone import FrozenBackbone
+from d2_frozen.detection import FrozenRCNN
+from d2_frozen.summary import parts_table
+from detectron2.config import CfgNode, get_cfg
+from detectron2.modeling import build_model
+from detectron2.structures import BitMasks, Boxes, Instances
+from detectron2.utils.events import EventStorage
+
+
+def small_config(*options: object) -> CfgNode:
+    cfg = d2_frozen.add_frozen_config(get_cfg())
+    cfg.merge_from_list(
+        [
+            *("MODEL.META_ARCHITECTURE", "FrozenRCNN", "MODEL.DEVICE", "cpu", "MODEL.MASK_ON", True),
+            *("MODEL.BACKBONE.NAME", "build_frozen_backbone", "MODEL.TIMM.NAME", "resnet18"),
+            *("MODEL.FPN.IN_FEATURES", ["res2", "res3", "res4", "res5"], "MODEL.FPN.OUT_CHANNELS", 16),
+            *("MODEL.BIFPN.NUM_LAYERS", 1, "MODEL.RESIDUAL_FPN.NUM_BLOCKS", 1),
+            *("MODEL.RPN.IN_FEATURES", ["p2", "p3", "p4", "p5", "p6"], "MODEL.RPN.POST_NMS_TOPK_TRAIN", 20),
+            *("MODEL.RPN.POST_NMS_TOPK_TEST", 10, "MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE", 8),
+            *("MODEL.ANCHOR_GENERATOR.SIZES", [[8], [16], [32], [64], [128]]),
+            *("MODEL.ROI_HEADS.IN_FEATURES", ["p2", "p3", "p4", "p5"], "MODEL.ROI_HEADS.NUM_CLASSES", 3),
+            *("MODEL.ROI_HEADS.NAME", "StandardROIHeads", "MODEL.ROI_BOX_HEAD.NAME", "FastRCNNConvFCHead"),
+            *("MODEL.ROI_BOX_HEAD.NUM_FC", 1, "MODEL.ROI_BOX_HEAD.FC_DIM", 16),
+            *("MODEL.ROI_BOX_HEAD.POOLER_RESOLUTION", 4, "MODEL.ROI_MASK_HEAD.POOLER_RESOLUTION", 4),
+            *("MODEL.ROI_MASK_HEAD.NAME", "MaskRCNNConvUpsampleHead", "MODEL.ROI_MASK_HEAD.CONV_DIM", 8),
+            *("MODEL.ROI_MASK_HEAD.NUM_CONV", 1, "INPUT.MASK_FORMAT", "bitmask"),
+            *options,
+        ]
+    )
+    return cfg
+
+
+def labelled_image() -> dict:
+    """One 64 x 96 image with one box that its mask fills."""
+    mask = torch.zeros(1, 64, 96, dtype=torch.bool)
+    mask[0, 16:48, 20:60] = True
+    truth = Instances((64, 96))
+    truth.gt_boxes = Boxes(torch.tensor([[20.0, 16.0, 60.0, 48.0]]))
+    truth.gt_classes = torch.tensor([1])
+    truth.gt_masks = BitMasks(mask)
+    image = torch.randint(0, 256, (3, 64, 96), generator=torch.Generator().manual_seed(1)).float()
+    return {"image": image, "instances": truth, "height": 64, "width": 96}
+
+
+@pytest.mark.parametrize("neck", ["FPN", "ResidualFPN", "BiFPN"])
+@pytest.mark.parametrize("heads", ["StandardROIHeads", "CascadeROIHeads"])
+@pytest.mark.parametrize("freeze", ["all", "none", "2"])
+def test_any_combination_trains_by_yaml_alone(neck: str, heads: str, freeze: str) -> None:
+    options = ["MODEL.NECK.NAME", neck, "MODEL.ROI_HEADS.NAME", heads, "MODEL.BACKBONE.FREEZE", repr(freeze)]
+    cfg = small_config(*options, "MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG", heads == "CascadeROIHeads")
+    model = build_model(cfg)
+    with EventStorage():
+        losses = model([labelled_image()])
+    sum(losses.values()).backward()
+    bottom_up = model.backbone.bottom_up
+    trained = {name for name, p in bottom_up.named_parameters() if p.grad is not None}
+    trainable = {name for name, p in bottom_up.named_parameters() if p.requires_grad}
+    assert trained == trainable
+    assert bool(trainable) == (freeze != "all")
+    if freeze == "2":
+        assert (
+            "network.layer1.0.conv1.weight" not in trainable and "network.layer2.0.conv1.weight" in trainable
+        )
+    assert all(
+        p.grad is not None for n, p in model.named_parameters() if p.requires_grad and "mask_head" in n
+    )
+    model.eval()
+    with torch.no_grad():
+        found = model([labelled_image()])[0]["instances"]
+    assert found.image_size == (64, 96) and found.has("pred_masks")
+
+
+def test_parameter_names_are_those_of_detectron2_around_the_bottom_up_network() -> None:
+    names = set(build_model(small_config("MODEL.NECK.NAME", "FPN")).state_dict())
+    assert {"backbone.fpn_lateral2.weight", "proposal_generator.rpn_head.conv.weight"} <= names
+    assert "backbone.bottom_up.network.layer1.0.conv1.weight" in names
+
+
+@pytest.mark.parametrize("heads", ["StandardROIHeads", "CascadeROIHeads"])
+def test_parts_are_the_whole_model(heads: str) -> None:
+    agnostic = heads == "CascadeROIHeads"
+    model = build_model(
+        small_config("MODEL.ROI_HEADS.NAME", heads, "MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG", agnostic)
+    )
+    assert isinstance(model, FrozenRCNN)
+    counted = [p for _, part in model.parts() for p in part.parameters()]
+    assert len(counted) == len(set(counted)) and set(counted) == set(model.parameters())
+    table = parts_table(model)
+    assert f"{sum(p.numel() for p in model.parameters()):,}" in table
+    assert "frozen" in next(line for line in table.splitlines() if line.startswith("backbone.bottom_up"))
+
+
+def test_freezing_must_happen_where_the_config_says_so() -> None:
+    cfg = small_config(
+        "MODEL.BACKBONE.NAME",
+        "build_resnet_fpn_backbone",
+        "MODEL.RESNETS.OUT_FEATURES",
+        ["res2", "res3", "res4", "res5"],
+    )
+    with pytest.raises(ValueError, match=r"MODEL.BACKBONE.FREEZE: all.*build_frozen_backbone"):
+        build_model(cfg)
+
+
+def test_a_zoo_resnet_freezes_under_a_bifpn() -> None:
+    cfg = small_config(
+        *("MODEL.FROZEN.BOTTOM_UP", "build_resnet_backbone", "MODEL.RESNETS.DEPTH", 18),
+        *(
+            "MODEL.RESNETS.RES2_OUT_CHANNELS",
+            64,
+            "MODEL.RESNETS.OUT_FEATURES",
+            ["res2", "res3", "res4", "res5"],
+        ),
+    )
+    model = build_model(cfg)
+    assert isinstance(model.backbone.bottom_up, FrozenBackbone)
+    assert "backbone.bottom_up.stem.conv1.weight" in model.state_dict()
+    assert not any(p.requires_grad for p in model.backbone.bottom_up.parameters())
+
+
+def test_plug_in_needs_the_config_call_and_a_backbone_name() -> None:
+    """Someone's own project: Detectron2's GeneralizedRCNN with our backbone."""
+    model = build_model(small_config("MODEL.META_ARCHITECTURE", "GeneralizedRCNN"))
+    assert type(model).__name__ == "GeneralizedRCNN"
+    assert isinstance(model.backbone.bottom_up, FrozenBackbone)
