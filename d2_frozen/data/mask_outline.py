@@ -15,7 +15,7 @@ Point = tuple[int, int]
 _RIGHT_TURN = {(1, 0): (0, 1), (0, 1): (-1, 0), (-1, 0): (0, -1), (0, -1): (1, 0)}  # x right, y down
 
 
-def mask_to_polygons(mask: np.ndarray) -> list[list[int]]:
+def mask_to_polygons(mask: np.ndarray) -> list[list[float]]:
     """(H, W) bool -> one flat [x0, y0, x1, y1, ...] per 4-connected part, in pixels; [] for an empty mask."""
     loops = _boundary_loops(mask)
     outlines = [loop for loop in loops if _signed_area(loop) > 0]
@@ -28,7 +28,7 @@ def mask_to_polygons(mask: np.ndarray) -> list[list[int]]:
         around = [*hole[start:], *hole[: start + 1]]
         outline = outlines[owner]
         outlines[owner] = [*outline[: cut + 1], *around, *outline[cut:]]
-    return [[value for point in _drop_straight(loop) for value in point] for loop in outlines]
+    return [[float(value) for point in _drop_straight(loop) for value in point] for loop in outlines]
 
 
 def _boundary_loops(mask: np.ndarray) -> list[list[Point]]:

@@ -11,10 +11,9 @@ from typing import Any
 
 from d2_frozen.data.checks import CocoReport, across, check_coco
 from d2_frozen.data.problems import BadDataError, Problem, describe
-from d2_frozen.data.register import entry_of, register_from_config
+from d2_frozen.data.register import entry_of, load_coco_instances, register_from_config
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
-from detectron2.data.datasets import load_coco_json
 from detectron2.utils import comm
 from detectron2.utils.file_io import PathManager
 
@@ -155,7 +154,7 @@ def _point_to(name: str, json_file: str) -> None:
     image_root = facts["image_root"]
     DatasetCatalog.remove(name)
     MetadataCatalog.remove(name)
-    DatasetCatalog.register(name, lambda: load_coco_json(json_file, image_root, name))
+    DatasetCatalog.register(name, lambda: load_coco_instances(json_file, image_root, name))
     MetadataCatalog.get(name).set(**facts)
 
 

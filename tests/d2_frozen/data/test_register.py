@@ -44,6 +44,13 @@ def test_entry_becomes_a_dataset(files, make_cfg):
     assert metadata.evaluator_type == "coco" and metadata.thing_classes == ["nut"]
 
 
+def test_integer_polygons_become_floats(files, make_cfg):
+    register_from_config(make_cfg([entry(files)]))
+    (record,) = DatasetCatalog.get("nuts_test_register")
+    (polygon,) = record["annotations"][0]["segmentation"]
+    assert polygon == [1, 1, 5, 1, 5, 5] and all(type(v) is float for v in polygon)
+
+
 def test_nothing_is_read_before_it_is_asked_for(files, make_cfg):
     (files / "nuts.json").write_text("broken")
     register_from_config(make_cfg([entry(files)]))
