@@ -56,6 +56,7 @@ def _add_model_keys(cfg: CfgNode) -> None:
     cfg.MODEL.NECK = CfgNode()
     # Neck on top of the bottom-up network: "FPN" | "ResidualFPN" | "BiFPN".
     # MODEL.FPN.{IN_FEATURES, OUT_CHANNELS, NORM} hold for each of them, FUSE_TYPE for the two FPNs.
+    # BiFPN needs a norm (GN, BN, SyncBN): without one, the signal fades from layer to layer.
     cfg.MODEL.NECK.NAME = "BiFPN"
 
     cfg.MODEL.BIFPN = CfgNode()
@@ -78,9 +79,11 @@ def _add_data_keys(cfg: CfgNode) -> None:
     # working directory. `classes` (list or file) is optional; it must then name the data's categories.
     cfg.DATASETS.REGISTER = []
     # Bad records (broken image, box outside, empty segmentation ...): False stops before training with the list of
-    # them; True leaves them out, counts and logs them.
+    # them; True leaves them out, counts and logs them, in training and evaluation (the data goes on as
+    # OUTPUT_DIR/data/NAME.json). COCO train2017 itself has a few boxes of zero height.
     cfg.DATASETS.SKIP_BAD = False
-    # Image check before training: "auto" (decode all up to 5000 images, else "header"), "full", "header", "off".
+    # Image check before training: "full" (decode every image), "header" (does it open, and is its size that of the
+    # json), "off", or "auto" ("full" for up to 5000 images per dataset, else "header").
     cfg.DATASETS.CHECK_IMAGES = "auto"
 
     # Training augmentation: "resize_shortest_edge" (Detectron2's, by INPUT.MIN_SIZE_TRAIN), or "scale_crop" (the
