@@ -157,6 +157,7 @@ def train(args: argparse.Namespace) -> None:
     generator = SceneGenerator(args.seed)
     backbone = timm.create_model(args.model, num_classes=0, strict_img_size=False, always_partition=True)
     start_in_full(backbone)
+    whiten_patches(backbone, generator)
     model = CellClassifiers(backbone)
     average = {k: v.detach().clone() for k, v in backbone.state_dict().items()}
     optims = optimizers(model, args.lr, args.matrices)
@@ -230,6 +231,25 @@ def start_in_full(backbone: nn.Module) -> None:
             nn.init.constant_(block.norm1.weight, 0.5)
             nn.init.constant_(block.norm2.weight, 0.5)
             look_at_neighbours(block.attn, first=index * block.num_heads)
+
+
+@torch.no_grad()
+def whiten_patches(backbone: nn.Module, generator: SceneGenerator, scenes: int = 48) -> None:
+    """Start the patch embedding as a whitening of patches: brightness would hide fine structure for long.
+
+    Method: principal components of patches divided by their standard deviation, as in the first layer of
+    arXiv:2404.00498, section 3.2.
+    """
+    projection = backbone.patch_embed.proj
+    images, _ = batch(generator, 0, scenes, 128)
+    pixels = (images.float() - MEAN) / STD
+    patches = F.unfold(pixels, projection.kernel_size, stride=projection.stride).transpose(1, 2).flatten(0, 1)
+    mean = patches.mean(0)
+    values, vectors = torch.linalg.eigh((patches - mean).T @ (patches - mean) / len(patches))
+    kept = slice(-projection.out_channels, None)  # eigh sorts upwards
+    filters = vectors[:, kept] / (values[kept] + 0.01).sqrt()
+    projection.weight.copy_(filters.T.reshape(projection.weight.shape))
+    projection.bias.copy_(-(filters.T @ mean))
 
 
 @torch.no_grad()

@@ -100,7 +100,7 @@ from d2_frozen.train_net import argument_parser, setup
 from detectron2.engine import HookBase
 
 class Kill(HookBase):
-    def after_backward(self):
+    def before_step(self):
         if self.trainer.iter == 3:
             os.kill(os.getpid(), signal.SIGKILL)
 
