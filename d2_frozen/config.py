@@ -80,7 +80,7 @@ def _add_data_keys(cfg: CfgNode) -> None:
     cfg.DATASETS.REGISTER = []
     # Bad records (broken image, box outside, empty segmentation ...): False stops before training with the list of
     # them; True leaves them out, counts and logs them, in training and evaluation (the data goes on as
-    # OUTPUT_DIR/data/NAME.json). COCO train2017 itself has a few boxes of zero height.
+    # OUTPUT_DIR/data/NAME.json). COCO train2017 itself has two boxes of zero height (cocoapi issue 355).
     cfg.DATASETS.SKIP_BAD = False
     # Image check before training: "full" (decode every image), "header" (does it open, and is its size that of the
     # json), "off", or "auto" ("full" for up to 5000 images per dataset, else "header").
