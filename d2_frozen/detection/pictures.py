@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from itertools import zip_longest
 from pathlib import Path
 
 import cv2
@@ -86,12 +87,15 @@ def _captioned(image: np.ndarray, text: str) -> np.ndarray:
 
 
 def _grid(pairs: list[np.ndarray]) -> np.ndarray:
-    width = max(pair.shape[1] for pair in pairs) + 16
-    columns = min(_COLUMNS, len(pairs))
-    height = max(pair.shape[0] for pair in pairs) + 16
-    rows = -(-len(pairs) // columns)
-    sheet = np.full((rows * height, columns * width, 3), 255, np.uint8)
-    for index, pair in enumerate(pairs):
-        y, x = (index // columns) * height + 8, (index % columns) * width + 8
-        sheet[y : y + pair.shape[0], x : x + pair.shape[1]] = pair
+    """Rows of ``_COLUMNS`` pairs; each column as wide as its widest pair."""
+    margin = 8
+    rows = [pairs[i : i + _COLUMNS] for i in range(0, len(pairs), _COLUMNS)]
+    columns = zip_longest(*rows)
+    widths = [max(pair.shape[1] for pair in column if pair is not None) + 2 * margin for column in columns]
+    height = max(pair.shape[0] for pair in pairs) + 2 * margin
+    sheet = np.full((len(rows) * height, sum(widths), 3), 255, np.uint8)
+    for r, row in enumerate(rows):
+        for c, pair in enumerate(row):
+            y, x = r * height + margin, sum(widths[:c]) + margin
+            sheet[y : y + pair.shape[0], x : x + pair.shape[1]] = pair
     return sheet
