@@ -29,8 +29,8 @@ def add_frozen_config(cfg: CfgNode) -> CfgNode:
 
 def _add_model_keys(cfg: CfgNode) -> None:
     # What of the bottom-up network does not train: "all" (the paper's frozen setting), "none" (full fine-tuning), or
-    # a number of stages from the input on (1 = stem, 2 = stem and res2, ... as MODEL.BACKBONE.FREEZE_AT counts).
-    # Read by MODEL.BACKBONE.NAME: build_frozen_backbone.
+    # the last frozen stage: "stem" | "res2" | "res3" | "res4" (everything from the input up to and including it).
+    # Read by MODEL.BACKBONE.NAME: build_frozen_backbone; Detectron2's own builders read FREEZE_AT.
     cfg.MODEL.BACKBONE.FREEZE = "all"
 
     cfg.MODEL.FROZEN = CfgNode()

@@ -19,6 +19,7 @@ from d2_frozen.config import add_frozen_config
 from detectron2.config import CfgNode, get_cfg
 from detectron2.engine import default_argument_parser, default_setup, launch
 from detectron2.utils import comm
+from detectron2.utils.logger import setup_logger
 
 logger = logging.getLogger("d2_frozen.train_net")
 
@@ -37,11 +38,11 @@ def setup(args: argparse.Namespace) -> CfgNode:
     if not args.eval_only and cfg.SEED < 0:
         seed = saved_seed(cfg.OUTPUT_DIR) if args.resume else None
         cfg.SEED = comm.shared_random_seed() % 2**31 if seed is None else seed
+    # Detectron2's default_setup wants the final config; what is found in the data must be logged before.
+    setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="d2_frozen")
     prepare_datasets(cfg, train=not args.eval_only)
     cfg.freeze()
     default_setup(cfg, args)
-    # Detectron2 sets up its own logger and that of fvcore.
-    _share_handlers("detectron2", "d2_frozen")
     return cfg
 
 
@@ -127,13 +128,6 @@ def results_table(cfg: CfgNode, results: dict[str, Any]) -> str:
             rows.append({"dataset": dataset, "task": task, **main_metrics})
     table = [[row.get(key, "") for key in ("dataset", "task", *columns)] for row in rows]
     return tabulate(table, headers=["dataset", "task", *columns], floatfmt=".2f")
-
-
-def _share_handlers(source: str, target: str) -> None:
-    origin, receiver = logging.getLogger(source), logging.getLogger(target)
-    receiver.setLevel(origin.level)
-    receiver.propagate = False
-    receiver.handlers = list(origin.handlers)
 
 
 def argument_parser() -> argparse.ArgumentParser:

@@ -18,6 +18,8 @@ from d2_frozen.backbone.stages import parameters_by_stage
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import Backbone
 
+# Names of what MODEL.BACKBONE.FREEZE counts, from the input on.
+_PARTS = ("stem", "res2", "res3", "res4", "res5")
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -207,7 +209,8 @@ def freeze_backbone(bottom_up: Backbone, freeze: str | int = "all", precision: s
     """Apply MODEL.BACKBONE.FREEZE and MODEL.FROZEN.PRECISION to a bottom-up network.
 
     Args:
-        freeze: "all", "none", or a number of parts as in :func:`freeze_stages` (also as a string: "2").
+        freeze: "all", "none", the last frozen stage by name ("stem", "res2" .. "res5"), or a number of parts as in
+            :func:`freeze_stages`. Configs use names: their values may not change type.
     Raises:
         ValueError: any other value, or a low precision for a network that trains.
     """
@@ -222,12 +225,13 @@ def freeze_backbone(bottom_up: Backbone, freeze: str | int = "all", precision: s
         )
     if freeze == "none":
         return bottom_up
-    if isinstance(freeze, bool) or not str(freeze).isdigit():
+    parts = _PARTS.index(freeze) + 1 if freeze in _PARTS else freeze
+    if isinstance(parts, bool) or not isinstance(parts, int):
         raise ValueError(
-            f"MODEL.BACKBONE.FREEZE is {freeze!r}; choose 'all', 'none', or a number of parts "
-            "(1 = stem, 2 = stem and res2, ...)."
+            f"MODEL.BACKBONE.FREEZE is {freeze!r}; choose 'all', 'none', or the last stage that is frozen: "
+            f"{', '.join(_PARTS)}."
         )
-    return freeze_stages(bottom_up, int(freeze))
+    return freeze_stages(bottom_up, parts)
 
 
 def exclude_frozen_from_ddp(model: nn.Module) -> nn.Module:

@@ -233,7 +233,7 @@ def test_freeze_key():
     assert isinstance(freeze_backbone(TinyBackbone(), "all", "bf16"), FrozenBackbone)
     plain = TinyBackbone()
     assert freeze_backbone(plain, "none") is plain and freeze_backbone(plain, 0) is plain
-    assert not freeze_backbone(TinyBackbone(), "1").stem[0].weight.requires_grad
+    assert not freeze_backbone(TinyBackbone(), "stem").stem[0].weight.requires_grad
     for wrong in ("some", "-1", 1.5, True, ""):
         with pytest.raises(ValueError, match="MODEL.BACKBONE.FREEZE"):
             freeze_backbone(TinyBackbone(), wrong)

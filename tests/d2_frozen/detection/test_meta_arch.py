@@ -52,9 +52,9 @@ def labelled_image() -> dict:
 
 @pytest.mark.parametrize("neck", ["FPN", "ResidualFPN", "BiFPN"])
 @pytest.mark.parametrize("heads", ["StandardROIHeads", "CascadeROIHeads"])
-@pytest.mark.parametrize("freeze", ["all", "none", "2"])
+@pytest.mark.parametrize("freeze", ["all", "none", "res2"])
 def test_any_combination_trains_by_yaml_alone(neck: str, heads: str, freeze: str) -> None:
-    options = ["MODEL.NECK.NAME", neck, "MODEL.ROI_HEADS.NAME", heads, "MODEL.BACKBONE.FREEZE", repr(freeze)]
+    options = ["MODEL.NECK.NAME", neck, "MODEL.ROI_HEADS.NAME", heads, "MODEL.BACKBONE.FREEZE", freeze]
     cfg = small_config(*options, "MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG", heads == "CascadeROIHeads")
     model = build_model(cfg)
     with EventStorage():
@@ -65,7 +65,7 @@ def test_any_combination_trains_by_yaml_alone(neck: str, heads: str, freeze: str
     trainable = {name for name, p in bottom_up.named_parameters() if p.requires_grad}
     assert trained == trainable
     assert bool(trainable) == (freeze != "all")
-    if freeze == "2":
+    if freeze == "res2":
         assert (
             "network.layer1.0.conv1.weight" not in trainable and "network.layer2.0.conv1.weight" in trainable
         )
