@@ -19,7 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from d2_frozen.backbone.pretraining.train import MEAN, STD, start_in_full
+from d2_frozen.backbone.pretraining.scenes import SceneGenerator
+from d2_frozen.backbone.pretraining.train import MEAN, STD, start_in_full, whiten_patches
 from d2_frozen.backbone.swin_v2 import PICO_NAME
 from d2_frozen.backbone.timm_backbone import TimmBackbone, create_timm_backbone
 
@@ -84,7 +85,7 @@ def cell_samples(
 
 
 def linear_probe(
-    train: tuple[Tensor, Tensor], val: tuple[Tensor, Tensor], decay: float = 1e-3
+    train: tuple[Tensor, Tensor], val: tuple[Tensor, Tensor], decay: float = 3e-3
 ) -> dict[str, float]:
     """Fit multinomial logistic regression with balanced classes on standardised features.
 
@@ -138,7 +139,8 @@ def networks(weights: str, seeds: int) -> Iterator[tuple[str, TimmBackbone]]:
         torch.manual_seed(seed)
         opened = create_timm_backbone(PICO_NAME)
         start_in_full(opened.network)
-        yield f"random {seed}, open", opened
+        whiten_patches(opened.network, SceneGenerator(seed))
+        yield f"our start {seed}", opened
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -80,7 +80,7 @@ class SceneGenerator:
     def _paint_ground(self, canvas: np.ndarray, labels: np.ndarray, rng: np.random.Generator) -> None:
         side = len(canvas)
         labels[0] = 0
-        regions = rng.integers(1, 4)
+        regions = rng.integers(2, 8)  # many small labels teach more per pixel than few large ones
         for region in range(regions):
             texture = int(rng.integers(NUM_TEXTURES))
             surface = self._surface(texture, side, side, _two_colours(rng, calm=True), rng)
@@ -89,7 +89,7 @@ class SceneGenerator:
                 labels[1] = texture
                 continue
             mask = np.zeros((side, side), np.uint8)
-            if rng.random() < 0.5:  # a half plane with a wavy edge, as a horizon
+            if rng.random() < 0.3:  # a half plane with a wavy edge, as a horizon
                 t = np.linspace(-0.1, 1.1, 24)
                 edge = rng.uniform(0.2, 0.8) + rng.uniform(0, 0.1) * np.sin(
                     rng.uniform(2, 16) * t + rng.uniform(0, 6)
@@ -101,7 +101,7 @@ class SceneGenerator:
                     + 0.5
                 )
             else:  # a quadrilateral, as a wall or a board
-                points = rng.uniform(-0.2, 1.2, size=(4, 2))
+                points = rng.uniform(0, 1, size=2) + rng.uniform(0.2, 0.6) * rng.uniform(-1, 1, size=(4, 2))
                 points = points[cv2.convexHull(points.astype(np.float32), returnPoints=False)[:, 0]]
             cv2.fillPoly(mask, [np.round(points * side).astype(np.int32)], 255)
             inside = mask > 0
@@ -199,8 +199,8 @@ def _layout(rng: np.random.Generator, side: int, crowded: bool) -> list[tuple[in
         cells = [c for c in cells if (c > 0).all() and (c < side).all()]
         keep = [c for c in cells if rng.random() < 0.7][:20]
         return [(shape, c + rng.normal(0, 0.05 * step, 2), step * rng.uniform(0.3, 0.42)) for c in keep]
-    count = int(rng.integers(1, 6)) * (2 if side > 160 else 1)
-    radius = np.exp(rng.uniform(np.log(6), np.log(0.5 * side), size=count))
+    count = int(rng.integers(3, 11)) * (2 if side > 160 else 1)
+    radius = np.exp(rng.uniform(np.log(6), np.log(0.4 * side), size=count))
     radius = np.sort(radius)[::-1]
     return [(int(rng.integers(NUM_SHAPES)), rng.uniform(0.05, 0.95, size=2) * side, float(r)) for r in radius]
 
