@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 from d2_frozen.train_net import argument_parser, evaluation_model, main, setup
 from detectron2.engine import default_argument_parser
