@@ -4,11 +4,21 @@ import numpy as np
 import pytest
 import torch
 
+from d2_frozen.backbone import create_timm_backbone
 from d2_frozen.backbone.pretraining.muon import Muon, orthogonal
 from d2_frozen.backbone.pretraining.probe import linear_probe
 from d2_frozen.backbone.pretraining.scenes import IGNORE, NUM_SHAPES, NUM_SIZES, NUM_TEXTURES, SceneGenerator
 from d2_frozen.backbone.pretraining.shapes import ShapeClasses
-from d2_frozen.backbone.pretraining.train import cell_targets, learning_rate
+from d2_frozen.backbone.pretraining.train import (
+    MEAN,
+    NEIGHBOURS,
+    STD,
+    cell_targets,
+    learning_rate,
+    start_in_full,
+    whiten_patches,
+)
+from d2_frozen.backbone.swin_v2 import PICO_NAME
 
 
 @pytest.fixture(scope="module")
@@ -49,8 +59,33 @@ def test_cells_take_the_label_of_their_centre_and_the_mean_colour():
     labels = torch.zeros(1, 4, 8, 8, dtype=torch.uint8)
     labels[0, 0, 2, 6] = 9
     targets = cell_targets(images, labels, 4)
-    assert targets["shape"].tolist() == [[[0, 9], [0, 0]]]
+    assert targets["object"].tolist() == [[[0, 1], [0, 0]]]
+    assert targets["shape"].tolist() == [[[IGNORE, 8], [IGNORE, IGNORE]]]
     assert (targets["colour"] == 2 * 9).all(), "red, of three levels per channel"
+
+
+def test_heads_begin_by_looking_at_one_neighbour():
+    network = create_timm_backbone(PICO_NAME).network
+    start_in_full(network)
+    attention = network.layers[1].blocks[1].attn
+    bias = 16 * torch.sigmoid(attention.cpb_mlp(attention.relative_coords_table))[0]
+    for head in range(4):
+        peak = divmod(int(bias[..., head].argmax()), 15)
+        assert (peak[0] - 7, peak[1] - 7) == NEIGHBOURS[4 + head]
+        assert bias[..., head].max() > 11 and bias[..., head].median() < 3
+
+
+def test_patch_embedding_begins_white(generator):
+    """Strong components leave it with variance 1 and without correlation; weak ones (noise) stay below."""
+    network = create_timm_backbone(PICO_NAME).network
+    whiten_patches(network, generator, scenes=8)
+    images = torch.stack([torch.from_numpy(generator.scene(i, 128).image).permute(2, 0, 1) for i in range(8)])
+    with torch.no_grad():
+        values = network.patch_embed.proj((images.float() - MEAN) / STD).permute(1, 0, 2, 3).flatten(1)
+    covariance = values @ values.T / values.shape[1]
+    assert values.mean(1).abs().max() < 1e-3
+    assert (covariance - covariance.diag().diag()).abs().max() < 1e-3
+    assert 0.9 < covariance.diag().max() <= 1.001
 
 
 def test_schedule_warms_up_holds_and_ends_at_zero():
