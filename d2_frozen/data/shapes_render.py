@@ -16,8 +16,8 @@ from numpy.random import RandomState
 
 CLASSES = ("disk", "square", "triangle", "star", "ring", "cross")
 
-_EXTENT_PX = (26.0, 108.0)  # long side of a shape's box, drawn log-uniformly
-_MIN_VISIBLE = 0.5  # of a shape's own pixels, after everything on top of it
+_EXTENT_PX = (40.0, 120.0)  # long side of a shape's box, drawn log-uniformly
+_MIN_VISIBLE = 0.6  # of a shape's own pixels, after everything on top of it
 _SUBPIXEL_BITS = 6  # OpenCV's fixed-point drawing coordinates
 
 
@@ -41,7 +41,7 @@ def render(seed: int, split: str, index: int, size: int = 256) -> Scene:
     instances = np.zeros((height, width), dtype=np.uint8)
     full_areas: list[int] = []
     classes: list[int] = []
-    for _ in range(rng.randint(3, 8)):
+    for _ in range(rng.randint(2, 6)):
         for _attempt in range(12):
             class_id = int(rng.randint(len(CLASSES)))
             coverage = _place(rng, class_id, height, width, size / 256)
