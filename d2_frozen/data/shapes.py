@@ -21,7 +21,7 @@ from d2_frozen.data.mask_outline import mask_to_polygons
 from d2_frozen.data.shapes_render import CLASSES, Scene, render
 
 # Part of the manifest: a change of what is drawn or written makes older folders count as different.
-GENERATOR = "d2_frozen.data.shapes 3"
+GENERATOR = "d2_frozen.data.shapes 5"
 MANIFEST = "manifest.json"
 _JPEG_QUALITY = 92
 
