@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Sequence
+from typing import Any
 
 import timm
 from timm.models import group_parameters
@@ -37,6 +38,8 @@ class TimmBackbone(Backbone):
         ValueError: the network has no map at the stride of a feature, or a feature's name is not known.
     """
 
+    network: Any  # nn.Module does not declare what timm's models have beside forward
+
     def __init__(
         self,
         network: nn.Module,
@@ -59,8 +62,8 @@ class TimmBackbone(Backbone):
         self._out_feature_strides = {f: s for s, f in STRIDE_NAMES.items() if f in self._out_features}
         self._indices = [index_of[f] for f in self._out_features]
         self._stage_names = _parameters_by_stage(network)
-        network.prune_intermediate_layers(self._indices, prune_norm=True, prune_head=True)
         self.network = network
+        self.network.prune_intermediate_layers(self._indices, prune_norm=True, prune_head=True)
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         """(B, 3, H, W) normalised images -> {name: (B, C, H / stride, W / stride)}."""
@@ -178,7 +181,7 @@ def _head_prefixes(network: nn.Module) -> tuple[str, ...]:
     return tuple({*(f"{c}." for c in classifiers), "head.", "norm.", "head_norm.", "fc."})
 
 
-def _parameters_by_stage(network: nn.Module) -> list[list[str]]:
+def _parameters_by_stage(network: Any) -> list[list[str]]:
     """Stem, then one group per stage, as timm's coarse groups of layer-wise learning rates have it."""
     if not hasattr(network, "group_matcher"):
         return []
