@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import logging
 import math
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -470,7 +473,16 @@ def test_launch_in_this_process(tmp_path: Path):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="two processes on CPU")
 def test_launch_two_processes(tmp_path: Path):
-    launch(_write_rank, 2, dist_url="auto", args=(str(tmp_path),))
+    # Spawned processes import the launched function by its module's name, which a file given to Python always has.
+    script = tmp_path / "two.py"
+    script.write_text(
+        "import sys\nfrom pathlib import Path\n"
+        "from detectron2.engine import launch\nfrom detectron2.utils import comm\n"
+        + inspect.getsource(_write_rank)
+        + "if __name__ == '__main__':\n    launch(_write_rank, 2, dist_url='auto', args=(sys.argv[1],))\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    subprocess.run([sys.executable, str(script), str(tmp_path)], env=environment, check=True)
     assert [(tmp_path / f"rank{r}").read_text() for r in (0, 1)] == ["2 3", "2 3"]
 
 
