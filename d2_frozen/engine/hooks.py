@@ -7,7 +7,6 @@ import logging
 import random
 import signal
 import sys
-import time
 from pathlib import Path
 from types import FrameType
 
@@ -94,7 +93,6 @@ class ProgressPrinter(EventWriter):
         self.max_iter = max_iter
         self.images_per_iteration = images_per_iteration
         self.window_size = window_size
-        self._last: tuple[int, float] | None = None
 
     def write(self) -> None:
         storage = get_event_storage()
@@ -125,17 +123,9 @@ class ProgressPrinter(EventWriter):
         return min(self.window_size, len(storage.history(name).values()))  # type: ignore[attr-defined]
 
     def _time_left(self, iteration: int, histories: dict) -> str:
-        now = time.perf_counter()
-        if "time" in histories:
-            seconds = histories["time"].global_avg()
-        elif self._last is not None and iteration > self._last[0]:
-            seconds = (now - self._last[1]) / (iteration - self._last[0])
-        else:
-            seconds = float("nan")
-        self._last = (iteration, now)
-        if seconds != seconds:
+        if "time" not in histories:  # Detectron2's timer leaves the first iterations out
             return "unknown"
-        left = seconds * max(self.max_iter - iteration - 1, 0)
+        left = histories["time"].global_avg() * max(self.max_iter - iteration - 1, 0)
         get_event_storage().put_scalar("eta_seconds", left, smoothing_hint=False)
         return str(datetime.timedelta(seconds=int(left)))
 
