@@ -86,6 +86,14 @@ def _add_data_keys(cfg: CfgNode) -> None:
     # json), "off", or "auto" ("full" for up to 5000 images per dataset, else "header").
     cfg.DATASETS.CHECK_IMAGES = "auto"
 
+    # Train on a share of the images of each set in DATASETS.TRAIN (the paper's Table 6); test sets stay whole. A seed
+    # names the same images everywhere, and 1 % of them is a part of 10 %; ids go to OUTPUT_DIR/data/NAME.subset.json.
+    cfg.DATASETS.SUBSET = CfgNode()
+    # Above 0.0, up to 100.0: all. Of the images with objects (of all, if not DATALOADER.FILTER_EMPTY_ANNOTATIONS).
+    cfg.DATASETS.SUBSET.PERCENT = 100.0
+    # Any integer; independent of SEED, so that runs of several SEEDs can share their images.
+    cfg.DATASETS.SUBSET.SEED = 0
+
     # Training augmentation: "resize_shortest_edge" (Detectron2's, by INPUT.MIN_SIZE_TRAIN), or "scale_crop" (the
     # paper's section 3.3: random resize, then a random square crop; Simple Copy-Paste's large-scale jittering).
     # Test resize follows: "resize_shortest_edge" by INPUT.MIN_SIZE_TEST; "scale_crop" long side to SCALE_CROP.SIZE.

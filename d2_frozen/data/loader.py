@@ -17,6 +17,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, SequentialSampler
 
 from d2_frozen.data.draws import draw_index, seeded
+from d2_frozen.data.subset import training_records
 from d2_frozen.data.transforms import build_augmentations, changes_frame
 from detectron2.config import CfgNode
 from detectron2.data import (
@@ -53,7 +54,7 @@ def build_train_loader(
         start_iteration: batches before it are skipped, without reading their images.
         mapper: record -> sample, or None for a sample to be replaced; Detectron2's DatasetMapper with
             ``build_augmentations`` if None. May draw from random, numpy and torch.
-        dataset: records in Detectron2's format; those of DATASETS.TRAIN if None.
+        dataset: records in Detectron2's format; ``training_records`` if None.
     Raises:
         ValueError: negative seed, unknown sampler, or a batch size that the ranks cannot share.
     """
@@ -66,9 +67,7 @@ def build_train_loader(
             f"{world_size} processes."
         )
     if dataset is None:
-        dataset = get_detection_dataset_dicts(
-            list(cfg.DATASETS.TRAIN), filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS
-        )
+        dataset = training_records(cfg)
     mapper = _default_mapper(cfg, is_train=True) if mapper is None else mapper
     wide = (
         [record["width"] > record["height"] for record in dataset]

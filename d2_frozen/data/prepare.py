@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 import logging
-import os
-import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 from d2_frozen.data.checks import CocoReport, across, check_coco
 from d2_frozen.data.problems import BadDataError, Problem, describe
 from d2_frozen.data.register import entry_of, load_coco_instances, register_from_config
+from d2_frozen.data.subset import check_subset
+from d2_frozen.data.written import write_about
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.utils import comm
@@ -26,16 +26,19 @@ _cleaned: dict[str, tuple[str, str]] = {}
 def prepare_datasets(cfg: CfgNode, train: bool = True) -> None:
     """Register DATASETS.REGISTER, check every used dataset, and fill in the class count.
 
-    With several processes, the first one checks and tells the others.
+    With several processes, the first one checks and tells the others. Whole datasets are checked and counted,
+    whatever share of them DATASETS.SUBSET trains on.
 
     Args:
         cfg: gets MODEL.ROI_HEADS.NUM_CLASSES where that is -1.
         train: False for evaluation only: DATASETS.TRAIN is not looked at.
     Raises:
         BadDataError: a list of the problems, unless DATASETS.SKIP_BAD is True and all of them can be skipped.
-        ValueError, FileNotFoundError: see ``register_from_config`` and ``resolve_num_classes``.
+        ValueError, FileNotFoundError: see ``register_from_config``, ``resolve_num_classes``, ``check_subset``.
     """
     names = list(dict.fromkeys([*(cfg.DATASETS.TRAIN if train else ()), *cfg.DATASETS.TEST]))
+    if train:
+        check_subset(cfg)
     register_from_config(cfg, used=names)
     for name in names:
         if name in _cleaned:
@@ -130,7 +133,7 @@ def _check(cfg: CfgNode, names: Iterable[str], train: bool) -> dict[str, tuple[s
 
 def _write_cleaned(cfg: CfgNode, report: CocoReport) -> tuple[str, str]:
     images, annotations = report.left_out()
-    path = os.path.join(cfg.OUTPUT_DIR, "data", re.sub(r"[^\w.-]", "_", report.name) + ".json")
+    path = write_about(cfg, report.name, report.cleaned())
     logger.warning(
         "DATASETS.SKIP_BAD: %s goes on without %d images and %d annotations, as %s.\n%s",
         report.name,
@@ -139,12 +142,7 @@ def _write_cleaned(cfg: CfgNode, report: CocoReport) -> tuple[str, str]:
         path,
         describe(report.problems),
     )
-    os.makedirs(os.path.dirname(path), exist_ok=True)
-    partial = f"{path}.{os.getpid()}.partial"
-    with open(partial, "w") as file:
-        json.dump(report.cleaned(), file)
-    os.replace(partial, path)
-    return report.json_file, os.path.abspath(path)
+    return report.json_file, path
 
 
 def _point_to(name: str, json_file: str) -> None:
