@@ -71,6 +71,39 @@ def _add_model_keys(cfg: CfgNode) -> None:
     # Residual blocks (two 3x3 convolutions each) per pyramid level. The paper's Table 2 uses 4.
     cfg.MODEL.RESIDUAL_FPN.NUM_BLOCKS = 4
 
+    _add_head_keys(cfg)
+
+
+def _add_head_keys(cfg: CfgNode) -> None:
+    # How FrozenRCNN thins out overlapping detections of one class: "nms" (Detectron2's), or Soft-NMS (arXiv
+    # 1704.04503): "soft_nms_linear" (scores fall by 1 - IoU where IoU >= NMS_THRESH_TEST) | "soft_nms_gaussian" (by
+    # exp(-IoU^2 / sigma)). For MODEL.ROI_HEADS.NAME StandardROIHeads, CascadeROIHeads and HTCROIHeads, and TEST.AUG.
+    cfg.MODEL.ROI_HEADS.NMS_TYPE = "nms"
+    # Sigma of "soft_nms_gaussian", above 0; the Soft-NMS paper's is 0.5.
+    cfg.MODEL.ROI_HEADS.SOFT_NMS_SIGMA = 0.5
+    # Detections whose score falls below it are dropped. SCORE_THRESH_TEST holds before, as always.
+    cfg.MODEL.ROI_HEADS.SOFT_NMS_MIN_SCORE = 0.001
+
+    # Hybrid Task Cascade (arXiv 1901.07518): MODEL.ROI_HEADS.NAME: HTCROIHeads. Stages, IoUs and box weights are those
+    # of MODEL.ROI_BOX_CASCADE_HEAD; it needs MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG: True.
+    cfg.MODEL.HTC = CfgNode()
+    # One per stage, on its box and mask losses.
+    cfg.MODEL.HTC.STAGE_LOSS_WEIGHTS = (1.0, 0.5, 0.25)
+    # True: the mask branch of a stage gets the boxes that this stage has refined. False: those that it was given.
+    cfg.MODEL.HTC.INTERLEAVED = True
+    # True: the mask features of a stage go into the next one.
+    cfg.MODEL.HTC.MASK_INFO_FLOW = True
+    # The semantic branch: predicts a label map and adds its features to those of boxes and masks. Needs such maps in
+    # the training data: field `sem_seg` of a DATASETS.REGISTER entry, "sem_seg_file_name" in records of your own.
+    # Classes and ignored value are MODEL.SEM_SEG_HEAD.{NUM_CLASSES, IGNORE_VALUE}.
+    cfg.MODEL.HTC.SEMANTIC_ON = False
+    # The pyramid levels that it joins, and the stride in pixels at which it does.
+    cfg.MODEL.HTC.SEMANTIC_IN_FEATURES = ["p2", "p3", "p4", "p5", "p6"]
+    cfg.MODEL.HTC.SEMANTIC_STRIDE = 8
+    cfg.MODEL.HTC.SEMANTIC_NUM_CONVS = 4
+    # MMDetection's weight; the HTC paper has 1.
+    cfg.MODEL.HTC.SEMANTIC_LOSS_WEIGHT = 0.2
+
 
 def _add_data_keys(cfg: CfgNode) -> None:
     # Own data without code; a list of entries such as
@@ -109,5 +142,8 @@ def _add_data_keys(cfg: CfgNode) -> None:
 def _add_training_keys(cfg: CfgNode) -> None:
     # "SGD" | "ADAMW". AdamW uses SOLVER.BASE_LR, WEIGHT_DECAY, WEIGHT_DECAY_NORM, WEIGHT_DECAY_BIAS, BIAS_LR_FACTOR.
     cfg.SOLVER.OPTIMIZER = "SGD"
+    # TEST.AUG.{ENABLED, MIN_SIZES, MAX_SIZE, FLIP} are Detectron2's: after training and with --eval-only a second
+    # evaluation on several sizes, its metrics named *_TTA. With INPUT.AUGMENTATION scale_crop the sizes are those of the
+    # long side, as SCALE_CROP.SIZE is.
     # Pictures in OUTPUT_DIR/inference/predictions_*.jpg after training: truth beside prediction. 0 for none.
     cfg.TEST.PICTURES = 12
