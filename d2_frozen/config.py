@@ -42,8 +42,9 @@ def _add_model_keys(cfg: CfgNode) -> None:
     cfg.MODEL.FROZEN.SAVE_FULL_MODEL = False
 
     cfg.MODEL.TIMM = CfgNode()
-    # Name of any timm model with a feature pyramid (strides 4, 8, 16, 32).
-    # swinv2_pico_window8_256 is this project's own small one; its weights ship with the package.
+    # Name of any timm model with a feature pyramid (strides 4, 8, 16, 32); docs/backbones.md lists what to use.
+    # This project's own: swinv2_giant_window12_192 (SwinV2-G), and the small swinv2_pico_window8_256, whose weights
+    # ship with the package.
     cfg.MODEL.TIMM.NAME = "swinv2_pico_window8_256"
     # Weights of the bottom-up network: "" (random), "hub" (timm's, downloaded), or a file: a path, a URL, or
     # d2_frozen://NAME for a file that ships with the package.
@@ -52,6 +53,8 @@ def _add_model_keys(cfg: CfgNode) -> None:
     cfg.MODEL.TIMM.OUT_FEATURES = ["res2", "res3", "res4", "res5"]
     # Stochastic depth rate of the bottom-up network; acts on its trained part only.
     cfg.MODEL.TIMM.DROP_PATH_RATE = 0.0
+    # Further arguments of timm.create_model, by timm's names, in a yaml: {embed_dim: 64, depths: [2, 2, 6, 2]}.
+    cfg.MODEL.TIMM.ARGS = CfgNode(new_allowed=True)
 
     cfg.MODEL.NECK = CfgNode()
     # Neck on top of the bottom-up network: "FPN" | "ResidualFPN" | "BiFPN".

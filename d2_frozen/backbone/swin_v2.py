@@ -17,7 +17,12 @@ from timm.models import build_model_with_cfg, generate_default_cfgs, model_entry
 from timm.models.swin_transformer_v2 import SwinTransformerV2
 
 PICO_NAME = "swinv2_pico_window8_256"
-_SWIN_MODULES = (__name__, "timm.models.swin_transformer", "timm.models.swin_transformer_v2")
+_SWIN_MODULES = (
+    __name__,
+    "d2_frozen.backbone.swin_v2_giant",
+    "timm.models.swin_transformer",
+    "timm.models.swin_transformer_v2",
+)
 PICO_WEIGHTS = Path(__file__).resolve().parent / "pretrained" / "swinv2_pico_fdsl.safetensors"
 
 default_cfgs = generate_default_cfgs(

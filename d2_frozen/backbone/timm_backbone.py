@@ -7,13 +7,14 @@ W/32)}, channels first whatever the network computes in.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import timm
 from timm.models import group_parameters
 from torch import Tensor, nn
 
+from d2_frozen.backbone import swin_v2_giant  # noqa: F401  (registers its names in timm)
 from d2_frozen.backbone.swin_v2 import unchanged_window_arguments
 from d2_frozen.backbone.weights import load_weights, read_weights
 from detectron2.config import CfgNode
@@ -110,6 +111,7 @@ def create_timm_backbone(
     out_features: Sequence[str] = tuple(STRIDE_NAMES.values()),
     drop_path_rate: float = 0.0,
     in_channels: int = 3,
+    arguments: Mapping[str, Any] | None = None,
 ) -> TimmBackbone:
     """Build a timm network by name, load its weights, and take its feature pyramid.
 
@@ -117,6 +119,7 @@ def create_timm_backbone(
         name: as ``timm.list_models()`` gives it; a tag may follow (``NAME.TAG``).
         pretrained: "" (random), "hub" (timm's weights, downloaded), or a file as in :func:`read_weights`.
         drop_path_rate: stochastic depth; acts in training mode only, so never in a frozen part.
+        arguments: more of ``timm.create_model``, such as ``embed_dim``.
     Raises:
         ValueError: unknown name (the nearest ones are listed), no pyramid, or weights that do not fit.
         FileNotFoundError: no weights at ``pretrained``.
@@ -127,17 +130,17 @@ def create_timm_backbone(
             f"MODEL.TIMM.NAME is {name!r}, which timm {timm.__version__} does not know. "
             f"{'Nearest: ' + ', '.join(near) + '. ' if near else ''}timm.list_models() lists all."
         )
-    arguments: dict = dict(unchanged_window_arguments(name))
+    asked = {**unchanged_window_arguments(name), **_checked_arguments(arguments or {})}
     if drop_path_rate:
-        arguments["drop_path_rate"] = drop_path_rate
+        asked["drop_path_rate"] = drop_path_rate
     if in_channels != 3:
-        arguments["in_chans"] = in_channels
+        asked["in_chans"] = in_channels
     try:
-        network = timm.create_model(name, pretrained=pretrained == "hub", num_classes=0, **arguments)
+        network = timm.create_model(name, pretrained=pretrained == "hub", num_classes=0, **asked)
     except TypeError as err:
         raise ValueError(
-            f"timm's {name} does not take one of {sorted(arguments)}: {err}. "
-            "With MODEL.TIMM.DROP_PATH_RATE 0.0 and three image channels nothing special is asked of it."
+            f"timm's {name} does not take one of {sorted(asked)}: {err}. With MODEL.TIMM.DROP_PATH_RATE 0.0, "
+            "MODEL.TIMM.ARGS {} and three image channels nothing special is asked of it."
         ) from err
     _pyramid(network, name)
     if pretrained not in ("", "hub"):
@@ -147,10 +150,15 @@ def create_timm_backbone(
 
 @BACKBONE_REGISTRY.register()
 def build_timm_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> TimmBackbone:
-    """MODEL.TIMM.{NAME, PRETRAINED, OUT_FEATURES, DROP_PATH_RATE} as a bottom-up network without neck."""
+    """MODEL.TIMM as a bottom-up network without neck."""
     options = cfg.MODEL.TIMM
     return create_timm_backbone(
-        options.NAME, options.PRETRAINED, options.OUT_FEATURES, options.DROP_PATH_RATE, input_shape.channels
+        options.NAME,
+        options.PRETRAINED,
+        options.OUT_FEATURES,
+        options.DROP_PATH_RATE,
+        input_shape.channels,
+        options.ARGS,
     )
 
 
@@ -172,6 +180,22 @@ def _pyramid(network: nn.Module, name: str) -> tuple[dict[str, int], dict[str, i
             "Use a hierarchical network such as swinv2_*, swin_*, convnext_* or resnet*."
         )
     return channels, index_of
+
+
+def _checked_arguments(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """MODEL.TIMM.ARGS with tuples for lists, as timm's models have them."""
+    elsewhere = {
+        "pretrained": "MODEL.TIMM.PRETRAINED",
+        "drop_path_rate": "MODEL.TIMM.DROP_PATH_RATE",
+        "in_chans": "INPUT.FORMAT",
+        "out_indices": "MODEL.TIMM.OUT_FEATURES",
+        "num_classes": "nothing, as the classifier is not used",
+        "features_only": "nothing, as the feature pyramid is always taken",
+    }
+    wrong = [f"{key} (set by {elsewhere[key]})" for key in arguments if key in elsewhere]
+    if wrong:
+        raise ValueError(f"MODEL.TIMM.ARGS may not hold {', '.join(wrong)}.")
+    return {key: tuple(value) if isinstance(value, list) else value for key, value in arguments.items()}
 
 
 def _head_prefixes(network: nn.Module) -> tuple[str, ...]:
