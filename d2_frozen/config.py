@@ -132,7 +132,7 @@ def _add_data_keys(cfg: CfgNode) -> None:
 
     # Training augmentation: "resize_shortest_edge" (Detectron2's, by INPUT.MIN_SIZE_TRAIN), or "scale_crop" (the
     # paper's section 3.3: random resize, then a random square crop; Simple Copy-Paste's large-scale jittering).
-    # Test resize follows: "resize_shortest_edge" by INPUT.MIN_SIZE_TEST; "scale_crop" long side to SCALE_CROP.SIZE.
+    # Test resize follows: "resize_shortest_edge" by INPUT.MIN_SIZE_TEST; "scale_crop" by SCALE_CROP.TEST_RESIZE.
     cfg.INPUT.AUGMENTATION = "resize_shortest_edge"
     cfg.INPUT.SCALE_CROP = CfgNode()
     # Side of the square crop in pixels; smaller images are padded at the right and bottom.
@@ -140,6 +140,9 @@ def _add_data_keys(cfg: CfgNode) -> None:
     # Range of the random scale, relative to the size at which the image just fits the square.
     cfg.INPUT.SCALE_CROP.MIN_SCALE = 0.1
     cfg.INPUT.SCALE_CROP.MAX_SCALE = 2.0
+    # At test time: "long_side" (to SIZE), "square" (the same, then padded to SIZE x SIZE inside the model, as images
+    # are in training; ViTDet's way), or "shortest_edge" (by INPUT.MIN_SIZE_TEST and MAX_SIZE_TEST, 800 and 1333).
+    cfg.INPUT.SCALE_CROP.TEST_RESIZE = "long_side"
 
 
 def _add_training_keys(cfg: CfgNode) -> None:

@@ -14,6 +14,7 @@ from detectron2.data import detection_utils
 from detectron2.data import transforms as T
 
 AUGMENTATIONS = ("resize_shortest_edge", "scale_crop")
+TEST_RESIZES = ("long_side", "square", "shortest_edge")
 
 
 def build_augmentations(cfg: CfgNode, is_train: bool) -> list[T.Augmentation]:
@@ -38,6 +39,15 @@ def build_augmentations(cfg: CfgNode, is_train: bool) -> list[T.Augmentation]:
 def changes_frame(cfg: CfgNode) -> bool:
     """Can training augmentation cut objects, so that boxes are better taken from the cut masks?"""
     return cfg.INPUT.AUGMENTATION == "scale_crop" or cfg.INPUT.CROP.ENABLED
+
+
+def padded_square(cfg: CfgNode) -> int:
+    """Side in pixels of the square to which a model pads the images it gets; 0 if it does not.
+
+    Not an augmentation: padding is no part of an image, so that boxes are scaled back by the size without it.
+    """
+    wanted = cfg.INPUT.AUGMENTATION == "scale_crop" and cfg.INPUT.SCALE_CROP.TEST_RESIZE == "square"
+    return cfg.INPUT.SCALE_CROP.SIZE if wanted else 0
 
 
 class SquareCrop(T.FixedSizeCrop):
@@ -118,7 +128,13 @@ def _scale_crop(cfg: CfgNode, is_train: bool) -> list[T.Augmentation]:
             f"INPUT.SCALE_CROP: SIZE {size}, MIN_SCALE {low}, MAX_SCALE {high}; "
             "need SIZE >= 1 and 0 < MIN <= MAX."
         )
+    if settings.TEST_RESIZE not in TEST_RESIZES:
+        raise ValueError(
+            f"INPUT.SCALE_CROP.TEST_RESIZE is {settings.TEST_RESIZE!r}; choose one of {', '.join(TEST_RESIZES)}."
+        )
     if not is_train:
+        if settings.TEST_RESIZE == "shortest_edge":
+            return detection_utils.build_augmentation(cfg, is_train=False)
         # The long side to SIZE: the short one would be SIZE, but the long one must not exceed it.
         return [T.ResizeShortestEdge(size, size)]
     augmentations = [T.ResizeScale(low, high, size, size), SquareCrop(size)]

@@ -5,33 +5,41 @@ In: Detectron2's list of dicts.  Out: losses when training, else Detectron2's li
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
+import torch.nn.functional as F
 from torch import nn
 
 from d2_frozen.backbone import FrozenBackbone
+from d2_frozen.data.transforms import padded_square
+from d2_frozen.detection.roi_heads import heads_for_nms_type
+from d2_frozen.detection.semantic import padded_label_maps
 from d2_frozen.summary import RestOf
 from detectron2.config import CfgNode, configurable
 from detectron2.modeling import META_ARCH_REGISTRY, GeneralizedRCNN
+from detectron2.structures import ImageList
 
 
 @META_ARCH_REGISTRY.register()
 class FrozenRCNN(GeneralizedRCNN):
-    """R-CNN whose bottom-up network is frozen: Faster, Mask or Cascade by ``MODEL.ROI_HEADS.NAME``.
+    """R-CNN whose bottom-up network is frozen: Faster, Mask, Cascade or HTC by ``MODEL.ROI_HEADS.NAME``.
 
     Source: Lin et al., arXiv 2211.02043, section 3.1; the networks around it are those of the config.
 
     Args:
         freeze: ``MODEL.BACKBONE.FREEZE``; with "all" there must be a :class:`FrozenBackbone` in the backbone.
+        square: images are padded, right and below, to this many pixels on both sides; larger ones stay.
         kwargs: those of GeneralizedRCNN.
     Raises:
         ValueError: the backbone of the config does not freeze what FREEZE says.
     """
 
     @configurable
-    def __init__(self, *, freeze: str | int, **kwargs: Any) -> None:
+    def __init__(self, *, freeze: str | int, square: int = 0, **kwargs: Any) -> None:
         super().__init__(**kwargs)
+        self.square = square
         if freeze == "all" and self.frozen_backbone is None:
             raise ValueError(
                 "MODEL.BACKBONE.FREEZE: all, but the backbone has no frozen part. Set MODEL.BACKBONE.NAME: "
@@ -40,7 +48,31 @@ class FrozenRCNN(GeneralizedRCNN):
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict:
-        return {"freeze": cfg.MODEL.BACKBONE.FREEZE, **super().from_config(cfg)}
+        own = {"freeze": cfg.MODEL.BACKBONE.FREEZE, "square": padded_square(cfg)}
+        heads = heads_for_nms_type(cfg)
+        if heads != cfg.MODEL.ROI_HEADS.NAME:
+            cfg = cfg.clone()
+            cfg.defrost()
+            cfg.MODEL.ROI_HEADS.NAME = heads
+        return {**own, **super().from_config(cfg)}
+
+    def preprocess_image(self, batched_inputs: list[dict[str, Any]]) -> ImageList:
+        """As GeneralizedRCNN's; then the padding to a square, with the mean colour as ever.
+
+        In training, label maps for heads with a semantic branch lie in ``sem_seg`` of the result, (B, H, W).
+        """
+        images = super().preprocess_image(batched_inputs)
+        divisor = max(1, self.backbone.size_divisibility)
+        side = math.ceil(self.square / divisor) * divisor
+        below, right = (max(0, side - length) for length in images.tensor.shape[-2:])
+        if below or right:
+            images = ImageList(F.pad(images.tensor, (0, right, 0, below)), images.image_sizes)
+        branch = getattr(self.roi_heads, "semantic_branch", None)
+        if self.training and branch is not None:
+            padded_hw = tuple(images.tensor.shape[-2:])
+            labels = padded_label_maps(batched_inputs, padded_hw, branch.num_classes, branch.ignore_value)
+            images.sem_seg = labels.to(images.tensor.device)
+        return images
 
     @property
     def frozen_backbone(self) -> FrozenBackbone | None:
@@ -56,8 +88,8 @@ class FrozenRCNN(GeneralizedRCNN):
             yield "backbone.bottom_up", bottom_up
             yield "neck", RestOf(self.backbone, "bottom_up")
         yield "proposal_generator", self.proposal_generator
-        mask_heads = [name for name, _ in self.roi_heads.named_children() if name.startswith("mask")]
-        yield "roi_heads (box)", RestOf(self.roi_heads, *mask_heads)
-        for name in mask_heads:
+        others = [name for name, _ in self.roi_heads.named_children() if name.startswith(("mask", "semantic"))]
+        yield "roi_heads (box)", RestOf(self.roi_heads, *others)
+        for name in others:
             if any(True for _ in getattr(self.roi_heads, name).parameters()):
                 yield f"roi_heads.{name}", getattr(self.roi_heads, name)

@@ -85,6 +85,15 @@ def test_scale_crop_at_test_time_brings_the_long_side_to_size(make_cfg, height, 
     assert min(out.shape[:2]) == round(96 * min(height, width) / max(height, width))
 
 
+def test_test_resize_by_the_short_edge_beside_scale_crop_training(make_cfg):
+    """480 x 640 -> 800 x 1067; 300 x 900 -> 444 x 1333."""
+    cfg = make_cfg([], "INPUT.AUGMENTATION", "scale_crop", "INPUT.SCALE_CROP.TEST_RESIZE", "shortest_edge")
+    (resize,) = build_augmentations(cfg, is_train=False)
+    for image, size in (((480, 640), (800, 1067)), ((300, 900), (444, 1333))):
+        transform = resize.get_transform(np.zeros((*image, 3), dtype=np.uint8))
+        assert (transform.new_h, transform.new_w) == size
+
+
 def test_training_scale_is_relative_to_the_fitting_size(make_cfg):
     """Scale 0.5 of a 40x80 image that fits a square of 64 at 32x64 gives 16x32, then padding."""
     cfg = make_cfg(
@@ -104,6 +113,10 @@ def test_training_scale_is_relative_to_the_fitting_size(make_cfg):
             "INPUT.AUGMENTATION is 'lsj'; choose one of resize_shortest_edge, scale_crop",
         ),
         (("INPUT.AUGMENTATION", "scale_crop", "INPUT.CROP.ENABLED", True), "has its own crop"),
+        (
+            ("INPUT.AUGMENTATION", "scale_crop", "INPUT.SCALE_CROP.TEST_RESIZE", "short"),
+            "TEST_RESIZE is 'short'; choose one of long_side, square, shortest_edge",
+        ),
         (
             ("INPUT.AUGMENTATION", "scale_crop", "INPUT.SCALE_CROP.MIN_SCALE", 3.0),
             "need SIZE >= 1 and 0 < MIN <= MAX",

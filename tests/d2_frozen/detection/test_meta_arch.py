@@ -10,7 +10,7 @@ from d2_frozen.backbone import FrozenBackbone
 from d2_frozen.detection import FrozenRCNN
 from d2_frozen.summary import parts_table
 from detectron2.config import CfgNode, get_cfg
-from detectron2.modeling import build_model
+from detectron2.modeling import GeneralizedRCNN, build_model
 from detectron2.structures import BitMasks, Boxes, Instances
 from detectron2.utils.events import EventStorage
 
@@ -130,3 +130,24 @@ def test_plug_in_needs_the_config_call_and_a_backbone_name() -> None:
     model = build_model(small_config("MODEL.META_ARCHITECTURE", "GeneralizedRCNN"))
     assert type(model).__name__ == "GeneralizedRCNN"
     assert isinstance(model.backbone.bottom_up, FrozenBackbone)
+
+
+@pytest.mark.parametrize(("size", "batch"), [(128, (128, 128)), (100, (128, 128)), (64, (64, 96))])
+def test_square_padding_of_test_images(size: int, batch: tuple[int, int]) -> None:
+    """64 x 96 pixels: padded up to a multiple of 32 at least SIZE, left alone where larger (multi-scale test)."""
+    square = ("INPUT.AUGMENTATION", "scale_crop", "INPUT.SCALE_CROP.TEST_RESIZE", "square")
+    model = build_model(small_config(*square, "INPUT.SCALE_CROP.SIZE", size)).eval()
+    image = labelled_image()
+    images = model.preprocess_image([image])
+    assert images.tensor.shape[-2:] == batch and images.image_sizes == [(64, 96)]
+    whole = GeneralizedRCNN.preprocess_image(model, [image]).tensor
+    assert torch.equal(images.tensor[..., :64, :96], whole)
+    assert images.tensor.count_nonzero() == whole.count_nonzero()
+    with torch.no_grad():
+        found = model([image])[0]["instances"]
+    assert found.image_size == (64, 96)
+
+
+def test_no_square_unless_asked_for() -> None:
+    model = build_model(small_config("INPUT.AUGMENTATION", "scale_crop", "INPUT.SCALE_CROP.SIZE", 256))
+    assert model.preprocess_image([labelled_image()]).tensor.shape[-2:] == (64, 96)
