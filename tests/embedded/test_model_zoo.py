@@ -2,25 +2,66 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import pytest
+import torch
 
 from detectron2 import model_zoo
 from detectron2.checkpoint.catalog import ModelCatalog
+from detectron2.model_zoo.catalog import CHECKPOINTS
+from detectron2.modeling import build_model
+
+FACTS = json.loads((Path(__file__).parents[1] / "contract" / "golden" / "zoo.json").read_text())
+MASK_RCNN = "COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_3x.yaml"
 
 
-@pytest.mark.parametrize("ending", ["", ".yaml"])
-def test_address_of_known_weights(ending):
-    """As in Detectron2's MODEL_ZOO.md."""
-    assert model_zoo.get_checkpoint_url(f"COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_3x{ending}") == (
-        "https://dl.fbaipublicfiles.com/detectron2/COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_3x/"
-        "137849600/model_final_f10217.pkl"
-    )
+def test_all_of_the_zoos_rcnn_models_are_known():
+    assert {f"{name}.yaml" for name in CHECKPOINTS} == set(FACTS)
 
 
-def test_models_outside_the_subset_say_so():
-    for ask in (model_zoo.get_checkpoint_url, model_zoo.get_config_file):
-        with pytest.raises(RuntimeError, match="needs Detectron2"):
-            ask("COCO-Keypoints/keypoint_rcnn_R_50_FPN_1x.yaml")
+@pytest.mark.parametrize("name", FACTS)
+def test_address_of_weights_is_the_originals(name):
+    expected = FACTS[name]["weights"]
+    if expected is None:
+        with pytest.raises(RuntimeError, match="no weights for"):
+            model_zoo.get_checkpoint_url(name)
+    else:
+        assert model_zoo.get_checkpoint_url(name) == expected
+        assert model_zoo.get_checkpoint_url(name.removesuffix(".yaml")) == expected
+
+
+@pytest.mark.parametrize("name", FACTS)
+def test_each_config_builds(name):
+    cfg = model_zoo.get_config(name)
+    assert Path(model_zoo.get_config_file(name)).is_file()
+    cfg.MODEL.DEVICE = "meta"
+    with torch.device("meta"):
+        assert build_model(cfg).training
+
+
+def test_config_with_trained_weights():
+    assert model_zoo.get_config(MASK_RCNN, trained=True).MODEL.WEIGHTS == FACTS[MASK_RCNN]["weights"]
+
+
+def test_get_builds_on_the_asked_device():
+    model = model_zoo.get("Misc/scratch_mask_rcnn_R_50_FPN_3x_gn.yaml", trained=False, device="cpu")
+    assert model.training and {p.device.type for p in model.parameters()} == {"cpu"}
+
+
+@pytest.mark.parametrize("ask", [model_zoo.get_checkpoint_url, model_zoo.get_config_file, model_zoo.get])
+def test_models_outside_the_subset_say_so(ask):
+    with pytest.raises(RuntimeError, match="needs Detectron2"):
+        ask("COCO-Keypoints/keypoint_rcnn_R_50_FPN_1x.yaml")
+    # Right file, wrong folder: the flat folder of configs must not hide it.
+    with pytest.raises(RuntimeError, match="Did you mean COCO-Detection/"):
+        ask("COCO-Detections/faster_rcnn_R_50_FPN_3x.yaml")
+
+
+def test_lazy_configs_are_outside():
+    with pytest.raises(NotImplementedError, match="LazyConfig"):
+        model_zoo.get_config("common/models/mask_rcnn_fpn.py")
 
 
 def test_catalog_names():
