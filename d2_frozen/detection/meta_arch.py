@@ -88,7 +88,9 @@ class FrozenRCNN(GeneralizedRCNN):
             yield "backbone.bottom_up", bottom_up
             yield "neck", RestOf(self.backbone, "bottom_up")
         yield "proposal_generator", self.proposal_generator
-        others = [name for name, _ in self.roi_heads.named_children() if name.startswith(("mask", "semantic"))]
+        others = [
+            name for name, _ in self.roi_heads.named_children() if name.startswith(("mask", "semantic"))
+        ]
         yield "roi_heads (box)", RestOf(self.roi_heads, *others)
         for name in others:
             if any(True for _ in getattr(self.roi_heads, name).parameters()):

@@ -13,7 +13,6 @@ from d2_frozen.detection.soft_nms import SoftNMS
 from detectron2.config import CfgNode, configurable
 from detectron2.modeling import ROI_HEADS_REGISTRY, StandardROIHeads
 from detectron2.modeling.roi_heads.cascade_rcnn import CascadeROIHeads
-from detectron2.structures import Instances
 
 # No IoU lies above it: hard NMS then keeps every box.
 _NO_NMS = 2.0

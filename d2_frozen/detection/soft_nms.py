@@ -1,8 +1,8 @@
 """Which of many overlapping detections stay? Soft-NMS: none is dropped at once, their scores fall.
 
 In: scored boxes of one image.  Out: the same boxes with lower scores, best first.
-Method: Bodla et al., "Soft-NMS", ICCV 2017, arXiv 1704.04503, section 3: the best detection left is kept, and the score s
-of every other one of its class becomes
+Method: Bodla et al., "Soft-NMS", ICCV 2017, arXiv 1704.04503, section 3: the best detection left is kept, and the
+score s of every other one of its class becomes
 
     linear    s (1 - IoU) if IoU >= threshold else s
     gaussian  s exp(-IoU^2 / sigma)
