@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import importlib
 
 import pytest
 import torch
@@ -57,20 +56,3 @@ def test_deformable_convolution_without_offsets_is_a_convolution():
     weighted = ModulatedDeformConv(4, 6, 3, padding=1)
     half = weighted(x, offset[:, :18], torch.full((2, 9, 6, 7), 0.5))
     assert torch.allclose(half, 0.5 * torch.nn.functional.conv2d(x, weighted.weight, padding=1), atol=1e-5)
-
-
-@pytest.mark.parametrize(
-    "name",
-    [
-        "structures.RotatedBoxes",
-        "structures.pairwise_iou_rotated",
-        "layers.ROIAlignRotated",
-        "layers.nms_rotated",
-        "modeling.anchor_generator.RotatedAnchorGenerator",
-        "modeling.box_regression.Box2BoxTransformRotated",
-    ],
-)
-def test_rotated_boxes_need_detectron2(name: str):
-    module, attribute = name.rsplit(".", 1)
-    with pytest.raises(ImportError, match=f"{attribute}.*needs Detectron2"):
-        getattr(importlib.import_module(f"detectron2.{module}"), attribute)

@@ -5,6 +5,7 @@ from detectron2._outside import outside_subset
 from .box_head import ROI_BOX_HEAD_REGISTRY, FastRCNNConvFCHead, build_box_head
 from .cascade_rcnn import CascadeROIHeads
 from .fast_rcnn import FastRCNNOutputLayers
+from .keypoint_head import ROI_KEYPOINT_HEAD_REGISTRY, build_keypoint_head
 from .mask_head import (
     ROI_MASK_HEAD_REGISTRY,
     BaseMaskRCNNHead,
@@ -29,10 +30,12 @@ __all__ = [
     "ROIHeads",
     "ROI_BOX_HEAD_REGISTRY",
     "ROI_HEADS_REGISTRY",
+    "ROI_KEYPOINT_HEAD_REGISTRY",
     "ROI_MASK_HEAD_REGISTRY",
     "Res5ROIHeads",
     "StandardROIHeads",
     "build_box_head",
+    "build_keypoint_head",
     "build_mask_head",
     "build_roi_heads",
     "select_foreground_proposals",
@@ -40,14 +43,5 @@ __all__ = [
 
 __getattr__ = outside_subset(
     __name__,
-    (
-        "BaseKeypointRCNNHead",
-        "KRCNNConvDeconvUpsampleHead",
-        "ROI_KEYPOINT_HEAD_REGISTRY",
-        "RROIHeads",
-        "RotatedFastRCNNOutputLayers",
-        "build_keypoint_head",
-        "keypoint_head",
-        "rotated_fast_rcnn",
-    ),
+    ("BaseKeypointRCNNHead", "KRCNNConvDeconvUpsampleHead", "RROIHeads", "RotatedFastRCNNOutputLayers"),
 )
