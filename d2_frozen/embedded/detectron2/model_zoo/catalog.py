@@ -1,6 +1,6 @@
 """Which models the zoo has: config name -> published weights, from Detectron2's MODEL_ZOO.md.
 
-The R-CNN models of the subset only. The address is PREFIX/NAME/ID/FILE; "" where only the config is published.
+The models of the subset only: R-CNN, and semantic FPN. The address is PREFIX/NAME/ID/FILE; "" where only the config is published.
 """
 
 PREFIX = "https://dl.fbaipublicfiles.com/detectron2/"
@@ -50,6 +50,7 @@ CHECKPOINTS: dict[str, str] = {
     "Misc/scratch_mask_rcnn_R_50_FPN_3x_gn": "138602908/model_final_01ca85.pkl",
     "Misc/scratch_mask_rcnn_R_50_FPN_9x_gn": "183808979/model_final_da7b4c.pkl",
     "Misc/scratch_mask_rcnn_R_50_FPN_9x_syncbn": "184226666/model_final_5ce33e.pkl",
+    "Misc/semantic_R_50_FPN_1x": "",
     "PascalVOC-Detection/faster_rcnn_R_50_C4": "142202221/model_final_b1acc2.pkl",
     "PascalVOC-Detection/faster_rcnn_R_50_FPN": "",
 }
