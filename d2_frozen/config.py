@@ -47,7 +47,8 @@ def _add_model_keys(cfg: CfgNode) -> None:
     # ship with the package.
     cfg.MODEL.TIMM.NAME = "swinv2_pico_window8_256"
     # Weights of the bottom-up network: "" (random), "hub" (timm's, downloaded), or a file: a path, a URL, or
-    # d2_frozen://NAME for a file that ships with the package.
+    # d2_frozen://NAME for a file that ships with the package. Names of public Swin checkpoints are recognised
+    # (docs/backbones.md). Shards: their index (.index.json), its folder, a pattern (g-*.pth), or names with commas.
     cfg.MODEL.TIMM.PRETRAINED = ""
     # Feature maps to expose: res2..res5 have strides 4, 8, 16, 32 pixels.
     cfg.MODEL.TIMM.OUT_FEATURES = ["res2", "res3", "res4", "res5"]

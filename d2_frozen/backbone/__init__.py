@@ -9,6 +9,7 @@ from d2_frozen.backbone.frozen import (
     freeze_stages,
 )
 from d2_frozen.backbone.timm_backbone import TimmBackbone, build_timm_backbone, create_timm_backbone
+from d2_frozen.backbone.weight_files import WeightFiles
 from d2_frozen.backbone.weights import load_weights, read_weights, save_weights
 
 __all__ = [
@@ -16,6 +17,7 @@ __all__ = [
     "FrozenBackbone",
     "PartlyFrozenBackbone",
     "TimmBackbone",
+    "WeightFiles",
     "build_timm_backbone",
     "create_timm_backbone",
     "exclude_frozen_from_ddp",

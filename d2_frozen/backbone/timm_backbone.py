@@ -6,17 +6,20 @@ W/32)}, channels first whatever the network computes in.
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import timm
+import torch
 from timm.models import group_parameters
 from torch import Tensor, nn
 
 from d2_frozen.backbone import swin_v2_giant  # noqa: F401  (registers its names in timm)
 from d2_frozen.backbone.swin_v2 import unchanged_window_arguments
-from d2_frozen.backbone.weights import load_weights, read_weights
+from d2_frozen.backbone.weight_files import WeightFiles
+from d2_frozen.backbone.weights import load_weights
 from detectron2.config import CfgNode
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY, Backbone
@@ -117,7 +120,7 @@ def create_timm_backbone(
 
     Args:
         name: as ``timm.list_models()`` gives it; a tag may follow (``NAME.TAG``).
-        pretrained: "" (random), "hub" (timm's weights, downloaded), or a file as in :func:`read_weights`.
+        pretrained: "" (random), "hub" (timm's weights, downloaded), or files as in :class:`WeightFiles`.
         drop_path_rate: stochastic depth; acts in training mode only, so never in a frozen part.
         arguments: more of ``timm.create_model``, such as ``embed_dim``.
     Raises:
@@ -135,17 +138,23 @@ def create_timm_backbone(
         asked["drop_path_rate"] = drop_path_rate
     if in_channels != 3:
         asked["in_chans"] = in_channels
+    files = None if pretrained in ("", "hub") else WeightFiles(pretrained)
+    # Shards are for networks that should not be in memory twice: built without memory, then filled.
+    sharded = files is not None and len(files.shards) > 1
     try:
-        network = timm.create_model(name, pretrained=pretrained == "hub", num_classes=0, **asked)
+        with torch.device("meta") if sharded else contextlib.nullcontext():
+            network = timm.create_model(name, pretrained=pretrained == "hub", num_classes=0, **asked)
     except TypeError as err:
         raise ValueError(
             f"timm's {name} does not take one of {sorted(asked)}: {err}. With MODEL.TIMM.DROP_PATH_RATE 0.0, "
             "MODEL.TIMM.ARGS {} and three image channels nothing special is asked of it."
         ) from err
     _pyramid(network, name)
-    if pretrained not in ("", "hub"):
-        load_weights(network, read_weights(pretrained), source=pretrained, ignore=_head_prefixes(network))
-    return TimmBackbone(network, out_features, name=name)
+    if files is not None:
+        load_weights(network, files, ignore=_head_prefixes(network))
+    backbone = TimmBackbone(network, out_features, name=name)
+    assert not sharded or not any(p.is_meta for p in backbone.parameters())
+    return backbone
 
 
 @BACKBONE_REGISTRY.register()

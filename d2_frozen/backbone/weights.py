@@ -1,30 +1,31 @@
 """Backbone weights: from a file into a network, and from a network into a file.
 
-In: a path, a URL, or ``d2_frozen://FILE`` for a file that ships with the package; .safetensors or .pth.
+In: a path, a URL, ``d2_frozen://FILE`` for a file that ships with the package, or shards; .safetensors or .pth.
 Out: a network that holds every tensor of it, or an error that says which did not fit.
 """
 
 from __future__ import annotations
 
+import logging
 import os
-import pickle
-from collections.abc import Mapping
+import sys
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from iopath.common.file_io import PathHandler
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
+from timm.models.swin_transformer import SwinTransformer
+from timm.models.swin_transformer_v2 import SwinTransformerV2
 from torch import Tensor, nn
 
+from d2_frozen.backbone.importers import ImportReport, fill, finish_meta_network, plan_import
+from d2_frozen.backbone.weight_files import WeightFiles
 from detectron2.utils.file_io import PathManager
 
 SHIPPED_DIR = Path(__file__).resolve().parent / "pretrained"
 SHIPPED_PREFIX = "d2_frozen://"
-# Names in front of the tensors in files that hold more than the weights, or a wrapped network.
-_WRAPPERS = ("model", "state_dict", "model_ema")
-_SHOWN = 6
+logger = logging.getLogger(__name__)
 
 
 class ShippedFileHandler(PathHandler):
@@ -56,91 +57,49 @@ PathManager.register_handler(ShippedFileHandler(), allow_override=True)
 
 
 def read_weights(path: str) -> dict[str, Tensor]:
-    """All tensors of a weight file, on the CPU, floating-point ones as float32.
-
-    Args:
-        path: local path, URL or ``d2_frozen://FILE``; .safetensors, .pth, .pt or .bin. A checkpoint that
-            keeps its weights under "model", "state_dict" or "model_ema" is unwrapped.
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: the file is damaged, of another format, or holds no tensors.
-    """
-    try:
-        local = PathManager.get_local_path(path)
-    except OSError as err:
-        raise FileNotFoundError(f"no backbone weights at {path} (MODEL.TIMM.PRETRAINED): {err}") from err
-    if not os.path.isfile(local):
-        raise FileNotFoundError(
-            f"no backbone weights at {path}; correct MODEL.TIMM.PRETRAINED, or set it to '' (random)."
-        )
-    if local.endswith(".safetensors"):
-        try:
-            content: Any = load_file(local)
-        except SafetensorError as err:
-            raise ValueError(
-                f"{path} is no complete safetensors file: {err}. Download or copy it again."
-            ) from err
-    else:
-        try:
-            content = torch.load(local, map_location="cpu", weights_only=True)
-        except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as err:
-            raise ValueError(
-                f"{path} cannot be read as tensors alone (torch.load with weights_only): {err}. "
-                "Save its state_dict as .safetensors, or download it again if it is damaged."
-            ) from err
-    for wrapper in _WRAPPERS:
-        if isinstance(content, Mapping) and isinstance(content.get(wrapper), Mapping):
-            content = content[wrapper]
-            break
-    if not isinstance(content, Mapping) or not any(isinstance(v, Tensor) for v in content.values()):
-        raise ValueError(f"{path} holds no tensors by name; expected a state_dict.")
-    return {
-        name: value.float() if value.is_floating_point() else value
-        for name, value in content.items()
-        if isinstance(value, Tensor)
-    }
+    """All tensors of a weight file, on the CPU, floating-point ones as float32; see :class:`WeightFiles`."""
+    return dict(WeightFiles(path))
 
 
 def load_weights(
-    network: nn.Module, tensors: Mapping[str, Tensor], source: str, ignore: tuple[str, ...] = ()
-) -> None:
+    network: nn.Module,
+    weights: WeightFiles | Mapping[str, Tensor],
+    source: str = "",
+    ignore: tuple[str, ...] = (),
+) -> ImportReport:
     """Copy tensors into a network; all of it must be covered, and nothing may be left over.
 
+    Public checkpoints of Swin networks are recognised by their names (:mod:`d2_frozen.backbone.importers`). For other
+    networks, names that do not fit go through the conversion that timm has for releases of that network.
+
     Args:
-        tensors: by the network's own names; a common prefix ("module.", "backbone.bottom_up." ...) is taken
-            off where the names fit only without it.
-        source: named in errors.
+        network: on the meta device, or with memory; the former gets it tensor by tensor.
+        source: named in the report and in errors.
         ignore: prefixes of names that may be missing or left over, e.g. the classifier.
     Raises:
         ValueError: names or shapes do not fit; lists them.
     """
-    wanted = network.state_dict()
-    found = _without_prefix(tensors, wanted)
-    persistent = {name for name in wanted if not name.startswith(ignore)} if ignore else set(wanted)
-    # Tensors that the network computes for itself (masks, position tables); old files still hold them.
-    computed = {name for name, _ in network.named_buffers()} - set(wanted)
-    missing = sorted(persistent - set(found))
-    unexpected = sorted(
-        name for name in set(found) - set(wanted) - computed if not (ignore and name.startswith(ignore))
-    )
-    misfits = sorted(
-        f"{name} is {tuple(found[name].shape)} in the file, {tuple(wanted[name].shape)} in the network"
-        for name in persistent & set(found)
-        if found[name].shape != wanted[name].shape
-    )
-    problems = [
-        f"{len(names)} {what}: {', '.join(names[:_SHOWN])}{', ...' if len(names) > _SHOWN else ''}"
-        for names, what in ((missing, "missing"), (unexpected, "unexpected"), (misfits, "of another shape"))
-        if names
-    ]
-    if problems:
-        raise ValueError(
-            f"{source} does not fit {type(network).__name__} with {len(persistent)} tensors. "
-            + "; ".join(problems)
-            + ". "
-            "Check that MODEL.TIMM.NAME is the network that the file was saved from."
-        )
-    network.load_state_dict({name: found[name] for name in persistent}, strict=False)
+    if isinstance(weights, WeightFiles):
+        shapes, wrapper, source = weights.shapes, weights.wrapper, source or weights.source
+        tensors: Iterable[tuple[str, Tensor]] = weights
+    else:
+        shapes, wrapper = {name: tuple(value.shape) for name, value in weights.items()}, ""
+        tensors = weights.items()
+    targets, report = plan_import(shapes, network, source, ignore, wrapper)
+    if not report.fits:
+        converted = _converted_by_timm(network, tensors)
+        second = {name: tuple(value.shape) for name, value in converted.items()}
+        other_targets, other = plan_import(second, network, source, ignore)
+        if not other.fits:
+            raise ValueError(report.refusal())
+        other.format = "converted by timm"
+        targets, report, tensors = other_targets, other, converted.items()
+    on_meta = any(value.is_meta for value in network.parameters())
+    fill(network, tensors, targets)
+    if on_meta:
+        finish_meta_network(network)
+    logger.info(report.summary())
+    return report
 
 
 def save_weights(
@@ -165,12 +124,13 @@ def save_weights(
     os.replace(unfinished, path)
 
 
-def _without_prefix(tensors: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    if set(tensors) & set(wanted):
-        return dict(tensors)
-    first = next(iter(wanted))
-    for name in tensors:
-        if name.endswith(f".{first}"):
-            prefix = name[: -len(first)]
-            return {key[len(prefix) :]: value for key, value in tensors.items() if key.startswith(prefix)}
-    return dict(tensors)
+def _converted_by_timm(network: nn.Module, tensors: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
+    """What timm makes of a release of this kind of network; nothing where it has no conversion, or it fails."""
+    convert = getattr(sys.modules[type(network).__module__], "checkpoint_filter_fn", None)
+    if convert is None or isinstance(network, SwinTransformer | SwinTransformerV2):
+        return {}
+    try:
+        converted = convert(dict(tensors), network)
+    except (KeyError, IndexError, AttributeError, RuntimeError, TypeError, ValueError, AssertionError):
+        return {}  # not a file of this network: the refusal says what does not fit
+    return {name: value for name, value in converted.items() if isinstance(value, Tensor)}
