@@ -149,8 +149,10 @@ def _add_data_keys(cfg: CfgNode) -> None:
 def _add_training_keys(cfg: CfgNode) -> None:
     # "SGD" | "ADAMW". AdamW uses SOLVER.BASE_LR, WEIGHT_DECAY, WEIGHT_DECAY_NORM, WEIGHT_DECAY_BIAS, BIAS_LR_FACTOR.
     cfg.SOLVER.OPTIMIZER = "SGD"
+
     # TEST.AUG.{ENABLED, MIN_SIZES, MAX_SIZE, FLIP} are Detectron2's: after training and with --eval-only a second
-    # evaluation on several sizes, its metrics named *_TTA. With INPUT.AUGMENTATION scale_crop the sizes are those of the
-    # long side, as SCALE_CROP.SIZE is.
+    # evaluation on several sizes, its metrics named *_TTA. With INPUT.AUGMENTATION scale_crop the sizes are those of
+    # the long side, as SCALE_CROP.SIZE is (of the short edge with TEST_RESIZE shortest_edge).
+
     # Pictures in OUTPUT_DIR/inference/predictions_*.jpg after training: truth beside prediction. 0 for none.
     cfg.TEST.PICTURES = 12

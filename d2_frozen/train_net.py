@@ -16,6 +16,7 @@ from tabulate import tabulate
 from torch import nn
 
 from d2_frozen.config import add_frozen_config
+from d2_frozen.engine.allocator import keep_freed_memory
 from detectron2.config import CfgNode, get_cfg
 from detectron2.engine import default_argument_parser, default_setup, launch
 from detectron2.utils import comm
@@ -66,19 +67,30 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
     cfg = setup(args)
     from d2_frozen.engine import FrozenTrainer
 
+    if cfg.MODEL.DEVICE == "cpu":
+        keep_freed_memory()
     if args.eval_only:
         model = evaluation_model(cfg, resume=args.resume)
-        results = FrozenTrainer.test(cfg, model)
+        results = _test(cfg, model)
         finish(cfg, model, results)
         return results
     trainer = FrozenTrainer(cfg)
     trainer.resume_or_load(resume=args.resume)
     if trainer.start_iter >= trainer.max_iter:
         logger.info("Training is already complete at iteration %d.", trainer.start_iter)
-        results = FrozenTrainer.test(cfg, trainer.model)
+        results = _test(cfg, trainer.model)
     else:
         results = trainer.train()
     finish(cfg, trainer.model, results)
+    return results
+
+
+def _test(cfg: CfgNode, model: nn.Module) -> dict[str, Any]:
+    from d2_frozen.engine import FrozenTrainer
+
+    results = dict(FrozenTrainer.test(cfg, model))
+    if cfg.TEST.AUG.ENABLED and cfg.DATASETS.TEST:
+        results.update(FrozenTrainer.test_with_TTA(cfg, model))
     return results
 
 

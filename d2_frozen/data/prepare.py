@@ -10,6 +10,7 @@ from typing import Any
 from d2_frozen.data.checks import CocoReport, across, check_coco
 from d2_frozen.data.problems import BadDataError, Problem, describe
 from d2_frozen.data.register import entry_of, load_coco_instances, register_from_config
+from d2_frozen.data.semantic_maps import check_semantic_maps
 from d2_frozen.data.subset import check_subset
 from d2_frozen.data.written import write_about
 from detectron2.config import CfgNode
@@ -103,6 +104,8 @@ def class_names(name: str) -> list[str] | None:
 
 def _check(cfg: CfgNode, names: Iterable[str], train: bool) -> dict[str, tuple[str, str]]:
     """Look at every COCO dataset; name -> (original json, cleaned json) of those with bad records."""
+    if train:
+        check_semantic_maps(cfg)
     reports: list[CocoReport] = []
     for name in names:
         if name not in DatasetCatalog.list():
@@ -149,10 +152,10 @@ def _point_to(name: str, json_file: str) -> None:
     """Let the catalogs read ``name`` from another json of the same images, loader and evaluator alike."""
     facts: dict[str, Any] = {**MetadataCatalog.get(name).as_dict(), "json_file": json_file}
     facts.pop("name", None)
-    image_root = facts["image_root"]
+    image_root, sem_seg_root = facts["image_root"], facts.get("sem_seg_root")
     DatasetCatalog.remove(name)
     MetadataCatalog.remove(name)
-    DatasetCatalog.register(name, lambda: load_coco_instances(json_file, image_root, name))
+    DatasetCatalog.register(name, lambda: load_coco_instances(json_file, image_root, name, sem_seg_root))
     MetadataCatalog.get(name).set(**facts)
 
 

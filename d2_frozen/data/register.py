@@ -98,14 +98,23 @@ def find_path(path: str) -> str:
     return os.path.abspath(path)
 
 
-def load_coco_instances(json_file: str, image_root: str, name: str) -> list[dict[str, Any]]:
-    """Detectron2's ``load_coco_json``, with polygon coordinates as floats.
+def load_coco_instances(
+    json_file: str, image_root: str, name: str, sem_seg_root: str | None = None
+) -> list[dict[str, Any]]:
+    """Detectron2's ``load_coco_json``, with polygon coordinates as floats, and label maps where there are some.
 
     A polygon of integers becomes an integer array in Detectron2, whose resizing then cuts off the fractions:
     half a pixel of shift in the mean.
+
+    Args:
+        sem_seg_root: folder of semantic label maps: for each image a PNG of its name. Records then get
+            "sem_seg_file_name".
     """
     records = load_coco_json(json_file, image_root, name)
     for record in records:
+        if sem_seg_root is not None:
+            stem = os.path.splitext(os.path.relpath(record["file_name"], image_root))[0]
+            record["sem_seg_file_name"] = os.path.join(sem_seg_root, f"{stem}.png")
         for annotation in record["annotations"]:
             polygons = annotation.get("segmentation")
             if isinstance(polygons, list):
@@ -147,12 +156,17 @@ def read_class_list(classes: Any, place: str) -> list[str] | None:
 
 
 @entry_type(
-    "coco_instances", required=("json", "images"), optional=("classes",), path_fields=("json", "images")
+    "coco_instances",
+    required=("json", "images"),
+    optional=("classes", "sem_seg"),
+    path_fields=("json", "images", "sem_seg"),
 )
 def _register_coco_instances(name: str, fields: dict[str, Any]) -> None:
-    json_file, image_root = fields["json"], fields["images"]
-    DatasetCatalog.register(name, lambda: load_coco_instances(json_file, image_root, name))
+    json_file, image_root, sem_seg_root = fields["json"], fields["images"], fields.get("sem_seg")
+    DatasetCatalog.register(name, lambda: load_coco_instances(json_file, image_root, name, sem_seg_root))
     MetadataCatalog.get(name).set(json_file=json_file, image_root=image_root, evaluator_type="coco")
+    if sem_seg_root is not None:
+        MetadataCatalog.get(name).set(sem_seg_root=sem_seg_root)
 
 
 def _register_entry(entry: dict[str, Any], place: str, must_exist: bool) -> None:

@@ -3,5 +3,6 @@
 from d2_frozen.detection.htc import HTCROIHeads
 from d2_frozen.detection.meta_arch import FrozenRCNN
 from d2_frozen.detection.soft_nms import SoftNMS, soft_nms
+from d2_frozen.detection.test_time_augmentation import FrozenRCNNWithTTA, evaluate_with_tta
 
-__all__ = ["FrozenRCNN", "HTCROIHeads", "SoftNMS", "soft_nms"]
+__all__ = ["FrozenRCNN", "FrozenRCNNWithTTA", "HTCROIHeads", "SoftNMS", "evaluate_with_tta", "soft_nms"]

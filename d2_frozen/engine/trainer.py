@@ -17,6 +17,7 @@ from torch import nn
 
 from d2_frozen.backbone import exclude_frozen_from_ddp
 from d2_frozen.data import build_test_loader, build_train_loader
+from d2_frozen.detection import evaluate_with_tta
 from d2_frozen.engine.checkpoint import FrozenCheckpointer
 from d2_frozen.engine.hooks import ProgressPrinter, SaveAndLeaveOnSignal, SeedEachIteration
 from d2_frozen.engine.optimizer import build_optimizer
@@ -24,6 +25,7 @@ from d2_frozen.summary import parts_table
 from detectron2.config import CfgNode
 from detectron2.engine import AMPTrainer, DefaultTrainer, HookBase, SimpleTrainer, TrainerBase
 from detectron2.engine.defaults import create_ddp_model
+from detectron2.engine.hooks import EvalHook, PeriodicWriter
 from detectron2.evaluation import COCOEvaluator, DatasetEvaluator
 from detectron2.utils import comm
 from detectron2.utils.events import EventWriter, JSONWriter, TensorboardXWriter
@@ -74,8 +76,12 @@ class FrozenTrainer(DefaultTrainer):
         return getattr(self, "_last_eval_results", None)
 
     def build_hooks(self) -> list[HookBase]:
-        """Detectron2's hooks between ours: draws first, leaving on SIGTERM last."""
-        return [SeedEachIteration(self.cfg.SEED), *super().build_hooks(), SaveAndLeaveOnSignal()]
+        """Detectron2's hooks between ours: draws first, leaving on SIGTERM last; TEST.AUG before the last writing."""
+        hooks = super().build_hooks()
+        if self.cfg.TEST.AUG.ENABLED:
+            writers = [i for i, hook in enumerate(hooks) if isinstance(hook, PeriodicWriter)]
+            hooks.insert(writers[0] if writers else len(hooks), EvalHook(0, self._test_with_augmentation))
+        return [SeedEachIteration(self.cfg.SEED), *hooks, SaveAndLeaveOnSignal()]
 
     def build_writers(self) -> list[EventWriter]:
         """Terminal, ``metrics.json`` and TensorBoard."""
@@ -86,6 +92,21 @@ class FrozenTrainer(DefaultTrainer):
             JSONWriter(os.path.join(folder, "metrics.json")),
             TensorboardXWriter(folder),
         ]
+
+    @classmethod
+    def test_with_TTA(cls, cfg: CfgNode, model: nn.Module) -> dict[str, Any]:
+        """Evaluate with TEST.AUG; keys are those of ``test`` with the suffix ``_TTA``, files in ``inference_TTA``.
+
+        Named as in Detectron2's projects.
+        """
+        folder = os.path.join(cfg.OUTPUT_DIR, "inference_TTA")
+        evaluators = [cls.build_evaluator(cfg, name, output_folder=folder) for name in cfg.DATASETS.TEST]
+        return evaluate_with_tta(cfg, model, evaluators)
+
+    def _test_with_augmentation(self) -> dict[str, Any]:
+        results = self.test_with_TTA(self.cfg, self.model)
+        self._last_eval_results = {**(getattr(self, "_last_eval_results", None) or {}), **results}
+        return results
 
     @classmethod
     def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
