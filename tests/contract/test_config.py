@@ -5,7 +5,15 @@ from __future__ import annotations
 import pytest
 import yaml
 
-from detectron2.config import CfgNode, configurable, get_cfg, global_cfg, set_global_cfg
+from detectron2.config import (
+    CfgNode,
+    configurable,
+    downgrade_config,
+    get_cfg,
+    global_cfg,
+    set_global_cfg,
+    upgrade_config,
+)
 
 
 def test_get_cfg_hands_out_copies():
@@ -89,3 +97,101 @@ def test_configurable_wants_cfg_first():
 
     with pytest.raises(TypeError, match="cfg"):
         Wrong(get_cfg())
+
+
+def test_configurable_wants_its_from_config_in_any_call():
+    class Without:
+        @configurable
+        def __init__(self, width=1):
+            pass
+
+    class NoClassMethod(Without):
+        def from_config(self, cfg):
+            return {}
+
+    with pytest.raises(AttributeError):
+        Without(width=2)
+    with pytest.raises(TypeError):
+        NoClassMethod(width=2)
+
+
+def test_configurable_takes_a_config_of_omegaconf():
+    omegaconf = pytest.importorskip("omegaconf")
+    assert _Layer(omegaconf.OmegaConf.create(get_cfg().dump())).size == (256, 1)
+
+
+# ------------------------------------------------------------------------------------------ older versions
+
+
+def _merged(tmp_path, text, cfg=None):
+    file = tmp_path / "old.yaml"
+    file.write_text(text)
+    cfg = get_cfg() if cfg is None else cfg
+    cfg.merge_from_file(str(file))
+    return cfg
+
+
+def test_a_version_1_file_means_what_it_meant(tmp_path):
+    cfg = _merged(
+        tmp_path,
+        """
+VERSION: 1
+MODEL:
+  WEIGHT: a.pkl
+  ROI_HEADS: {NMS: 0.4, SCORE_THRESH: 0.1}
+  RPN: {ANCHOR_SIZES: [[16]]}
+  RETINANET: {ANCHOR_SIZES: [[8]], ANCHOR_STRIDES: [4]}
+  PANOPTIC_FPN: {RPN_LOSS_SCALE: 3.0, COMBINE_ON: False}
+TEST: {DETECTIONS_PER_IMG: 7, AUG_ON: True, AUG_MAX_SIZE: 50}
+""",
+    )
+    expected = get_cfg()
+    expected.merge_from_list(
+        ["MODEL.WEIGHTS", "a.pkl", "MODEL.ROI_HEADS.NMS_THRESH_TEST", 0.4]
+        + ["MODEL.ROI_HEADS.SCORE_THRESH_TEST", 0.1, "MODEL.ANCHOR_GENERATOR.SIZES", [[16]]]
+        + ["MODEL.RPN.LOSS_WEIGHT", 3.0, "MODEL.PANOPTIC_FPN.COMBINE.ENABLED", False]
+        + ["TEST.DETECTIONS_PER_IMAGE", 7, "TEST.AUG.ENABLED", True, "TEST.AUG.MAX_SIZE", 50]
+    )
+    assert cfg == expected
+
+
+def test_version_1_anchors_are_those_of_the_architecture(tmp_path):
+    text = "VERSION: 1\nMODEL:\n  RPN: {ANCHOR_SIZES: [[16]]}\n  RETINANET: {ANCHOR_SIZES: [[8]]}\n"
+    cfg = get_cfg()
+    cfg.MODEL.META_ARCHITECTURE = "RetinaNet"
+    assert _merged(tmp_path, text, cfg).MODEL.ANCHOR_GENERATOR.SIZES == [[8]]
+    assert _merged(tmp_path, text).MODEL.ANCHOR_GENERATOR.SIZES == [[16]]
+
+
+def test_version_0_and_files_that_do_not_say(tmp_path):
+    assert _merged(tmp_path, "VERSION: 0\nMODEL: {RPN_HEAD: {NAME: Own}}\n").MODEL.RPN.HEAD_NAME == "Own"
+    cfg = _merged(tmp_path, "MODEL: {WEIGHT: b.pkl}\n")  # a name of version 1 only
+    assert cfg.MODEL.WEIGHTS == "b.pkl" and "WEIGHT" not in cfg.MODEL and cfg.VERSION == 2
+
+
+def test_versions_are_not_mixed(tmp_path):
+    with pytest.raises(KeyError):
+        _merged(tmp_path, "VERSION: 1\nMODEL: {WEIGHTS: b.pkl}\n")
+    with pytest.raises(AssertionError):
+        _merged(tmp_path, "VERSION: 3\n")
+
+
+def test_downgrade_and_upgrade_lead_back():
+    cfg = get_cfg()
+    cfg.MY_KEY = 3
+    old = downgrade_config(cfg, to_version=0)
+    assert old.VERSION == 0 and old.MODEL.RPN_HEAD.NAME == "StandardRPNHead" and "WEIGHTS" not in old.MODEL
+    assert upgrade_config(old) == cfg
+    with pytest.raises(AssertionError):
+        downgrade_config(cfg, to_version=3)
+
+
+# ------------------------------------------------------------------------------------------ unknown keys
+
+
+def test_unknown_keys_of_files_and_of_lists(tmp_path):
+    """Callers of either catch different errors."""
+    with pytest.raises(KeyError, match="MODEL.NOPE"):
+        _merged(tmp_path, "MODEL: {NOPE: 1}\n")
+    with pytest.raises(AssertionError, match="NOPE"):
+        get_cfg().merge_from_list(["MODEL.NOPE", 1])

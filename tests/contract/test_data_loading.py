@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 
 import numpy as np
@@ -20,6 +21,7 @@ from detectron2.data import (
     build_batch_data_loader,
     build_detection_train_loader,
     detection_utils,
+    get_detection_dataset_dicts,
 )
 from detectron2.data import (
     transforms as T,
@@ -105,6 +107,91 @@ def test_gen_crop_contains_the_centre_of_the_box():
         assert (crop.h, crop.w) == (20, 24) and crop.x0 + crop.w <= 84 and crop.y0 + crop.h <= 60
 
 
+# ------------------------------------------------------------------------------------------ keypoints
+
+
+def test_keypoints_change_places_in_a_mirrored_image():
+    """Image of 10 pixels; 0 is the nose, 1 and 2 a pair."""
+    points = [1.0, 2.0, 2, 3.0, 4.0, 1, 8.0, 9.0, 2]
+    mirror = T.TransformList([T.HFlipTransform(10)])
+    moved = detection_utils.transform_keypoint_annotations(points, mirror, (10, 10), [0, 2, 1])
+    assert moved.tolist() == [[9, 2, 2], [2, 9, 2], [7, 4, 1]]
+    twice = T.TransformList([T.HFlipTransform(10), T.HFlipTransform(10)])
+    back = detection_utils.transform_keypoint_annotations(points, twice, (10, 10), [0, 2, 1])
+    assert back.reshape(-1).tolist() == points
+    for wrong in (None, [0, 1]):
+        with pytest.raises(ValueError):
+            detection_utils.transform_keypoint_annotations(points, mirror, (10, 10), wrong)
+
+
+def test_keypoints_that_leave_the_image_are_not_labelled():
+    """A crop of 4x4 at (2, 2): its border is still inside."""
+    points = [2.0, 2.0, 2, 6.0, 6.0, 1, 6.5, 3.0, 2, 1.5, 3.0, 2, 3.0, 3.0, 0]
+    crop = T.TransformList([T.CropTransform(2, 2, 4, 4)])
+    moved = detection_utils.transform_keypoint_annotations(points, crop, (4, 4))
+    assert moved.tolist() == [[0, 0, 2], [4, 4, 1], [0, 0, 0], [0, 0, 0], [0, 0, 0]]
+
+
+def test_keypoint_pairs_of_coco():
+    (nose, *others) = detection_utils.create_keypoint_hflip_indices("keypoints_coco_2017_val")
+    assert nose == 0 and others == [i + 1 if i % 2 else i - 1 for i in range(1, 17)]
+    assert MetadataCatalog.get("keypoints_coco_2017_val").keypoint_names[5:7] == (
+        "left_shoulder",
+        "right_shoulder",
+    )
+
+
+@pytest.fixture
+def two_hands() -> str:
+    """A registered dataset of one image of a person with two keypoints, which mirroring exchanges."""
+    name = "contract_two_hands"
+    MetadataCatalog.get(name).set(
+        thing_classes=["person"],
+        keypoint_names=["left_hand", "right_hand"],
+        keypoint_flip_map=[("left_hand", "right_hand")],
+    )
+    person = {"bbox": [1, 2, 9, 8], "bbox_mode": BoxMode.XYXY_ABS, "category_id": 0}
+    person["keypoints"] = [2.5, 3.5, 2, 7.5, 4.5, 1]
+    record = {"file_name": "a.png", "height": 10, "width": 10, "image_id": 1, "annotations": [person]}
+    DatasetCatalog.register(name, lambda: copy.deepcopy([record]))
+    yield name
+    DatasetCatalog.remove(name)
+    MetadataCatalog.remove(name)
+
+
+def test_mapper_moves_keypoints(two_hands, tmp_path):
+    (record,) = DatasetCatalog.get(two_hands)
+    record["file_name"] = str(tmp_path / "a.png")
+    Image.new("RGB", (10, 10)).save(record["file_name"])
+    mapper = DatasetMapper(
+        True,
+        augmentations=[T.HFlipTransform(10)],
+        image_format="RGB",
+        use_keypoint=True,
+        keypoint_hflip_indices=detection_utils.create_keypoint_hflip_indices(two_hands),
+    )
+    found = mapper(record)["instances"].gt_keypoints.tensor
+    assert found.tolist() == [[[2.5, 4.5, 1], [7.5, 3.5, 2]]]
+
+
+def test_keypoints_lead_back_through_coco_json(two_hands, tmp_path):
+    path = str(tmp_path / "a.json")
+    coco = convert_to_coco_dict(two_hands)
+    # COCO counts pixels, whose centres lie half a pixel further on.
+    assert coco["annotations"][0]["keypoints"] == [2, 3, 2, 7, 4, 1]
+    assert coco["annotations"][0]["num_keypoints"] == 2
+    convert_to_coco_json(two_hands, path)
+    (record,) = load_coco_json(path, "")
+    assert record["annotations"][0]["keypoints"] == [2.5, 3.5, 2, 7.5, 4.5, 1]
+
+
+def test_images_with_few_keypoints_are_left_out(two_hands):
+    kept = [len(get_detection_dataset_dicts(two_hands, min_keypoints=n)) for n in (0, 1, 2)]
+    assert kept == [1, 1, 1]
+    with pytest.raises(AssertionError):
+        get_detection_dataset_dicts(two_hands, min_keypoints=3)
+
+
 # ------------------------------------------------------------------------------------------ COCO and back
 
 
@@ -146,6 +233,21 @@ def test_convert_to_coco_dict(two_masks):
     assert crowd["area"] == pytest.approx(28) and crowd["iscrowd"] == 1  # 4 * 7 pixels
     assert plain["area"] == pytest.approx(20) and "segmentation" not in plain
     assert [a["id"] for a in coco["annotations"]] == [1, 2, 3]
+
+
+def test_rotated_boxes_are_written_as_they_are():
+    box = {"bbox": [10, 9, 8, 4, 30], "bbox_mode": BoxMode.XYWHA_ABS, "category_id": 0}
+    name = "contract_rotated"
+    DatasetCatalog.register(
+        name, lambda: [{"file_name": "a", "height": 20, "width": 20, "annotations": [box]}]
+    )
+    MetadataCatalog.get(name).thing_classes = ["a"]
+    try:
+        (written,) = convert_to_coco_dict(name)["annotations"]
+        assert written["bbox"] == [10, 9, 8, 4, 30] and written["area"] == pytest.approx(32)
+    finally:
+        DatasetCatalog.remove(name)
+        MetadataCatalog.remove(name)
 
 
 def test_coco_json_leads_back_to_the_same_dicts(two_masks, tmp_path):
@@ -199,6 +301,14 @@ def test_mapper_moves_the_label_map_with_the_image(tmp_path):
 
 
 # ------------------------------------------------------------------------------------------ samplers, loaders
+
+
+@pytest.mark.parametrize("world_size", [1, 3, 4])
+def test_inference_sampler_parts_are_contiguous_and_complete(world_size):
+    parts = [list(InferenceSampler._get_local_indices(10, world_size, rank)) for rank in range(world_size)]
+    assert sum(parts, []) == list(range(10))
+    assert max(map(len, parts)) - min(map(len, parts)) <= 1
+    assert sorted(map(len, parts), reverse=True) == list(map(len, parts))  # the first ranks get one more
 
 
 def test_subset_sampler_stays_in_its_subset_and_covers_it():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 
 from detectron2.data import transforms as T
 
@@ -34,6 +35,27 @@ def test_rotation_leads_back():
 def test_rotation_without_expanding_has_no_inverse():
     with pytest.raises(NotImplementedError):
         T.RotationTransform(40, 60, 33.0, expand=False).inverse()
+
+
+def test_rotated_boxes_follow_a_flip_and_a_resize():
+    """(x, y, w, h, degrees counter-clockwise); 90 degrees put the width along the image's height."""
+    boxes = np.array([[10.0, 20.0, 8.0, 4.0, 0.0], [10.0, 20.0, 8.0, 4.0, 90.0]])
+    mirrored = T.HFlipTransform(100).apply_rotated_box(boxes.copy())
+    assert np.allclose(mirrored, [[90, 20, 8, 4, 0], [90, 20, 8, 4, -90]])
+    stretch = T.ResizeTransform(40, 80, 40, 240)  # three times as wide
+    assert np.allclose(stretch.apply_rotated_box(boxes.copy()), [[30, 20, 24, 4, 0], [30, 20, 8, 12, 90]])
+    # At 45 degrees the height points along (1, 1), which becomes (3, 1): longer by sqrt(5), atan(3) from upright.
+    turned = stretch.apply_rotated_box(np.array([[0.0, 0.0, 8.0, 4.0, 45.0]]))
+    assert np.allclose(turned, [[0, 0, 8 * 5**0.5, 4 * 5**0.5, np.rad2deg(np.arctan(3))]])
+
+
+def test_the_resized_shape_can_be_scripted():
+    @torch.jit.script
+    def area(h: int, w: int) -> int:
+        new_h, new_w = T.ResizeShortestEdge.get_output_shape(h, w, 80, 130)
+        return new_h * new_w
+
+    assert area(10, 20) == 65 * 130 and area(20, 10) == 130 * 65 and area(10, 10) == 6400
 
 
 def test_extent_of_a_quarter_is_a_crop_scaled_by_two():
@@ -100,6 +122,11 @@ def test_random_apply_0_and_1():
     image = np.zeros((4, 6, 3), np.uint8)
     assert isinstance(T.RandomApply(T.HFlipTransform(6), 1.0)(T.AugInput(image)), T.HFlipTransform)
     assert isinstance(T.RandomApply(T.HFlipTransform(6), 0.0)(T.AugInput(image)), T.NoOpTransform)
+    # A transform needs no input, but one may be given.
+    assert isinstance(T.RandomApply(T.HFlipTransform(6), 1.0).get_transform(image), T.HFlipTransform)
+    for prob in (-0.1, 1.1):
+        with pytest.raises(AssertionError):
+            T.RandomApply(T.HFlipTransform(6), prob)
 
 
 def test_an_own_augmentation_sees_the_inputs_it_names():

@@ -85,6 +85,7 @@ def test_printer_shows_what_people_look_for(caplog):
         with caplog.at_level(logging.INFO, logger=logger.name), EventStorage() as storage:
             storage.put_scalars(total_loss=1.5, time=2.0, data_time=0.25)
             storage.put_scalar("lr", 0.001, smoothing_hint=False)
+            storage.put_scalars(**{"[metric]positives": 12.0, "unnamed": 5.0})
             CommonMetricPrinter(max_iter=100).write()
     finally:
         logger.removeHandler(caplog.handler)
@@ -96,8 +97,10 @@ def test_printer_shows_what_people_look_for(caplog):
         "time: 2.0000",
         "data_time: 0.2500",
         "lr: 0.001",
+        "[metric]positives: 12",
     ):
         assert part in line
+    assert "unnamed" not in line
 
 
 def test_tensorboard_writer_clears_pictures(tmp_path):

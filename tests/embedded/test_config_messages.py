@@ -19,7 +19,7 @@ def _file(tmp_path, text, name="my.yaml"):
 @pytest.mark.parametrize(
     ("key", "meant"),
     [
-        ("MODEL.WEIGHT", "MODEL.WEIGHTS"),
+        ("MODEL.WEIGTHS", "MODEL.WEIGHTS"),
         ("SOLVER.MASK_ON", "MODEL.MASK_ON"),
         ("solver.base_lr", "SOLVER.BASE_LR"),
         ("DATASET.TRAIN", "DATASETS.TRAIN"),
@@ -36,11 +36,11 @@ def test_far_key_has_no_suggestion():
 
 
 def test_unknown_key_in_a_file_names_key_and_file_and_changes_nothing(tmp_path):
-    path = _file(tmp_path, "SOLVER:\n  BASE_LR: 0.5\nMODEL:\n  WEIGHT: x.pth\n")
+    path = _file(tmp_path, "SOLVER:\n  BASE_LR: 0.5\nMODEL:\n  WEIGTHS: x.pth\n")
     cfg = get_cfg()
     with pytest.raises(KeyError) as error:
         cfg.merge_from_file(path)
-    for part in (path, "MODEL.WEIGHT;", "did you mean MODEL.WEIGHTS?"):
+    for part in (path, "MODEL.WEIGTHS;", "did you mean MODEL.WEIGHTS?"):
         assert part in str(error.value)
     assert cfg == get_cfg()
 
@@ -98,10 +98,21 @@ def test_circle_of_bases_is_an_error(tmp_path):
         get_cfg().merge_from_file(path)
 
 
-def test_version_1_is_outside_the_subset(tmp_path):
-    path = _file(tmp_path, "VERSION: 1\nMODEL:\n  WEIGHT: x\n")
-    with pytest.raises(NotImplementedError, match="needs Detectron2"):
+def test_names_of_version_1_lead_to_the_present_ones(tmp_path):
+    path = _file(tmp_path, "MODEL:\n  ROI_HEADS:\n    NMS: 0.4\n")
+    with pytest.raises(KeyError, match="MODEL.ROI_HEADS.NMS_THRESH_TEST"):
         get_cfg().merge_from_file(path)
+    with pytest.raises(AssertionError, match="MODEL.ANCHOR_GENERATOR.SIZES"):
+        get_cfg().merge_from_list(["MODEL.RPN.ANCHOR_SIZES", [[32]]])
+    path = _file(tmp_path, "VERSION: 1\nMODEL:\n  WEIGHTS: x\n")
+    with pytest.raises(KeyError, match="my.yaml.*MODEL.WEIGHTS.*VERSION: 2"):
+        get_cfg().merge_from_file(path)
+
+
+@pytest.mark.parametrize("version", ["new", "1.5", "True"])
+def test_a_version_is_an_integer(tmp_path, version):
+    with pytest.raises(TypeError, match="my.yaml: VERSION"):
+        get_cfg().merge_from_file(_file(tmp_path, f"VERSION: {version}\n"))
 
 
 def test_names_outside_the_subset_say_so():

@@ -27,7 +27,9 @@ from detectron2.data import (
     transforms as T,
 )
 from detectron2.data.datasets import load_coco_json, load_sem_seg, register_coco_instances
+from detectron2.data.detection_utils import annotations_to_instances
 from detectron2.data.samplers import TrainingSampler
+from detectron2.structures import BoxMode
 
 pytestmark = pytest.mark.skipif(d2_frozen.engine_name() != "embedded", reason="about the embedded engine")
 
@@ -135,8 +137,14 @@ def test_outside_the_subset_says_so():
 
     with pytest.raises(NotImplementedError, match="register_lvis_instances.*needs Detectron2"):
         datasets.register_lvis_instances("x", {}, "x.json", "x")
-    with pytest.raises(ImportError, match="keypoints.*needs Detectron2"):
-        DatasetMapper(True, augmentations=[], image_format="RGB", use_keypoint=True)
+    with pytest.raises(ImportError, match="proposals.*needs Detectron2"):
+        DatasetMapper(True, augmentations=[], image_format="RGB", precomputed_proposal_topk=5)
+
+
+def test_keypoints_that_some_annotations_lack_are_counted():
+    person = {"bbox": [0, 0, 5, 5], "bbox_mode": BoxMode.XYXY_ABS, "category_id": 0}
+    with pytest.raises(KeyError, match="keypoints.*1 of the 2"):
+        annotations_to_instances([{**person, "keypoints": [[1, 1, 2]]}, person], (10, 10))
 
 
 # ------------------------------------------------------------------------------------------ images

@@ -8,9 +8,10 @@ entry whose name is the longest ending of its own: "backbone.bottom_up.res2.0.co
 from __future__ import annotations
 
 import logging
+import os
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from tabulate import tabulate
@@ -147,6 +148,19 @@ def _endings(name: str) -> Iterable[str]:
     return (".".join(parts[start:]) for start in range(len(parts)))
 
 
+def _longest_common_prefix_str(names: Sequence[str]) -> str:
+    """The characters that all ``names`` begin with."""
+    return os.path.commonprefix(list(names))
+
+
+def _abbreviated(names: Sequence[str]) -> str:
+    """ "conv1_{w,b}" for "conv1_w" and "conv1_b"."""
+    if len(names) == 1:
+        return names[0]
+    start = _longest_common_prefix_str(names)
+    return f"{start}{{{','.join(name[len(start) :] for name in names)}}}"
+
+
 def _log_matches(taker: Mapping[str, str], origin: Mapping[str, str]) -> None:
     """One line per module of the model that got weights under another name."""
     modules: dict[str, list[str]] = defaultdict(list)
@@ -158,6 +172,8 @@ def _log_matches(taker: Mapping[str, str], origin: Mapping[str, str]) -> None:
         modules[module].append(leaf)
         files[module].append(origin[found])
     if modules:
-        rows = [(module, ", ".join(leaves), ", ".join(files[module])) for module, leaves in modules.items()]
+        rows = [
+            (module, ", ".join(leaves), _abbreviated(files[module])) for module, leaves in modules.items()
+        ]
         logger.info("Weights matched by the ends of their names:\n%s", tabulate(
             rows, headers=["module", "tensors", "names in the checkpoint"], tablefmt="pipe"))  # fmt: skip

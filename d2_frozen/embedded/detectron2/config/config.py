@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import IO, Any, TypeVar
 
@@ -15,7 +16,7 @@ import yaml
 from fvcore.common.config import CfgNode as _FvcoreCfgNode
 from yacs.config import CfgNode as _YacsCfgNode
 
-from detectron2.config.compat import check_version
+from detectron2.config.compat import guess_version, name_in_current_version, upgrade_file
 from detectron2.config.suggest import did_you_mean, iter_entries
 from detectron2.utils.file_io import PathManager
 
@@ -54,7 +55,8 @@ class CfgNode(_FvcoreCfgNode):
     def merge_from_file(self, cfg_filename: str, allow_unsafe: bool = True) -> None:
         """Take over the values of a yaml file and of its ``_BASE_``.
 
-        Nothing changes unless the whole file fits.
+        Nothing changes unless the whole file fits. Keys of a file of version 0 or 1 (``VERSION: 1``, or
+        recognised by MODEL.WEIGHT) are read by the names they have now.
 
         Args:
             cfg_filename: path or URL.
@@ -62,11 +64,15 @@ class CfgNode(_FvcoreCfgNode):
         Raises:
             KeyError: a key is unknown; the message has the nearest known one.
             ValueError: a value has another type than its default.
-            NotImplementedError: the file is of config version 1.
+            AssertionError: the file is of a newer config version.
         """
         name = str(cfg_filename)
         loaded = type(self)(self.load_yaml_with_base(name, allow_unsafe=allow_unsafe))
-        check_version(loaded.get("VERSION", self.get("VERSION")), self.get("VERSION"), name)
+        if "VERSION" in self:
+            version = guess_version(loaded, self.VERSION, name)
+            if version < self.VERSION:
+                upgrade_file(loaded, version, self.MODEL.META_ARCHITECTURE, name)
+            loaded.VERSION = self.VERSION
         self._refuse_misfits(loaded, name)
         trial = self.clone()
         try:
@@ -92,7 +98,7 @@ class CfgNode(_FvcoreCfgNode):
         known = dict(iter_entries(self))
         for key in cfg_list[::2]:
             if key not in known and not self._has_own_message(key):
-                raise AssertionError(f"unknown config key {key}{did_you_mean(str(key), known)}")
+                raise AssertionError(f"unknown config key {key}{_hint(str(key), known)}")
         super().merge_from_list(list(cfg_list))
 
     def dump(self, *args: Any, **kwargs: Any) -> str:
@@ -109,11 +115,19 @@ class CfgNode(_FvcoreCfgNode):
                         f"{where}: the section {key} is empty. Give it keys, or remove the line."
                     )
             elif not (self._has_own_message(key) or _takes_new_keys(self, key)):
-                raise KeyError(f"{where}: unknown config key {key}{did_you_mean(key, known)}")
+                raise KeyError(f"{where}: unknown config key {key}{_hint(key, known)}")
 
     def _has_own_message(self, key: str) -> bool:
         """Reserved, renamed and deprecated keys: fvcore and yacs say what is to be said."""
         return key == "_BASE_" or self.key_is_renamed(key) or key in self.__dict__[self.DEPRECATED_KEYS]
+
+
+def _hint(key: str, known: Mapping[str, Any]) -> str:
+    """What the user may have meant by an unknown key, as the end of a message."""
+    now = name_in_current_version(key)
+    if now is None:
+        return did_you_mean(key, known)
+    return f", the name of an older config version; it is {now} now. A whole file may say VERSION: 1."
 
 
 def _takes_new_keys(root: CfgNode, key: str) -> bool:
@@ -172,8 +186,9 @@ def configurable(
 
     On a class, decorate ``__init__`` and add a classmethod ``from_config(cls, cfg, ...)``; on a function,
     pass ``from_config=``. It returns the explicit arguments as a dict. A call counts as one with a config if
-    its first positional argument, or the keyword argument ``cfg``, is a ``CfgNode``. Arguments beyond the
-    config go to ``from_config`` if it takes them, and otherwise override what it returned.
+    its first positional argument, or the keyword argument ``cfg``, is a ``CfgNode`` (or a config of the
+    library OmegaConf with the same entries). Arguments beyond the config go to ``from_config`` if it takes
+    them, and otherwise override what it returned.
 
         class Head(nn.Module):
             @configurable
@@ -183,7 +198,7 @@ def configurable(
             def from_config(cls, cfg):
                 return {"width": cfg.MODEL.FPN.OUT_CHANNELS}
 
-    Raises (when called):
+    Raises (when called, with a config or not):
         AttributeError: the class has no ``from_config``.
         TypeError: ``from_config`` is no method, or ``cfg`` is not its first argument.
     """
@@ -203,17 +218,18 @@ def configurable(
 def _configurable_init(init: F) -> F:
     @functools.wraps(init)
     def init_or_configure(self: Any, *args: Any, **kwargs: Any) -> None:
-        if not _has_config(args, kwargs):
-            return init(self, *args, **kwargs)
+        # Looked for in either case, so that a class without it fails at its first use, not at the first config.
         builder = getattr(type(self), "from_config", None)
         name = type(self).__name__
         if builder is None:
             raise AttributeError(
-                f"{name} was given a config; it needs a classmethod from_config(cls, cfg, ...)."
+                f"{name} is @configurable; it needs a classmethod from_config(cls, cfg, ...)."
             )
         if not inspect.ismethod(builder):
             raise TypeError(f"{name}.from_config must be a classmethod.")
-        init(self, **_explicit_arguments(builder, args, kwargs))
+        if _has_config(args, kwargs):
+            kwargs, args = _explicit_arguments(builder, args, kwargs), ()
+        init(self, *args, **kwargs)
 
     return init_or_configure  # type: ignore[return-value]
 
@@ -230,8 +246,14 @@ def _configurable_function(from_config: Callable[..., dict[str, Any]], function:
 
 
 def _has_config(args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
-    candidates = [*args[:1], kwargs.get("cfg")]
-    return any(isinstance(value, _YacsCfgNode) for value in candidates)
+    config_types = (_YacsCfgNode, *_omegaconf_types())
+    return any(isinstance(value, config_types) for value in (*args[:1], kwargs.get("cfg")))
+
+
+def _omegaconf_types() -> tuple[type, ...]:
+    """OmegaConf's mapping, if the program uses OmegaConf; it is no requirement here."""
+    omegaconf = sys.modules.get("omegaconf")
+    return () if omegaconf is None else (omegaconf.DictConfig,)
 
 
 def _explicit_arguments(

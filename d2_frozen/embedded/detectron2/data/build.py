@@ -65,7 +65,8 @@ def get_detection_dataset_dicts(
     Args:
         names: one or more registered names.
         filter_empty: leave out images without any annotation that is not a crowd.
-        min_keypoints, proposal_files: features of Detectron2 itself; ImportError when used.
+        min_keypoints: leave out images with fewer labelled keypoints; 0 keeps all.
+        proposal_files: a feature of Detectron2 itself; ImportError when used.
         check_consistency: compare the class names of the datasets and log how often each class occurs.
     Returns:
         list[dict]; or a torch dataset where the registered functions return such.
@@ -74,8 +75,6 @@ def get_detection_dataset_dicts(
         KeyError: a name is not registered.
         ValueError: two of the datasets have different classes.
     """
-    if min_keypoints > 0:
-        filter_images_with_few_keypoints([], min_keypoints)
     if proposal_files:
         load_proposals_into_dataset([], proposal_files[0])
     names = [names] if isinstance(names, str) else list(names)
@@ -93,6 +92,8 @@ def get_detection_dataset_dicts(
     if "annotations" in records[0]:
         if filter_empty:
             records = filter_images_with_only_crowd_annotations(records)
+        if min_keypoints > 0 and filter_empty:
+            records = filter_images_with_few_keypoints(records, min_keypoints)
         if check_consistency:
             _check_and_count_classes(names, records)
     if not records:
@@ -125,8 +126,19 @@ def filter_images_with_only_crowd_annotations(dataset_dicts: list[Sample]) -> li
 def filter_images_with_few_keypoints(
     dataset_dicts: list[Sample], min_keypoints_per_image: int
 ) -> list[Sample]:
-    """Outside the subset."""
-    raise ImportError(outside_message("filtering images by keypoints"))
+    """Keep images whose annotations together have at least so many keypoints with a visibility above 0."""
+    useful = [d for d in dataset_dicts if _labelled_keypoints(d["annotations"]) >= min_keypoints_per_image]
+    logger.info(
+        "%d of %d images have at least %d keypoints; the others are left out.",
+        len(useful),
+        len(dataset_dicts),
+        min_keypoints_per_image,
+    )
+    return useful
+
+
+def _labelled_keypoints(annotations: list[dict[str, Any]]) -> int:
+    return sum(int(np.count_nonzero(np.asarray(a.get("keypoints", ()))[2::3] > 0)) for a in annotations)
 
 
 def load_proposals_into_dataset(dataset_dicts: list[Sample], proposal_file: str) -> list[Sample]:

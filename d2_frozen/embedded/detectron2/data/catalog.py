@@ -17,7 +17,7 @@ __all__ = ["DatasetCatalog", "Metadata", "MetadataCatalog"]
 logger = logging.getLogger(__name__)
 
 # Datasets that Detectron2 itself registers and the embedded engine does not.
-_OUTSIDE_PREFIXES = ("lvis_", "voc_", "cityscapes_", "ade20k_", "keypoints_coco_")
+_OUTSIDE_PREFIXES = ("lvis_", "voc_", "cityscapes_", "ade20k_")
 
 
 def _similar(name: str, known: list[str]) -> str:

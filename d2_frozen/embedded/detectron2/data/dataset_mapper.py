@@ -30,8 +30,9 @@ class DatasetMapper:
         use_instance_mask: keep the masks.
         instance_mask_format: "polygon" or "bitmask".
         recompute_boxes: after the augmentation take the boxes from the masks, which are tighter after a crop.
-        use_keypoint, keypoint_hflip_indices, precomputed_proposal_topk: features of Detectron2 itself;
-            ImportError when used.
+        use_keypoint: keep the keypoints.
+        keypoint_hflip_indices: see :func:`detection_utils.create_keypoint_hflip_indices`.
+        precomputed_proposal_topk: a feature of Detectron2 itself; ImportError when used.
     """
 
     @configurable
@@ -48,8 +49,6 @@ class DatasetMapper:
         precomputed_proposal_topk: int | None = None,
         recompute_boxes: bool = False,
     ):
-        if use_keypoint or keypoint_hflip_indices is not None:
-            raise ImportError(outside_message("MODEL.KEYPOINT_ON (keypoints)"))
         if precomputed_proposal_topk is not None:
             raise ImportError(outside_message("MODEL.LOAD_PROPOSALS (precomputed proposals)"))
         if recompute_boxes and not use_instance_mask:
@@ -81,6 +80,8 @@ class DatasetMapper:
             "recompute_boxes": crop and cfg.MODEL.MASK_ON,
             "use_keypoint": cfg.MODEL.KEYPOINT_ON,
         }
+        if cfg.MODEL.KEYPOINT_ON:
+            settings["keypoint_hflip_indices"] = utils.create_keypoint_hflip_indices(cfg.DATASETS.TRAIN)
         if cfg.MODEL.LOAD_PROPOSALS:
             topk = cfg.DATASETS
             settings["precomputed_proposal_topk"] = (
@@ -124,10 +125,13 @@ class DatasetMapper:
 
         Subclasses with other labels override this one.
         """
-        unused = {"keypoints"} if self.use_instance_mask else {"keypoints", "segmentation"}
+        used = {"segmentation": self.use_instance_mask, "keypoints": self.use_keypoint}
         moved = [
             utils.transform_instance_annotations(
-                {k: v for k, v in annotation.items() if k not in unused}, transforms, image_shape
+                {key: value for key, value in annotation.items() if used.get(key, True)},
+                transforms,
+                image_shape,
+                keypoint_hflip_indices=self.keypoint_hflip_indices,
             )
             for annotation in dataset_dict.pop("annotations")
             if annotation.get("iscrowd", 0) == 0

@@ -14,8 +14,16 @@ import pycocotools.mask as mask_util
 import torch
 from PIL import Image, UnidentifiedImageError
 
-from detectron2._outside import outside_message, outside_subset
-from detectron2.structures import BitMasks, Boxes, BoxMode, Instances, PolygonMasks, polygons_to_bitmask
+from detectron2._outside import outside_subset
+from detectron2.structures import (
+    BitMasks,
+    Boxes,
+    BoxMode,
+    Instances,
+    Keypoints,
+    PolygonMasks,
+    polygons_to_bitmask,
+)
 from detectron2.utils.file_io import PathManager
 
 from . import transforms as T
@@ -30,19 +38,19 @@ __all__ = [
     "check_metadata_consistency",
     "convert_PIL_to_numpy",
     "convert_image_to_rgb",
+    "create_keypoint_hflip_indices",
     "filter_empty_instances",
     "gen_crop_transform_with_instance",
     "read_image",
     "transform_instance_annotations",
+    "transform_keypoint_annotations",
 ]
 
 logger = logging.getLogger(__name__)
 
 _OUTSIDE = (
     "annotations_to_instances_rotated",
-    "create_keypoint_hflip_indices",
     "get_fed_loss_cls_weights",
-    "transform_keypoint_annotations",
     "transform_proposals",
 )
 __getattr__ = outside_subset(__name__, _OUTSIDE)
@@ -162,19 +170,18 @@ def transform_instance_annotations(
     *,
     keypoint_hflip_indices: np.ndarray | None = None,
 ) -> dict[str, Any]:
-    """Move the box and the mask of one annotation along with its image, in place.
+    """Move the box, the mask and the keypoints of one annotation along with its image, in place.
 
     Args:
-        annotation: "bbox" with "bbox_mode", and maybe "segmentation": polygons [[x0, y0, x1, y1, ...],
-            ...] or an RLE.
+        annotation: "bbox" with "bbox_mode", maybe "segmentation": polygons [[x0, y0, x1, y1, ...],
+            ...] or an RLE, maybe "keypoints".
         transforms: what was done to the image.
         image_size: (h, w) after the transforms; the box is clipped to it.
+        keypoint_hflip_indices: see :func:`transform_keypoint_annotations`.
     Returns:
         The same dict: box XYXY_ABS as (4,) array; polygons as flat arrays; an RLE has become an (h, w)
-            bitmask.
+            bitmask; keypoints (K, 3).
     """
-    if keypoint_hflip_indices is not None or "keypoints" in annotation:
-        raise NotImplementedError(outside_message("transforming keypoints"))
     if isinstance(transforms, tuple | list):
         transforms = T.TransformList(transforms)
     height, width = image_size
@@ -185,6 +192,10 @@ def transform_instance_annotations(
     if "segmentation" in annotation:
         annotation["segmentation"] = _transform_segmentation(
             annotation["segmentation"], transforms, image_size
+        )
+    if "keypoints" in annotation:
+        annotation["keypoints"] = transform_keypoint_annotations(
+            annotation["keypoints"], transforms, image_size, keypoint_hflip_indices
         )
     return annotation
 
@@ -206,20 +217,81 @@ def _transform_segmentation(segmentation: Any, transforms: T.Transform, image_si
     )
 
 
+def transform_keypoint_annotations(
+    keypoints: Any,
+    transforms: T.Transform,
+    image_size: tuple[int, int],
+    keypoint_hflip_indices: Sequence[int] | np.ndarray | None = None,
+) -> np.ndarray:
+    """Move the keypoints of one object along with its image.
+
+    Args:
+        keypoints: K times x, y, visibility (0 not labelled, 1 hidden, 2 visible), flat or (K, 3).
+        transforms: what was done to the image.
+        image_size: (h, w) after the transforms; a keypoint that has left the image is not labelled any more.
+        keypoint_hflip_indices: for mirrored images, which keypoint takes the place of each one, since a left
+            eye becomes a right one: :func:`create_keypoint_hflip_indices`.
+    Returns:
+        (K, 3) float64, zeros for what is not labelled.
+    Raises:
+        ValueError: the image is mirrored, and the indices are missing or are not K.
+    """
+    points = np.array(keypoints, dtype=np.float64).reshape(-1, 3)
+    position = transforms.apply_coords(points[:, :2].copy())
+    height, width = image_size
+    outside = ((position < 0) | (position > [width, height])).any(axis=1)
+    points[:, :2] = position
+    points[outside, 2] = 0
+    # Mirrored twice is not mirrored.
+    parts = transforms.transforms if isinstance(transforms, T.TransformList) else [transforms]
+    if sum(isinstance(part, T.HFlipTransform) for part in parts) % 2:
+        if keypoint_hflip_indices is None:
+            raise ValueError(
+                "the image is mirrored, but it is not known which keypoints change places: give "
+                "keypoint_hflip_indices=create_keypoint_hflip_indices(dataset_names)."
+            )
+        order = np.asarray(keypoint_hflip_indices, dtype=np.int64)
+        if len(order) != len(points):
+            raise ValueError(
+                f"the object has {len(points)} keypoints, its dataset's metadata names {len(order)}."
+            )
+        points = points[order]
+    points[points[:, 2] == 0] = 0
+    return points
+
+
+def create_keypoint_hflip_indices(dataset_names: str | Sequence[str]) -> list[int]:
+    """For each keypoint, the index of the one that takes its place when the image is mirrored.
+
+    Args:
+        dataset_names: with the metadata "keypoint_names" and "keypoint_flip_map", pairs of names.
+    Raises:
+        AttributeError: a dataset has no such metadata.
+        ValueError: two datasets differ.
+    """
+    dataset_names = [dataset_names] if isinstance(dataset_names, str) else list(dataset_names)
+    for key in ("keypoint_names", "keypoint_flip_map"):
+        check_metadata_consistency(key, dataset_names)
+    metadata = MetadataCatalog.get(dataset_names[0])
+    partner = {a: b for pair in metadata.keypoint_flip_map for a, b in (pair, reversed(pair))}
+    names = list(metadata.keypoint_names)
+    return [names.index(partner.get(name, name)) for name in names]
+
+
 def annotations_to_instances(
     annos: list[dict[str, Any]], image_size: tuple[int, int], mask_format: str = "polygon"
 ) -> Instances:
     """The annotations of one image, as models take them.
 
     Args:
-        annos: each with "bbox", "bbox_mode", "category_id", maybe "segmentation".
+        annos: each with "bbox", "bbox_mode", "category_id", maybe "segmentation", "keypoints".
         image_size: (h, w) of the image they belong to.
         mask_format: "polygon" or "bitmask".
     Returns:
-        Instances with gt_boxes, gt_classes (int64), and gt_masks where the first annotation has a
-        segmentation.
+        Instances with gt_boxes, gt_classes (int64), and gt_masks and gt_keypoints where the first annotation
+        has a segmentation and keypoints.
     Raises:
-        KeyError: some annotations have a segmentation and some have none.
+        KeyError: some annotations have a segmentation, or keypoints, and some have none.
         ValueError: a segmentation that does not go with ``mask_format``.
     """
     boxes = [BoxMode.convert(a["bbox"], a["bbox_mode"], BoxMode.XYXY_ABS) for a in annos]
@@ -229,19 +301,21 @@ def annotations_to_instances(
     if annos and "segmentation" in annos[0]:
         instances.gt_masks = _gather_masks(annos, image_size, mask_format)
     if annos and "keypoints" in annos[0]:
-        raise NotImplementedError(outside_message("training on keypoints"))
+        instances.gt_keypoints = Keypoints(np.array(_of_each(annos, "keypoints"), dtype=np.float64))
     return instances
+
+
+def _of_each(annos: list[dict[str, Any]], key: str) -> list[Any]:
+    lacking = sum(key not in a for a in annos)
+    if lacking:
+        raise KeyError(f"{key!r} is missing in {lacking} of the {len(annos)} annotations of this image.")
+    return [a[key] for a in annos]
 
 
 def _gather_masks(
     annos: list[dict[str, Any]], image_size: tuple[int, int], mask_format: str
 ) -> PolygonMasks | BitMasks:
-    lacking = sum("segmentation" not in a for a in annos)
-    if lacking:
-        raise KeyError(
-            f"'segmentation' is missing in {lacking} of the {len(annos)} annotations of this image."
-        )
-    segmentations = [a["segmentation"] for a in annos]
+    segmentations = _of_each(annos, "segmentation")
     if mask_format == "bitmask":
         bitmaps = [_to_bitmap(s, image_size) for s in segmentations]
         return BitMasks(torch.stack([torch.from_numpy(np.ascontiguousarray(b)) for b in bitmaps]))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -151,9 +151,10 @@ def _anchors_of_map(grid_hw: tuple[int, int], stride: int, offset: float, around
 def _one_per_map(values: list, num_maps: int, key: str) -> list[list[float]]:
     """Bring a setting to one list per feature map."""
     where = f"MODEL.ANCHOR_GENERATOR.{key}"
-    assert isinstance(values, (list, tuple)), f"{where} must be a list of lists, not {values!r}"
+    is_list = isinstance(values, Sequence) and not isinstance(values, str)
+    assert is_list, f"{where} must be a list of lists, not {values!r}"
     assert len(values) > 0, f"{where} is empty"
-    if not isinstance(values[0], (list, tuple)):
+    if not isinstance(values[0], Sequence):
         return [values] * num_maps
     if len(values) == 1:
         return [values[0]] * num_maps

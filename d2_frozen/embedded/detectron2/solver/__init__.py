@@ -6,6 +6,7 @@ from .build import (
     build_optimizer,
     get_default_optimizer_params,
     maybe_add_gradient_clipping,
+    reduce_param_groups,
 )
 from .lr_scheduler import LRMultiplier, LRScheduler, WarmupCosineLR, WarmupMultiStepLR, WarmupParamScheduler
 
@@ -20,4 +21,5 @@ __all__ = [
     "build_optimizer",
     "get_default_optimizer_params",
     "maybe_add_gradient_clipping",
+    "reduce_param_groups",
 ]

@@ -102,7 +102,7 @@ def get_default_optimizer_params(
             )
         by_leaf["bias"] = bias
 
-    groups: dict[tuple[tuple[str, Any], ...], dict[str, Any]] = {}
+    singles = []
     for module, name, parameter in _trainable_parameters(model):
         settings = dict(common)
         if weight_decay_norm is not None and _is_norm(module):
@@ -110,9 +110,34 @@ def get_default_optimizer_params(
         if lr_factor_func is not None:
             settings["lr"] *= lr_factor_func(name)
         settings.update(by_leaf.get(name.rsplit(".", 1)[-1], {}))
-        group = groups.setdefault(tuple(sorted(settings.items())), {"params": [], **settings})
-        group["params"].append(parameter)
-    return list(groups.values())
+        singles.append({"params": [parameter], **settings})
+    return reduce_param_groups(singles)
+
+
+def reduce_param_groups(params: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Parameter groups that say the same as ``params``, one for each set of settings.
+
+    Args:
+        params: ``[{"params": [...], "lr": ..., ...}, ...]``. A parameter may come in several groups; of its
+            settings, those of a later group win.
+    Returns:
+        Groups and their parameters in the order in which they first come; ``params`` is left as it is.
+    """
+    merged: dict[tuple[tuple[str, Any], ...], dict[str, Any]] = {}
+    for single in _expand_param_groups(params):
+        (parameter,) = single.pop("params")
+        merged.setdefault(tuple(sorted(single.items())), {**single, "params": []})["params"].append(parameter)
+    return list(merged.values())
+
+
+def _expand_param_groups(params: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One group per parameter, with all its settings."""
+    settings_of: dict[Any, dict[str, Any]] = {}
+    for group in params:
+        own = {name: value for name, value in group.items() if name != "params"}
+        for parameter in group["params"]:
+            settings_of.setdefault(parameter, {"params": [parameter]}).update(own)
+    return list(settings_of.values())
 
 
 def _trainable_parameters(model: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Parameter]]:

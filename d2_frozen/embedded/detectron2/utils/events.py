@@ -311,11 +311,13 @@ class TensorboardXWriter(EventWriter):
 
 
 class CommonMetricPrinter(EventWriter):
-    """One line in the log per call: ETA, iteration, losses, times, learning rate, peak memory.
+    """One line in the log per call: ETA, iteration, losses, metrics, times, learning rate, peak memory.
+
+    Losses are scalars with "loss" in their names, metrics those with "[metric]".
 
     Args:
         max_iter: iterations of the run, for the ETA; None for no ETA.
-        window_size: iterations for the medians of losses.
+        window_size: iterations for the medians of losses and metrics.
     """
 
     def __init__(self, max_iter: int | None = None, window_size: int = 20) -> None:
@@ -335,6 +337,7 @@ class CommonMetricPrinter(EventWriter):
         if eta is not None:
             parts.insert(0, f" eta: {eta}")
         parts += self._losses(storage)
+        parts += self._named_metrics(storage)
         parts += self._times(storage)
         if "lr" in storage.histories():
             parts.append(f"lr: {storage.history('lr').latest():.5g}")
@@ -346,6 +349,14 @@ class CommonMetricPrinter(EventWriter):
             f"{name}: {history.median(storage.count_samples(name, self._window_size)):.4g}"
             for name, history in storage.histories().items()
             if "loss" in name
+        ]
+
+    def _named_metrics(self, storage: EventStorage) -> list[str]:
+        """Scalars whose name has "[metric]" in it: numbers of a model that should be in the log too."""
+        return [
+            f"{name}: {history.median(storage.count_samples(name, self._window_size)):.4g}"
+            for name, history in storage.histories().items()
+            if "[metric]" in name and "loss" not in name
         ]
 
     def _times(self, storage: EventStorage) -> list[str]:

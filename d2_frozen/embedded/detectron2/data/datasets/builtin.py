@@ -25,7 +25,7 @@ __getattr__ = outside_subset(
     ),
 )
 
-_COCO_ANNOTATIONS = "coco/annotations/"
+_COCO_ANNOTATIONS = "coco/annotations"
 # name: (images, annotations in coco/annotations)
 _COCO_SPLITS = {
     "coco_2014_train": ("coco/train2014", "instances_train2014.json"),
@@ -41,10 +41,15 @@ _COCO_SPLITS = {
 
 
 def register_all_coco(root: str) -> None:
-    """Register the detection splits of COCO 2014 and 2017 that lie below ``root``."""
+    """Register COCO 2014 and 2017 below ``root``: objects, and persons with keypoints."""
     for name, (images, json_name) in _COCO_SPLITS.items():
-        json_file = os.path.join(root, _COCO_ANNOTATIONS + json_name)
-        register_coco_instances(name, _get_builtin_metadata("coco"), json_file, os.path.join(root, images))
+        image_root = os.path.join(root, images)
+        json_file = os.path.join(root, _COCO_ANNOTATIONS, json_name)
+        register_coco_instances(name, _get_builtin_metadata("coco"), json_file, image_root)
+        if json_name.startswith("instances_"):
+            persons = json_file.replace("instances_", "person_keypoints_")
+            metadata = _get_builtin_metadata("coco_person")
+            register_coco_instances("keypoints_" + name, metadata, persons, image_root)
 
 
 register_all_coco(os.path.expanduser(os.environ.get("DETECTRON2_DATASETS", "datasets")))

@@ -7,7 +7,7 @@ from typing import Any
 
 from detectron2._outside import outside_message
 
-__all__ = ["COCO_CATEGORIES"]
+__all__ = ["COCO_CATEGORIES", "COCO_PERSON_KEYPOINT_FLIP_MAP", "COCO_PERSON_KEYPOINT_NAMES"]
 
 # The 80 categories of COCO detection in the order of their ids, by supercategory. The ids run from 1 to
 # 90 and leave out the ten that the data set's authors never annotated.
@@ -50,8 +50,20 @@ def _coco_categories() -> list[dict[str, Any]]:
 COCO_CATEGORIES = _coco_categories()
 
 
+# COCO's 17 keypoints of a person, in their order in the files: the nose, then pairs, the left one first.
+_PAIRED = ("eye", "ear", "shoulder", "elbow", "wrist", "hip", "knee", "ankle")
+COCO_PERSON_KEYPOINT_FLIP_MAP = tuple((f"left_{part}", f"right_{part}") for part in _PAIRED)
+COCO_PERSON_KEYPOINT_NAMES = ("nose", *(name for pair in COCO_PERSON_KEYPOINT_FLIP_MAP for name in pair))
+
+
 def _get_builtin_metadata(dataset_name: str) -> dict[str, Any]:
-    """Metadata of a predefined dataset family; only "coco" is in the subset."""
+    """Metadata of a predefined dataset family: "coco" or "coco_person"; the others are outside the subset."""
+    if dataset_name == "coco_person":
+        return {
+            "thing_classes": ["person"],
+            "keypoint_names": COCO_PERSON_KEYPOINT_NAMES,
+            "keypoint_flip_map": COCO_PERSON_KEYPOINT_FLIP_MAP,
+        }
     if dataset_name != "coco":
         raise ImportError(outside_message(f"the metadata of {dataset_name!r}"))
     return {

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import pycocotools.mask as mask_util
 
-from detectron2._outside import outside_message, outside_subset
+from detectron2._outside import outside_subset
 from detectron2.structures import BoxMode
 from detectron2.utils.file_io import PathManager
 
@@ -351,7 +351,7 @@ def convert_to_coco_dict(dataset_name: str) -> dict[str, Any]:
     """A registered dataset in COCO's format, e.g. to evaluate it by COCO's protocol.
 
     Category ids are turned back to those of the original file where the metadata knows them. Coordinates are
-    rounded to a thousandth of a pixel. Keypoints are not written.
+    rounded to a thousandth of a pixel.
     """
     records = DatasetCatalog.get(dataset_name)
     metadata = MetadataCatalog.get(dataset_name)
@@ -391,18 +391,24 @@ def convert_to_coco_dict(dataset_name: str) -> dict[str, Any]:
 
 def _coco_annotation(annotation: Record, original_id: dict[int, Any]) -> Record:
     bbox = np.asarray(annotation["bbox"], dtype=np.float64)
-    if bbox.shape != (4,):
-        raise ImportError(outside_message("a rotated box in a COCO file"))
-    x, y, w, h = BoxMode.convert(bbox.tolist(), annotation["bbox_mode"], BoxMode.XYWH_ABS)
+    # A rotated box stays one; the third and fourth number are width and height of either.
+    mode = BoxMode.XYWHA_ABS if bbox.shape == (5,) else BoxMode.XYWH_ABS
+    box = BoxMode.convert(bbox.tolist(), annotation["bbox_mode"], mode)
     entry: Record = {
-        "bbox": [round(float(v), 3) for v in (x, y, w, h)],
-        "area": float(w * h),
+        "bbox": [round(float(v), 3) for v in box],
+        "area": float(box[2] * box[3]),
         "iscrowd": int(annotation.get("iscrowd", 0)),
         "category_id": original_id[annotation["category_id"]],
     }
     segmentation = annotation.get("segmentation")
     if segmentation is not None and len(segmentation):
         entry["area"], entry["segmentation"] = _area_and_json(segmentation)
+    keypoints = annotation.get("keypoints")
+    if keypoints is not None and len(keypoints):
+        # Back to pixel indices, see _convert_annotation.
+        points = np.array(keypoints, dtype=np.float64).reshape(-1, 3) - [0.5, 0.5, 0]
+        entry["keypoints"] = [v for x, y, flag in points.tolist() for v in (x, y, int(flag))]
+        entry["num_keypoints"] = int((points[:, 2] > 0).sum())
     return entry
 
 

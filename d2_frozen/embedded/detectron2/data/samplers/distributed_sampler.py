@@ -193,9 +193,13 @@ class InferenceSampler(Sampler):
         self._size = size
         self._rank = comm.get_rank()
         self._world_size = comm.get_world_size()
-        share, longer = divmod(size, self._world_size)
-        start = self._rank * share + min(self._rank, longer)
-        self._local_indices = range(start, start + share + (self._rank < longer))
+        self._local_indices = self._get_local_indices(size, self._world_size, self._rank)
+
+    @staticmethod
+    def _get_local_indices(total_size: int, world_size: int, rank: int) -> range:
+        share, longer = divmod(total_size, world_size)
+        start = rank * share + min(rank, longer)
+        return range(start, start + share + (rank < longer))
 
     def __iter__(self) -> Iterator[int]:
         yield from self._local_indices

@@ -13,8 +13,6 @@ from fvcore.transforms.transform import (
     VFlipTransform,
 )
 
-from detectron2._outside import outside_subset
-
 from .augmentation import (
     AugInput,
     Augmentation,
@@ -42,7 +40,15 @@ from .augmentation_impl import (
     ResizeScale,
     ResizeShortestEdge,
 )
-from .transform import ColorTransform, ExtentTransform, PILColorTransform, ResizeTransform, RotationTransform
+from .transform import (
+    ColorTransform,
+    ExtentTransform,
+    HFlip_rotated_box,
+    PILColorTransform,
+    Resize_rotated_box,
+    ResizeTransform,
+    RotationTransform,
+)
 
 __all__ = [
     "AugInput",
@@ -55,6 +61,7 @@ __all__ = [
     "FixedSizeCrop",
     "GridSampleTransform",
     "HFlipTransform",
+    "HFlip_rotated_box",
     "MinIoURandomCrop",
     "NoOpTransform",
     "PILColorTransform",
@@ -74,6 +81,7 @@ __all__ = [
     "ResizeScale",
     "ResizeShortestEdge",
     "ResizeTransform",
+    "Resize_rotated_box",
     "RotationTransform",
     "ScaleTransform",
     "StandardAugInput",
@@ -84,5 +92,3 @@ __all__ = [
     "apply_augmentations",
     "apply_transform_gens",
 ]
-
-__getattr__ = outside_subset(__name__, ("HFlip_rotated_box", "Resize_rotated_box"))

@@ -120,7 +120,8 @@ class _FixedAugmentation(Augmentation):
     def __init__(self, transform: Transform):
         self.transform = transform
 
-    def get_transform(self) -> Transform:  # type: ignore[override]
+    def get_transform(self, *_: Any) -> Transform:
+        # With the inputs when another augmentation, such as RandomApply, hands on its own.
         return self.transform
 
     def __repr__(self) -> str:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+import torch
 from fvcore.transforms.transform import (
     BlendTransform,
     CropTransform,
@@ -33,7 +34,7 @@ class RandomApply(Augmentation):
 
     def __init__(self, tfm_or_aug: Augmentation | Transform, prob: float = 0.5):
         if not 0.0 <= prob <= 1.0:
-            raise ValueError(f"prob is a probability, 0 to 1, not {prob}.")
+            raise AssertionError(f"RandomApply: prob is a probability, 0 to 1, not {prob}.")
         self.tfm_or_aug = self.aug = _as_augmentation(tfm_or_aug)
         self.prob = prob
 
@@ -103,12 +104,15 @@ class ResizeShortestEdge(Augmentation):
         sample_style: "range" or "choice".
     """
 
+    # TorchScript looks at the whole class when a scripted function calls get_output_shape; it must not look
+    # into the other methods, nor at annotations it has no types for.
+    @torch.jit.unused
     def __init__(
         self,
-        short_edge_length: int | Sequence[int],
-        max_size: int = 2**63 - 1,
-        sample_style: str = "range",
-        interp: int = _BILINEAR,
+        short_edge_length,
+        max_size=2**63 - 1,
+        sample_style="range",
+        interp=_BILINEAR,
     ):
         # AssertionError, not ValueError, because that is what callers of the original catch.
         if sample_style not in ("range", "choice"):
@@ -122,13 +126,15 @@ class ResizeShortestEdge(Augmentation):
         self.sample_style = sample_style
         self.interp = interp
 
-    def _draw_length(self) -> int:
+    @torch.jit.unused
+    def _draw_length(self):
         if self.is_range:
             lowest, highest = self.short_edge_length
             return np.random.randint(lowest, highest + 1)
         return np.random.choice(self.short_edge_length)
 
-    def get_transform(self, image: np.ndarray) -> Transform:
+    @torch.jit.unused
+    def get_transform(self, image):
         height, width = image.shape[:2]
         length = self._draw_length()
         if length == 0:
@@ -138,7 +144,7 @@ class ResizeShortestEdge(Augmentation):
 
     @staticmethod
     def get_output_shape(oldh: int, oldw: int, short_edge_length: int, max_size: int) -> tuple[int, int]:
-        """(h, w) of the result for an input of oldh x oldw; rounded half up."""
+        """(h, w) of the result for an input of oldh x oldw; rounded half up. Can be called in TorchScript."""
         short, long = min(oldh, oldw), max(oldh, oldw)
         new_short = float(short_edge_length)
         new_long = new_short / short * long

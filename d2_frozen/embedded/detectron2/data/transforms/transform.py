@@ -12,14 +12,22 @@ import cv2
 import numpy as np
 import torch
 import torch.nn.functional as F
-from fvcore.transforms.transform import CropTransform, NoOpTransform, Transform, TransformList
+from fvcore.transforms.transform import (
+    CropTransform,
+    HFlipTransform,
+    NoOpTransform,
+    Transform,
+    TransformList,
+)
 from PIL import Image
 
 __all__ = [
     "ColorTransform",
     "ExtentTransform",
+    "HFlip_rotated_box",
     "PILColorTransform",
     "ResizeTransform",
+    "Resize_rotated_box",
     "RotationTransform",
 ]
 
@@ -273,3 +281,35 @@ class PILColorTransform(ColorTransform):
 
     def apply_image(self, img: np.ndarray) -> np.ndarray:
         return np.asarray(self.op(Image.fromarray(img)))
+
+
+# Rotated boxes, (N, 5): x and y of the centre, width, height in pixels, angle in degrees, counter-clockwise.
+# fvcore gives each transform a method apply_rotated_box from these functions.
+
+
+def HFlip_rotated_box(transform: HFlipTransform, rotated_boxes: np.ndarray) -> np.ndarray:
+    """Mirrored boxes turn the other way round."""
+    mirrored = np.array(rotated_boxes)
+    mirrored[:, 0] = transform.width - mirrored[:, 0]
+    mirrored[:, 4] *= -1
+    return mirrored
+
+
+def Resize_rotated_box(transform: ResizeTransform, rotated_boxes: np.ndarray) -> np.ndarray:
+    """Scaled boxes. Unless both axes scale alike a turned box becomes a parallelogram: the result keeps the
+    lengths of its sides, and the direction of what was the height.
+    """
+    scale = np.array([transform.new_w / transform.w, transform.new_h / transform.h])
+    boxes = np.array(rotated_boxes, dtype=np.float64)
+    turn = np.deg2rad(boxes[:, 4])
+    along_width = np.stack([np.cos(turn), np.sin(turn)], axis=1) * scale  # (N, xy)
+    along_height = np.stack([np.sin(turn), np.cos(turn)], axis=1) * scale
+    boxes[:, :2] *= scale
+    boxes[:, 2] *= np.linalg.norm(along_width, axis=1)
+    boxes[:, 3] *= np.linalg.norm(along_height, axis=1)
+    boxes[:, 4] = np.rad2deg(np.arctan2(along_height[:, 0], along_height[:, 1]))
+    return boxes.astype(np.result_type(rotated_boxes, np.float32), copy=False)
+
+
+HFlipTransform.register_type("rotated_box", HFlip_rotated_box)
+ResizeTransform.register_type("rotated_box", Resize_rotated_box)
