@@ -1,13 +1,27 @@
-"""What a model is made of: parts, parameters, trainable or frozen, dtype. Printed at the start of every run."""
+"""What a model is made of: parts, parameters, trainable or frozen, dtype. Printed at the start of every run.
+
+For any config, without memory for its weights and without its data (class counts of -1 become 80):
+
+    python -m d2_frozen.summary --config-file configs/coco/table2/bifpn_htc_frozen.yaml [KEY VALUE ...]
+    python -m d2_frozen.summary --table configs/coco        # one row per yaml: the table of docs/parameter_counts.md
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import argparse
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
 
+import torch
 from tabulate import tabulate
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from d2_frozen.backbone import FrozenBackbone
+from detectron2.config import CfgNode
+
+_CLASSES_IF_UNKNOWN = 80  # COCO's
 
 
 def parts_table(model: nn.Module) -> str:
@@ -79,3 +93,102 @@ def _dtype(part: nn.Module) -> str:
     if isinstance(part, FrozenBackbone):
         return part.precision
     return ", ".join(sorted({str(p.dtype).removeprefix("torch.") for p in part.parameters()})) or "-"
+
+
+class Counts(NamedTuple):
+    """Numbers of parameters."""
+
+    trainable: int
+    total: int
+
+    @classmethod
+    def of(cls, model: nn.Module) -> Counts:
+        sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
+        return cls(sum(n for n, trains in sizes if trains), sum(n for n, _ in sizes))
+
+
+def build_weightless(cfg: CfgNode) -> nn.Module:
+    """The model of a config on torch's meta device: every shape and no value, so that 3 B parameters fit anywhere.
+
+    MODEL.WEIGHTS and MODEL.TIMM.PRETRAINED are not read; a class count of -1 becomes 80.
+    """
+    from detectron2.modeling import build_model
+
+    cfg = cfg.clone()
+    cfg.defrost()
+    cfg.MODEL.DEVICE, cfg.MODEL.TIMM.PRETRAINED = "meta", ""
+    if cfg.MODEL.ROI_HEADS.NUM_CLASSES < 0:
+        cfg.MODEL.ROI_HEADS.NUM_CLASSES = _CLASSES_IF_UNKNOWN
+    with torch.device("meta"), _WithoutInitialValues():
+        return build_model(cfg)
+
+
+class _WithoutInitialValues(TorchFunctionMode):
+    """Leaves out what fills tensors in place: on the meta device it changes nothing, and takes most of the time."""
+
+    _FILLING = frozenset({"normal_", "uniform_", "clamp_", "erfinv_", "mul_", "add_", "fill_", "zero_"})
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(func, "__name__", "") in self._FILLING:
+            target = args[0] if args else kwargs["tensor"]  # torch.nn.init passes its tensor by name
+            if target.is_meta:
+                return target
+        return func(*args, **(kwargs or {}))
+
+
+def read_config(path: str | Path, options: Iterable[str] = ()) -> CfgNode:
+    """A yaml file and KEY VALUE options over the defaults."""
+    from d2_frozen.config import add_frozen_config
+    from detectron2.config import get_cfg
+
+    cfg = add_frozen_config(get_cfg())
+    cfg.merge_from_file(str(path))
+    cfg.merge_from_list(list(options))
+    return cfg
+
+
+def is_part(path: Path) -> bool:
+    """Is a yaml only there to be the _BASE_ of others?"""
+    return path.parent.name == "base" or path.name.startswith("Base-")
+
+
+def counts_table(folder: str | Path) -> str:
+    """Markdown: path of every yaml below ``folder`` that is a model of its own, its trainable and all parameters."""
+    known: dict[str, Counts] = {}
+    rows = []
+    for path in sorted(Path(folder).rglob("*.yaml")):
+        if is_part(path):
+            continue
+        cfg = read_config(path)
+        model = cfg.MODEL.dump()
+        if model not in known:
+            known[model] = Counts.of(build_weightless(cfg))
+        rows.append([f"`{path.as_posix()}`", *(f"{count:,}" for count in known[model])])
+    return tabulate(
+        rows, headers=["config", "trainable", "all"], tablefmt="github", colalign=("left", "right", "right")
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m d2_frozen.summary", description="Parameters of a config."
+    )
+    parser.add_argument("--config-file", default="", help="print the parts of this one")
+    parser.add_argument(
+        "--table", default="", metavar="FOLDER", help="print one row per yaml below this folder"
+    )
+    parser.add_argument("options", nargs="*", metavar="KEY VALUE", help="over those of --config-file")
+    args = parser.parse_args()
+    if bool(args.config_file) == bool(args.table):
+        parser.error("give one of --config-file and --table")
+    if args.table:
+        print(counts_table(args.table))
+    else:
+        print(parts_table(build_weightless(read_config(args.config_file, args.options))))
+
+
+if __name__ == "__main__":
+    # Not this copy of the module, whose RestOf is another class than the one that models use.
+    from d2_frozen import summary
+
+    summary.main()
