@@ -16,7 +16,6 @@ from tabulate import tabulate
 from torch import nn
 
 from d2_frozen.config import add_frozen_config
-from d2_frozen.engine.allocator import keep_freed_memory
 from detectron2.config import CfgNode, get_cfg
 from detectron2.engine import default_argument_parser, default_setup, launch
 from detectron2.utils import comm
@@ -66,6 +65,7 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
     """
     cfg = setup(args)
     from d2_frozen.engine import FrozenTrainer
+    from d2_frozen.engine.allocator import keep_freed_memory
 
     if cfg.MODEL.DEVICE == "cpu":
         keep_freed_memory()
