@@ -160,7 +160,7 @@ def counts_table(folder: str | Path) -> str:
         if is_part(path):
             continue
         cfg = read_config(path)
-        model = cfg.MODEL.dump()
+        model = str(cfg.MODEL)
         if model not in known:
             known[model] = Counts.of(build_weightless(cfg))
         rows.append([f"`{path.as_posix()}`", *(f"{count:,}" for count in known[model])])

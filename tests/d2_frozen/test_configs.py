@@ -38,7 +38,7 @@ def name_of(path: Path) -> str:
 
 def counts_of(cfg: CfgNode) -> Counts:
     """Each distinct model is built once, without weights; seconds for all of them."""
-    model = cfg.MODEL.dump()
+    model = str(cfg.MODEL)
     if model not in _known:
         _known[model] = Counts.of(build_weightless(cfg))
     return _known[model]
