@@ -4,7 +4,8 @@ In: the name of a timm model.  Out: the arguments that keep its windows as they 
 image size.
 Method: Lin et al., arXiv:2211.02043, section 3.3, enlarges the image and leaves the window alone. As in the
 detectors of the Swin papers (arXiv:2103.14030, 2111.09883) every stage has window w, odd blocks are shifted
-by w // 2, and maps that are no multiple of w are padded, also where a map is smaller than one window.
+by w // 2, and maps that are no multiple of w are padded before they are shifted, also where a map is smaller than
+one window.
 """
 
 from __future__ import annotations
@@ -13,8 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from timm.models import build_model_with_cfg, generate_default_cfgs, model_entrypoint, register_model
-from timm.models.swin_transformer_v2 import SwinTransformerV2
+from timm.models.swin_transformer import SwinTransformer, SwinTransformerBlock
+from timm.models.swin_transformer_v2 import SwinTransformerV2, SwinTransformerV2Block
+from torch import Tensor, nn
 
 PICO_NAME = "swinv2_pico_window8_256"
 _SWIN_MODULES = (
@@ -43,7 +47,7 @@ default_cfgs = generate_default_cfgs(
 
 
 @register_model
-def swinv2_pico_window8_256(pretrained: bool = False, **kwargs: Any) -> torch.nn.Module:
+def swinv2_pico_window8_256(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """SwinV2 with 2.7 M parameters: channels 32, 64, 128, 256; blocks 2, 2, 4, 2; window 8."""
     shape = dict(embed_dim=32, depths=(2, 2, 4, 2), num_heads=(2, 4, 8, 16), window_size=8, img_size=256)
     return build_model_with_cfg(
@@ -68,3 +72,44 @@ def unchanged_window_arguments(name: str) -> dict[str, Any]:
     if model_entrypoint(name).__module__ not in _SWIN_MODULES:
         return {}
     return {"always_partition": True, "strict_img_size": False}
+
+
+class PadsBeforeShift:
+    """Mixin for a block of timm's Swin networks: opposite borders of a padded map stay apart.
+
+    timm shifts a map in a circle, then pads it; its mask then separates the padding, not the rows that came around,
+    and the first rows attend to the last. At 1024 pixels a window of 12 or 7 pads every stage.
+    """
+
+    window_size: tuple[int, int]
+
+    def _attn(self, x: Tensor) -> Tensor:
+        """(B, h, w, C) -> (B, h, w, C)."""
+        height, width = x.shape[1:3]
+        below, right = -height % self.window_size[0], -width % self.window_size[1]
+        if below or right:
+            x = F.pad(x, (0, 0, 0, right, 0, below))
+        return super()._attn(x)[:, :height, :width]  # type: ignore[misc]
+
+
+class SwinBlock(PadsBeforeShift, SwinTransformerBlock):
+    """Swin block for maps of any size."""
+
+
+class SwinV2Block(PadsBeforeShift, SwinTransformerV2Block):
+    """SwinV2 block for maps of any size."""
+
+
+def pad_before_shift(network: nn.Module) -> None:
+    """Give the blocks of a Swin network the padding of the papers' detectors, in place; no weight changes.
+
+    The small network of this project keeps timm's order, with which its weights were made.
+    """
+    if not isinstance(network, SwinTransformer | SwinTransformerV2):
+        return
+    if (getattr(network, "pretrained_cfg", None) or {}).get("architecture") == PICO_NAME:
+        return
+    kinds = {SwinTransformerBlock: SwinBlock, SwinTransformerV2Block: SwinV2Block}
+    for module in network.modules():
+        if type(module) in kinds:
+            module.__class__ = kinds[type(module)]

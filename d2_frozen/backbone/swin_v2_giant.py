@@ -15,6 +15,8 @@ from timm.models import build_model_with_cfg, generate_default_cfgs, register_mo
 from timm.models.swin_transformer_v2 import SwinTransformerV2, SwinTransformerV2Block
 from torch import Tensor, nn
 
+from d2_frozen.backbone.swin_v2 import PadsBeforeShift
+
 GIANT_NAME = "swinv2_giant_window12_192"
 default_cfgs = generate_default_cfgs(
     {
@@ -52,7 +54,7 @@ class SwinV2WithMainNorms(SwinTransformerV2):
                     BlockWithMainNorm.extend(block)
 
 
-class BlockWithMainNorm(SwinTransformerV2Block):
+class BlockWithMainNorm(PadsBeforeShift, SwinTransformerV2Block):
     """A SwinV2 block whose output, not only its two branches, is normalised."""
 
     norm3: nn.LayerNorm

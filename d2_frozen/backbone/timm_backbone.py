@@ -17,7 +17,7 @@ from timm.models import group_parameters
 from torch import Tensor, nn
 
 from d2_frozen.backbone import swin_v2_giant  # noqa: F401  (registers its names in timm)
-from d2_frozen.backbone.swin_v2 import unchanged_window_arguments
+from d2_frozen.backbone.swin_v2 import pad_before_shift, unchanged_window_arguments
 from d2_frozen.backbone.weight_files import WeightFiles
 from d2_frozen.backbone.weights import load_weights
 from detectron2.config import CfgNode
@@ -150,6 +150,7 @@ def create_timm_backbone(
             "MODEL.TIMM.ARGS {} and three image channels nothing special is asked of it."
         ) from err
     _pyramid(network, name)
+    pad_before_shift(network)
     if files is not None:
         load_weights(network, files, ignore=_head_prefixes(network))
     backbone = TimmBackbone(network, out_features, name=name)

@@ -4,7 +4,7 @@ import pytest
 import timm
 import torch
 
-from d2_frozen.backbone import build_timm_backbone, create_timm_backbone
+from d2_frozen.backbone import build_timm_backbone, create_timm_backbone, freeze_backbone
 from d2_frozen.backbone.swin_v2 import PICO_NAME
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY
@@ -168,3 +168,69 @@ def test_windows_see_no_further_than_themselves_at_a_large_size():
     with torch.no_grad():
         a, b = backbone(images)["res2"], backbone(changed)["res2"]
     assert torch.equal(a[..., :8, :], b[..., :8, :]) and not torch.equal(a[..., 8:16, :], b[..., 8:16, :])
+
+
+PAPER_NAMES = {
+    "swinv2_tiny_window8_256.ms_in1k": (96, 8),
+    "swinv2_small_window8_256.ms_in1k": (96, 8),
+    "swinv2_base_window8_256.ms_in1k": (128, 8),
+    "swinv2_base_window12_192.ms_in22k": (128, 12),
+    "swinv2_large_window12_192.ms_in22k": (192, 12),
+    "swin_small_patch4_window7_224.ms_in22k": (96, 7),
+    "swin_base_patch4_window7_224.ms_in22k": (128, 7),
+    "swin_large_patch4_window12_384.ms_in22k": (192, 12),
+}
+
+
+@pytest.mark.parametrize("name", PAPER_NAMES)
+def test_released_names(name):
+    """Channels double from stage to stage; window and shift are those of pretraining, also in the last stage."""
+    channels, window = PAPER_NAMES[name]
+    with torch.device("meta"):
+        backbone = create_timm_backbone(name)
+    assert [(n, s.channels, s.stride) for n, s in backbone.output_shape().items()] == [
+        (f"res{i + 2}", channels * 2**i, 4 << i) for i in range(4)
+    ]
+    for blocks in _blocks(backbone.network):
+        assert blocks[:2] == [((window, window), (0, 0)), ((window, window), (window // 2,) * 2)]
+    assert timm.is_model_pretrained(name)
+
+
+def test_windows_stay_at_1024_pixels():
+    with torch.device("meta"):
+        backbone = create_timm_backbone("swinv2_tiny_window8_256", arguments={"depths": (2, 2, 2, 2)})
+        before = _blocks(backbone.network)
+        maps = backbone(torch.empty(1, 3, 1024, 1024))
+    assert [tuple(m.shape) for m in maps.values()] == [(1, 96 << i, 256 >> i, 256 >> i) for i in range(4)]
+    assert _blocks(backbone.network) == before
+
+
+@pytest.mark.parametrize("name", ["swin_tiny_patch4_window7_224", "swinv2_tiny_window8_256"])
+def test_opposite_borders_of_a_padded_map_do_not_see_each_other(name):
+    """timm alone shifts before it pads: at 22 rows of windows of 8 or 7, the first rows would attend to the last."""
+    torch.manual_seed(0)
+    backbone = create_timm_backbone(name, arguments={"depths": (2, 1, 1, 1)})
+    block = backbone.eval().network.layers[0].blocks[1]
+    window, rows = block.window_size[0], 22
+    one = torch.randn(1, rows, 24, 96)
+    other = one.clone()
+    other[:, -2:] += 1
+    with torch.no_grad():
+        moved = (block._attn(one) - block._attn(other)).abs().amax((0, 2, 3)) > 1e-6
+    first = window // 2 + (rows - 2 - window // 2) // window * window  # of the shifted window that holds them
+    assert moved.nonzero().flatten().tolist() == list(range(first, rows))
+
+
+def test_drop_path_acts_in_the_trained_part_only():
+    backbone = create_timm_backbone(PICO_NAME, drop_path_rate=0.9)
+    for parameter in backbone.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    images = torch.randn(1, 3, 32, 32)
+    frozen = freeze_backbone(backbone, "all").train()
+    assert torch.equal(frozen(images)["res5"], frozen(images)["res5"])
+    partly = freeze_backbone(create_timm_backbone(PICO_NAME, drop_path_rate=0.9), "res3").train()
+    for parameter in partly.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    runs = [partly(images) for _ in range(8)]
+    assert all(torch.equal(run["res3"], runs[0]["res3"]) for run in runs)
+    assert len({run["res5"].sum().item() for run in runs}) > 1
