@@ -59,6 +59,12 @@ def test_rotated_boxes_become_their_hull():
     assert math.isclose(x1 - x0, 6 / math.sqrt(2), rel_tol=1e-6)
 
 
+@pytest.mark.parametrize("boxes", [[[1, 2, 3, 4]], ([1, 2, 3, 4],), [1, 2, 3], []])
+def test_a_list_is_one_box(boxes):
+    with pytest.raises(AssertionError):
+        BoxMode.convert(boxes, BoxMode.XYXY_ABS, BoxMode.XYWH_ABS)
+
+
 def test_image_list_gives_the_images_back():
     images = [torch.rand(3, 5, 9), torch.rand(3, 7, 4)]
     batch = ImageList.from_tensors(images, size_divisibility=4, pad_value=-1.0)

@@ -2,7 +2,7 @@
 
 Importing it works, so that a project which only mentions RotatedBoxes or detectron2.export still runs; *using* it
 raises one sentence, the same everywhere: the name of the missing feature, and that it needs Detectron2 itself.
-What a Detectron2 may lack too (its compiled part, its projects) is a ModuleNotFoundError, which others catch.
+What an installed Detectron2 may lack too (its compiled part) is a ModuleNotFoundError, which others catch.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any, NoReturn
 
 _INSTALL = "https://detectron2.readthedocs.io/tutorials/install.html"
 
-# Package -> its modules that are missing here and present in every Detectron2. "" is the package itself.
+# Package -> its modules that are missing here and present in every installed Detectron2.
 _OUTSIDE_MODULES = {
     "config": "instantiate lazy",
     "data": "benchmark",
@@ -34,17 +34,20 @@ _OUTSIDE_MODULES = {
     "modeling.meta_arch": "dense_detector fcos panoptic_fpn retinanet",
     "modeling.proposal_generator": "rrpn",
     "modeling.roi_heads": "rotated_fast_rcnn",
+    "projects": "deeplab point_rend",
+    "projects.deeplab": "build_solver config loss lr_scheduler resnet semantic_seg",
+    "projects.point_rend": "color_augmentation config mask_head point_features point_head roi_heads semantic_seg",
     "structures": "rotated_boxes",
     "tracking": "base_tracker bbox_iou_tracker hungarian_tracker iou_weighted_hungarian_bbox_iou_tracker utils"
     " vanilla_hungarian_bbox_iou_tracker",
     "utils": "video_visualizer",
 }
-_OUTSIDE_PACKAGES = ("export", "tracking")
+_OUTSIDE_PACKAGES = ("export", "projects", "projects.deeplab", "projects.point_rend", "tracking")
 _OUTSIDE = {f"detectron2.{name}" for name in _OUTSIDE_PACKAGES} | {
     f"detectron2.{package}.{name}" for package, names in _OUTSIDE_MODULES.items() for name in names.split()
 }
-# A Detectron2 can be without these, so code that asks for them is prepared for an ImportError.
-_OPTIONAL = ("detectron2._C", "detectron2.projects")
+# An installed Detectron2 can be without these, so code that asks for them is prepared for an ImportError.
+_OPTIONAL = ("detectron2._C", "detectron2.projects.panoptic_deeplab")
 
 
 def outside_message(feature: str) -> str:

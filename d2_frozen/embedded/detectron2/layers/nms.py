@@ -24,5 +24,5 @@ def batched_nms(boxes: Tensor, scores: Tensor, idxs: Tensor, iou_threshold: floa
     Returns:
         Long indices of the boxes that stay, highest score first.
     """
-    assert boxes.shape[-1] == 4, f"boxes have 4 coordinates, got shape {tuple(boxes.shape)}"
+    assert boxes.shape[-1] == 4, f"boxes have 4 coordinates, got shape {boxes.shape}"
     return torchvision.ops.batched_nms(boxes.float(), scores, idxs, iou_threshold)

@@ -1,13 +1,7 @@
-"""Which ground truth box does each prediction belong to, and is it foreground?"""
-
-from __future__ import annotations
-
-from collections.abc import Sequence
+"""Which ground truth box does each prediction belong to, and is it foreground? Also in TorchScript."""
 
 import torch
 from torch import Tensor
-
-_ALLOWED_LABELS = (-1, 0, 1)
 
 
 class Matcher:
@@ -18,7 +12,7 @@ class Matcher:
     """
 
     def __init__(
-        self, thresholds: Sequence[float], labels: Sequence[int], allow_low_quality_matches: bool = False
+        self, thresholds: list[float], labels: list[int], allow_low_quality_matches: bool = False
     ) -> None:
         """
         Args:
@@ -27,15 +21,15 @@ class Matcher:
             allow_low_quality_matches: the best predictions of each ground truth become foreground however bad
                 they are (Faster R-CNN, arXiv:1506.01497, section 3.1.2, case i).
         """
-        bounds = [-float("inf"), *thresholds, float("inf")]
+        bounds = [-float("inf")] + list(thresholds) + [float("inf")]
         assert len(thresholds) > 0 and thresholds[0] > 0, (
-            f"matching thresholds must be above 0, got {list(thresholds)}"
+            f"matching thresholds must be above 0, got {thresholds}"
         )
-        assert bounds == sorted(bounds), f"matching thresholds must increase, got {list(thresholds)}"
+        assert bounds == sorted(bounds), f"matching thresholds must increase, got {thresholds}"
         assert len(labels) == len(bounds) - 1, (
-            f"{len(thresholds)} thresholds need one label more, got {list(labels)}"
+            f"{len(thresholds)} thresholds need one label more, got {labels}"
         )
-        assert all(label in _ALLOWED_LABELS for label in labels), f"labels are -1, 0 or 1, got {list(labels)}"
+        assert all([label in [-1, 0, 1] for label in labels]), f"labels are -1, 0 or 1, got {labels}"
         self.thresholds = bounds
         self.labels = list(labels)
         self.allow_low_quality_matches = allow_low_quality_matches
@@ -48,14 +42,12 @@ class Matcher:
             matches: (N,) int64, the ground truth of each prediction (0 when there is none at all).
             match_labels: (N,) int8.
         """
-        assert match_quality_matrix.dim() == 2, (
-            f"a (M, N) matrix is needed, got {tuple(match_quality_matrix.shape)}"
-        )
+        assert match_quality_matrix.dim() == 2, f"a (M, N) matrix is needed, got {match_quality_matrix.shape}"
         num_predictions = match_quality_matrix.shape[1]
         if match_quality_matrix.numel() == 0:
-            matches = match_quality_matrix.new_zeros(num_predictions, dtype=torch.int64)
+            matches = match_quality_matrix.new_zeros([num_predictions], dtype=torch.int64)
             # Without ground truth every quality is below the first threshold.
-            return matches, matches.new_full((num_predictions,), self.labels[0], dtype=torch.int8)
+            return matches, matches.new_full([num_predictions], self.labels[0], dtype=torch.int8)
         assert (match_quality_matrix >= 0).all(), "match qualities must not be negative (or nan)"
 
         best, matches = match_quality_matrix.max(dim=0)

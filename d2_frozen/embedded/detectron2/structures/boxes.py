@@ -1,14 +1,12 @@
 """What is a box here: N axis-aligned boxes in absolute XYXY pixels, their geometry, and other encodings.
 
 Coordinates are continuous: a box (x0, y0, x1, y1) has width x1 - x0, and pixel (0, 0) covers [0, 1) x [0, 1).
+Boxes can be used in TorchScript, whose types are narrower: annotations name what it may pass.
 """
 
-from __future__ import annotations
-
 import math
-from collections.abc import Iterator, Sequence
 from enum import IntEnum, unique
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -24,10 +22,11 @@ class Boxes:
         tensor: (N, 4), float32, absolute pixels (x0, y0, x1, y1).
     """
 
-    def __init__(self, tensor: Any) -> None:
+    def __init__(self, tensor: Tensor) -> None:
         """
         Args:
-            tensor: (N, 4) tensor, array or nested list. Anything without elements becomes (0, 4).
+            tensor: (N, 4); outside of TorchScript also an array or a nested list. Anything without elements
+                becomes (0, 4).
         """
         if isinstance(tensor, Tensor):
             coords = tensor.to(torch.float32)
@@ -35,16 +34,14 @@ class Boxes:
             coords = torch.as_tensor(tensor, dtype=torch.float32, device=torch.device("cpu"))
         if coords.numel() == 0:
             coords = coords.reshape(-1, 4)  # an image without objects often comes as a 1-d empty list
-        assert coords.dim() == 2 and coords.shape[1] == 4, (
-            f"Boxes wants shape (N, 4), got {tuple(coords.shape)}"
-        )
+        assert coords.dim() == 2 and coords.shape[1] == 4, f"Boxes wants shape (N, 4), got {coords.shape}"
         self.tensor = coords
 
-    def clone(self) -> Boxes:
+    def clone(self) -> "Boxes":
         """Boxes with their own memory."""
         return Boxes(self.tensor.clone())
 
-    def to(self, device: torch.device | str) -> Boxes:
+    def to(self, device: torch.device) -> "Boxes":
         return Boxes(self.tensor.to(device=device))
 
     @property
@@ -93,28 +90,27 @@ class Boxes:
         self.tensor[:, 1::2] *= scale_y
 
     @classmethod
-    def cat(cls, boxes_list: Sequence[Boxes]) -> Boxes:
-        """All boxes of a list in order; an empty list gives (0, 4)."""
-        assert isinstance(boxes_list, (list, tuple)), (
-            f"a list of Boxes is needed, not {type(boxes_list).__name__}"
-        )
-        assert all(isinstance(b, Boxes) for b in boxes_list), "Boxes.cat: every entry must be a Boxes"
+    def cat(cls, boxes_list: list["Boxes"]) -> "Boxes":
+        """All boxes of a list (or tuple) in order; an empty list gives (0, 4)."""
+        assert isinstance(boxes_list, (list, tuple)), "Boxes.cat: a list of Boxes is needed"
+        assert all([isinstance(b, Boxes) for b in boxes_list]), "Boxes.cat: every entry must be a Boxes"
         if len(boxes_list) == 0:
             return cls(torch.empty(0))
         return cls(torch.cat([b.tensor for b in boxes_list], dim=0))
 
-    def __getitem__(self, item: int | slice | Tensor) -> Boxes:
+    def __getitem__(self, item) -> "Boxes":  # without a type, TorchScript takes a tensor
         """Index, slice, bool mask (N,) or long indices; always Boxes, one box for an integer."""
         picked = self.tensor[item]
         if isinstance(item, int):
             picked = picked[None]
-        assert picked.dim() == 2, f"indexing Boxes with {item!r} does not select whole boxes"
+        assert picked.dim() == 2, f"indexing Boxes with {item} does not select whole boxes"
         return Boxes(picked)
 
     def __len__(self) -> int:
         return self.tensor.shape[0]
 
-    def __iter__(self) -> Iterator[Tensor]:
+    @torch.jit.unused
+    def __iter__(self):  # no type, as TorchScript has none for it
         """Boxes one by one, each (4,)."""
         return iter(self.tensor)
 
@@ -137,7 +133,7 @@ class BoxMode(IntEnum):
     XYWHA_ABS = 4
 
     @staticmethod
-    def convert(box: RawBoxes, from_mode: BoxMode, to_mode: BoxMode) -> RawBoxes:
+    def convert(box: RawBoxes, from_mode: "BoxMode", to_mode: "BoxMode") -> RawBoxes:
         """Boxes in another mode. The input is not changed; for equal modes it is returned itself.
 
         Args:
@@ -153,6 +149,7 @@ class BoxMode(IntEnum):
         is_sequence = isinstance(box, (list, tuple))
         if is_sequence:
             source = torch.tensor(box)[None]
+            assert source.dim() == 2, f"a list or tuple is one box, not several: {box}"
         elif isinstance(box, np.ndarray):
             source = torch.from_numpy(np.asarray(box))
         else:
