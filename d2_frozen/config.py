@@ -42,7 +42,8 @@ def _add_model_keys(cfg: CfgNode) -> None:
     cfg.MODEL.FROZEN.SAVE_FULL_MODEL = False
 
     cfg.MODEL.TIMM = CfgNode()
-    # Name of any timm model with a feature pyramid (strides 4, 8, 16, 32); docs/backbones.md lists what to use.
+    # Name of any timm model with a feature pyramid (strides 4, 8, 16, 32), or of a plain ViT; docs/backbones.md lists
+    # what to use.
     # This project's own: swinv2_giant_window12_192 (SwinV2-G), and the small swinv2_pico_window8_256, whose weights
     # ship with the package.
     cfg.MODEL.TIMM.NAME = "swinv2_pico_window8_256"
@@ -58,7 +59,8 @@ def _add_model_keys(cfg: CfgNode) -> None:
     cfg.MODEL.TIMM.ARGS = CfgNode(new_allowed=True)
 
     cfg.MODEL.NECK = CfgNode()
-    # Neck on top of the bottom-up network: "FPN" | "ResidualFPN" | "BiFPN".
+    # Neck on top of the bottom-up network: "FPN" | "ResidualFPN" | "BiFPN" | "SimpleFeaturePyramid" (ViTDet's, for plain
+    # ViTs; the other necks on a plain ViT get res2..res5 from the same trained branches).
     # MODEL.FPN.{IN_FEATURES, OUT_CHANNELS, NORM} hold for each of them, FUSE_TYPE for the two FPNs.
     # BiFPN needs a norm (GN, BN, SyncBN): without one, the signal fades from layer to layer.
     cfg.MODEL.NECK.NAME = "BiFPN"
@@ -126,7 +128,8 @@ def _add_data_keys(cfg: CfgNode) -> None:
     # Train on a share of the images of each set in DATASETS.TRAIN (the paper's Table 6); test sets stay whole. A seed
     # names the same images everywhere, and 1 % of them is a part of 10 %; ids go to OUTPUT_DIR/data/NAME.subset.json.
     cfg.DATASETS.SUBSET = CfgNode()
-    # Above 0.0, up to 100.0: all. Of the images with objects (of all, if not DATALOADER.FILTER_EMPTY_ANNOTATIONS).
+    # Above 0.0, up to 100.0: all; 1 % is written 1.0, as any float key wants it. Of the images with objects, or of all
+    # of them if DATALOADER.FILTER_EMPTY_ANNOTATIONS is False.
     cfg.DATASETS.SUBSET.PERCENT = 100.0
     # Any integer; independent of SEED, so that runs of several SEEDs can share their images.
     cfg.DATASETS.SUBSET.SEED = 0

@@ -11,6 +11,7 @@ import pytest
 
 from d2_frozen.data import build_test_loader, build_train_loader, prepare_datasets, training_records
 from d2_frozen.data.subset import take_subset
+from d2_frozen.train_net import main
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
 IMAGES = [{"image_id": k, "file_name": f"/photos/{k:012d}.jpg"} for k in range(1, 201)]
@@ -166,3 +167,11 @@ def test_types_are_those_of_the_defaults(world):
         world("DATASETS.SUBSET.PERCENT", "all")
     with pytest.raises(ValueError, match=r"DATASETS.SUBSET.SEED"):
         world("DATASETS.SUBSET.SEED", 0.5)
+
+
+def test_a_run_trains_on_the_share_and_is_tested_on_all(flags, tmp_path):
+    main(flags("DATASETS.SUBSET.PERCENT", "25.0", "SOLVER.MAX_ITER", "2"))
+    document = json.loads((tmp_path / "out/data/tiny_train.subset.json").read_text())
+    assert (document["images"], document["of"]) == (3, 12)
+    predictions = json.loads((tmp_path / "out/inference/coco_instances_results.json").read_text())
+    assert len({p["image_id"] for p in predictions}) == 4
