@@ -49,12 +49,17 @@ def _parts(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         yield from own_parts()
         return
     for name, child in model.named_children():
-        bottom_up = getattr(child, "bottom_up", None)
-        if isinstance(bottom_up, nn.Module):
-            yield f"{name}.bottom_up", bottom_up
-            yield f"{name} (neck)", RestOf(child, "bottom_up")
-        else:
-            yield name, child
+        yield from backbone_parts(name, child, f"{name} (neck)")
+
+
+def backbone_parts(name: str, backbone: nn.Module, neck: str = "neck") -> Iterator[tuple[str, nn.Module]]:
+    """A network as one part; where it has another as ``bottom_up`` that one (and so on inside it), then the rest."""
+    bottom_up = getattr(backbone, "bottom_up", None)
+    if not isinstance(bottom_up, nn.Module):
+        yield name, backbone
+        return
+    yield from backbone_parts(f"{name}.bottom_up", bottom_up, "pyramid")
+    yield neck, RestOf(backbone, "bottom_up")
 
 
 class RestOf(nn.Module):

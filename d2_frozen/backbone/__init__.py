@@ -8,14 +8,17 @@ from d2_frozen.backbone.frozen import (
     freeze_backbone,
     freeze_stages,
 )
+from d2_frozen.backbone.plain_vit import PLAIN_FEATURE, PlainViT
 from d2_frozen.backbone.timm_backbone import TimmBackbone, build_timm_backbone, create_timm_backbone
 from d2_frozen.backbone.weight_files import WeightFiles
 from d2_frozen.backbone.weights import load_weights, read_weights, save_weights
 
 __all__ = [
+    "PLAIN_FEATURE",
     "PRECISIONS",
     "FrozenBackbone",
     "PartlyFrozenBackbone",
+    "PlainViT",
     "TimmBackbone",
     "WeightFiles",
     "build_timm_backbone",

@@ -13,7 +13,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from timm.models import build_model_with_cfg, generate_default_cfgs, model_entrypoint, register_model
 from timm.models.swin_transformer import SwinTransformer, SwinTransformerBlock

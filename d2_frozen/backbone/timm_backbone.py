@@ -1,7 +1,7 @@
-"""Any timm network with a feature pyramid, as a Detectron2 backbone.
+"""Any timm network with a feature pyramid, or a plain ViT, as a Detectron2 backbone.
 
 In: a timm model name, and weights if wanted.  Out: {"res2": (B, C2, H/4, W/4), .., "res5": (B, C5, H/32,
-W/32)}, channels first whatever the network computes in.
+W/32)}, channels first whatever the network computes in; of a plain ViT one map, see plain_vit.py.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from timm.models import group_parameters
 from torch import Tensor, nn
 
 from d2_frozen.backbone import swin_v2_giant  # noqa: F401  (registers its names in timm)
+from d2_frozen.backbone.plain_vit import PlainViT, is_plain, plain_vit_arguments
 from d2_frozen.backbone.swin_v2 import pad_before_shift, unchanged_window_arguments
 from d2_frozen.backbone.weight_files import WeightFiles
 from d2_frozen.backbone.weights import load_weights
@@ -115,8 +116,8 @@ def create_timm_backbone(
     drop_path_rate: float = 0.0,
     in_channels: int = 3,
     arguments: Mapping[str, Any] | None = None,
-) -> TimmBackbone:
-    """Build a timm network by name, load its weights, and take its feature pyramid.
+) -> TimmBackbone | PlainViT:
+    """Build a timm network by name, load its weights, and take its feature pyramid, or the last map of a plain ViT.
 
     Args:
         name: as ``timm.list_models()`` gives it; a tag may follow (``NAME.TAG``).
@@ -133,7 +134,11 @@ def create_timm_backbone(
             f"MODEL.TIMM.NAME is {name!r}, which timm {timm.__version__} does not know. "
             f"{'Nearest: ' + ', '.join(near) + '. ' if near else ''}timm.list_models() lists all."
         )
-    asked = {**unchanged_window_arguments(name), **_checked_arguments(arguments or {})}
+    asked = {
+        **unchanged_window_arguments(name),
+        **plain_vit_arguments(name),
+        **_checked_arguments(arguments or {}),
+    }
     if drop_path_rate:
         asked["drop_path_rate"] = drop_path_rate
     if in_channels != 3:
@@ -149,17 +154,19 @@ def create_timm_backbone(
             f"timm's {name} does not take one of {sorted(asked)}: {err}. With MODEL.TIMM.DROP_PATH_RATE 0.0, "
             "MODEL.TIMM.ARGS {} and three image channels nothing special is asked of it."
         ) from err
-    _pyramid(network, name)
-    pad_before_shift(network)
+    plain = is_plain(network)
+    if not plain:
+        _pyramid(network, name)
+        pad_before_shift(network)
     if files is not None:
-        load_weights(network, files, ignore=_head_prefixes(network))
-    backbone = TimmBackbone(network, out_features, name=name)
+        load_weights(network, files, ignore=_head_prefixes(network, final_norm=not plain))
+    backbone = PlainViT(network, name) if plain else TimmBackbone(network, out_features, name=name)
     assert not sharded or not any(p.is_meta for p in backbone.parameters())
     return backbone
 
 
 @BACKBONE_REGISTRY.register()
-def build_timm_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> TimmBackbone:
+def build_timm_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> TimmBackbone | PlainViT:
     """MODEL.TIMM as a bottom-up network without neck."""
     options = cfg.MODEL.TIMM
     return create_timm_backbone(
@@ -187,7 +194,8 @@ def _pyramid(network: nn.Module, name: str) -> tuple[dict[str, int], dict[str, i
         raise ValueError(
             f"MODEL.TIMM.NAME {name} has no feature pyramid: its maps have strides {strides or 'unknown'}, "
             f"strides {', '.join(lacking) or 'are there, but no forward_intermediates'} are missing. "
-            "Use a hierarchical network such as swinv2_*, swin_*, convnext_* or resnet*."
+            "Use a hierarchical network such as swinv2_*, swin_*, convnext_* or resnet*, or a plain ViT of timm's "
+            "vision_transformer, deit or eva (vit_*, deit*, eva*)."
         )
     return channels, index_of
 
@@ -208,11 +216,12 @@ def _checked_arguments(arguments: Mapping[str, Any]) -> dict[str, Any]:
     return {key: tuple(value) if isinstance(value, list) else value for key, value in arguments.items()}
 
 
-def _head_prefixes(network: nn.Module) -> tuple[str, ...]:
-    """Names of what the pyramid does not use: the classifier, and the norm in front of it."""
+def _head_prefixes(network: nn.Module, final_norm: bool = True) -> tuple[str, ...]:
+    """Names of what is not used: the classifier, and for a pyramid the norm in front of it."""
     classifier = (getattr(network, "pretrained_cfg", None) or {}).get("classifier") or ()
     classifiers = [classifier] if isinstance(classifier, str) else list(classifier)
-    return tuple({*(f"{c}." for c in classifiers), "head.", "norm.", "head_norm.", "fc."})
+    norms = ("norm.", "head_norm.") if final_norm else ()
+    return tuple({*(f"{c}." for c in classifiers), "head.", "fc.", *norms})
 
 
 def _parameters_by_stage(network: Any) -> list[list[str]]:

@@ -16,7 +16,7 @@ from d2_frozen.backbone import FrozenBackbone
 from d2_frozen.data.transforms import padded_square
 from d2_frozen.detection.roi_heads import heads_for_nms_type
 from d2_frozen.detection.semantic import padded_label_maps
-from d2_frozen.summary import RestOf
+from d2_frozen.summary import RestOf, backbone_parts
 from detectron2.config import CfgNode, configurable
 from detectron2.modeling import META_ARCH_REGISTRY, GeneralizedRCNN
 from detectron2.structures import ImageList
@@ -81,12 +81,7 @@ class FrozenRCNN(GeneralizedRCNN):
 
     def parts(self) -> Iterator[tuple[str, nn.Module]]:
         """(name, module) of every part, for the table at the start of a run. Together they are the whole model."""
-        bottom_up = getattr(self.backbone, "bottom_up", None)
-        if bottom_up is None:
-            yield "backbone", self.backbone
-        else:
-            yield "backbone.bottom_up", bottom_up
-            yield "neck", RestOf(self.backbone, "bottom_up")
+        yield from backbone_parts("backbone", self.backbone)
         yield "proposal_generator", self.proposal_generator
         others = [
             name for name, _ in self.roi_heads.named_children() if name.startswith(("mask", "semantic"))

@@ -3,13 +3,16 @@
 from d2_frozen.neck.bifpn import BiFPN, BiFPNLayer, WeightedFusion
 from d2_frozen.neck.build import NECK_NAMES, build_frozen_backbone, build_neck
 from d2_frozen.neck.residual_fpn import ResidualBlock, ResidualFPN
+from d2_frozen.neck.simple_feature_pyramid import PlainPyramid, SimpleFeaturePyramid
 
 __all__ = [
     "NECK_NAMES",
     "BiFPN",
     "BiFPNLayer",
+    "PlainPyramid",
     "ResidualBlock",
     "ResidualFPN",
+    "SimpleFeaturePyramid",
     "WeightedFusion",
     "build_frozen_backbone",
     "build_neck",

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from d2_frozen.backbone import freeze_backbone
+from d2_frozen.backbone import PLAIN_FEATURE, freeze_backbone
 from d2_frozen.neck.bifpn import BiFPN, input_strides
 from d2_frozen.neck.padding import PadsForBottomUp
 from d2_frozen.neck.residual_fpn import ResidualFPN
+from d2_frozen.neck.simple_feature_pyramid import PlainPyramid, SimpleFeaturePyramid
 from detectron2.config import CfgNode
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY
 from detectron2.modeling.backbone import FPN, Backbone
 from detectron2.modeling.backbone.fpn import LastLevelMaxPool
 
-NECK_NAMES = ("FPN", "ResidualFPN", "BiFPN")
+NECK_NAMES = ("FPN", "ResidualFPN", "BiFPN", "SimpleFeaturePyramid")
 
 
 @BACKBONE_REGISTRY.register()
@@ -33,10 +34,23 @@ def build_frozen_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> Backbone:
 def build_neck(cfg: CfgNode, bottom_up: Backbone) -> Backbone:
     """The neck MODEL.NECK.NAME on ``bottom_up``, with levels P2..P6 for inputs of strides 4..32.
 
+    A plain ViT has one map: SimpleFeaturePyramid is a whole neck for it; the other necks get their inputs from the
+    trained branches of the same pyramid (:class:`PlainPyramid`).
+
     Raises:
         ValueError: no such neck, or MODEL.FPN.IN_FEATURES do not fit ``bottom_up``.
     """
     name, fpn = cfg.MODEL.NECK.NAME, cfg.MODEL.FPN
+    plain = list(bottom_up.output_shape()) == [PLAIN_FEATURE]
+    if name == "SimpleFeaturePyramid":
+        if not plain:
+            raise ValueError(
+                "MODEL.NECK.NAME: SimpleFeaturePyramid is for plain ViTs, but the bottom-up network gives "
+                f"{', '.join(bottom_up.output_shape())}. Use FPN, ResidualFPN or BiFPN."
+            )
+        return SimpleFeaturePyramid(bottom_up, fpn.IN_FEATURES, fpn.OUT_CHANNELS, norm=fpn.NORM)
+    if plain:
+        bottom_up = PlainPyramid(bottom_up, fpn.IN_FEATURES)
     input_strides(bottom_up, fpn.IN_FEATURES)
     if name == "FPN":
         return PlainFPN(
