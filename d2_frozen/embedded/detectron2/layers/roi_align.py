@@ -7,6 +7,8 @@ from torch import Tensor, nn
 from torch.nn.modules.utils import _pair
 from torchvision.ops import roi_align
 
+from detectron2.layers import _roi_align_cpu
+
 __all__ = ["ROIAlign", "roi_align"]
 
 
@@ -43,19 +45,29 @@ class ROIAlign(nn.Module):
             (R, C, output height, output width) in the dtype of ``input``. Computed in float32 also for half
             floats: bfloat16 has 8 bits, which would move a box at 600 pixels by up to two.
         """
-        assert rois.dim() == 2 and rois.shape[1] == 5, f"rois want shape (R, 5), got {tuple(rois.shape)}"
+        assert rois.dim() == 2 and rois.shape[1] == 5, f"rois want shape (R, 5), got {rois.shape}"
         if input.is_quantized:
             input = input.dequantize()
+        if not torch.jit.is_scripting():  # noqa: SIM102 - TorchScript would compile both sides of an "and"
+            if _roi_align_cpu.pays([input], rois, _pair(self.output_size)):
+                return self._on_cpu(input, rois)
         exact = torch.float64 if input.dtype == torch.float64 else torch.float32
         pooled = roi_align(
             input.to(exact),
             rois.to(exact),
-            _pair(self.output_size),
+            self.output_size,
             self.spatial_scale,
             self.sampling_ratio,
             self.aligned,
         )
         return pooled.to(input.dtype)
+
+    def _on_cpu(self, input: Tensor, rois: Tensor) -> Tensor:
+        level = torch.zeros(len(rois), dtype=torch.long)
+        scales = [self.spatial_scale]
+        return _roi_align_cpu.roi_align_pyramid(
+            [input], rois, level, _pair(self.output_size), scales, self.sampling_ratio, self.aligned
+        )
 
     def extra_repr(self) -> str:
         return (

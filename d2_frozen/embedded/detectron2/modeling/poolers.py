@@ -10,7 +10,7 @@ from torch.nn.modules.utils import _pair
 from torchvision.ops import RoIPool
 
 from detectron2._outside import outside_message
-from detectron2.layers import ROIAlign, cat
+from detectron2.layers import ROIAlign, _roi_align_cpu, cat, nonzero_tuple
 from detectron2.structures import Boxes
 
 __all__ = ["ROIPooler"]
@@ -37,13 +37,9 @@ def assign_boxes_to_levels(
 
 def convert_boxes_to_pooler_format(box_lists: list[Boxes]) -> Tensor:
     """The boxes of all images as (R, 5): image index, then XYXY."""
-    boxes = cat([one_image.tensor for one_image in box_lists])
-    counts = [len(one_image) for one_image in box_lists]
-    if len(counts) == 1:
-        image = boxes.new_zeros(counts[0])
-    else:
-        image = torch.cat([boxes.new_full((count,), index) for index, count in enumerate(counts)])
-    return torch.cat((image[:, None], boxes), dim=1)
+    # Like a column of the boxes, which holds in a trace for any number of them.
+    image = cat([torch.full_like(one.tensor[:, :1], index) for index, one in enumerate(box_lists)])
+    return torch.cat((image, cat([one.tensor for one in box_lists])), dim=1)
 
 
 class ROIPooler(nn.Module):
@@ -102,7 +98,7 @@ class ROIPooler(nn.Module):
         assert len(x) == num_levels, f"{len(x)} feature maps, but the pooler was made for {num_levels}"
         assert len(box_lists) == x[0].shape[0], f"boxes of {len(box_lists)} images, maps of {x[0].shape[0]}"
         if len(box_lists) == 0:
-            return x[0].new_zeros((0, x[0].shape[1], *self.output_size))
+            return x[0].new_zeros([0, x[0].shape[1], self.output_size[0], self.output_size[1]])
 
         rois = convert_boxes_to_pooler_format(box_lists)
         if num_levels == 1:
@@ -111,13 +107,33 @@ class ROIPooler(nn.Module):
         level_of_box = assign_boxes_to_levels(
             box_lists, self.min_level, self.max_level, self.canonical_box_size, self.canonical_level
         )
+        if not torch.jit.is_scripting():  # noqa: SIM102 - TorchScript would compile both sides of an "and"
+            if self._worth_pooling_at_once(x, rois):
+                return self._all_levels_at_once(x, rois, level_of_box)
         # Sort by level, pool, sort back: the counts are then the only thing to wait for on an accelerator.
         # Every level is called, without boxes too, so that each map is part of the graph.
         order = torch.argsort(level_of_box, stable=True)
-        counts = torch.bincount(level_of_box, minlength=num_levels).tolist()
-        of_level = rois[order].split(counts)
-        pooled = torch.cat([pool(maps, boxes) for pool, maps, boxes in zip(self.level_poolers, x, of_level)])
-        return torch.empty_like(pooled).index_copy_(0, order, pooled)
+        if torch.jit.is_tracing():
+            of_level = [rois[nonzero_tuple(level_of_box == level)[0]] for level in range(num_levels)]
+        else:
+            counts: list[int] = torch.bincount(level_of_box, minlength=num_levels).tolist()
+            of_level = rois[order].split(counts)
+        pooled: list[Tensor] = []
+        for level, pool in enumerate(self.level_poolers):
+            pooled.append(pool(x[level], of_level[level]))
+        in_order = torch.cat(pooled)
+        return torch.empty_like(in_order).index_copy_(0, order, in_order)
+
+    def _worth_pooling_at_once(self, x: list[Tensor], rois: Tensor) -> bool:
+        only_roi_align = all(type(pool) is ROIAlign for pool in self.level_poolers)
+        return only_roi_align and _roi_align_cpu.pays(x, rois, self.output_size)
+
+    def _all_levels_at_once(self, x: list[Tensor], rois: Tensor, level_of_box: Tensor) -> Tensor:
+        scales = [pool.spatial_scale for pool in self.level_poolers]
+        like = self.level_poolers[0]
+        return _roi_align_cpu.roi_align_pyramid(
+            x, rois, level_of_box, self.output_size, scales, like.sampling_ratio, like.aligned
+        )
 
 
 def _pooler_of_level(kind: str, output_size: tuple[int, int], scale: float, sampling_ratio: int) -> nn.Module:
