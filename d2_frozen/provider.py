@@ -11,6 +11,7 @@ import importlib.util
 import os
 import sys
 from pathlib import Path
+from types import ModuleType
 
 ENGINE_VARIABLE = "D2_FROZEN_ENGINE"
 EMBEDDED_DIR = Path(__file__).resolve().parent / "embedded"
@@ -58,6 +59,31 @@ def provide_detectron2() -> str:
 def engine_name() -> str:
     """The engine in use: "detectron2" or "embedded"."""
     return provide_detectron2()
+
+
+def embedded_part(name: str) -> ModuleType:
+    """A part of the embedded engine that uses nothing of it but the original's API, whichever engine runs.
+
+    Args:
+        name: a package below ``detectron2``, e.g. "checkpoint.reading".
+    """
+    full_name = f"detectron2.{name}"
+    if engine_name() == "embedded":
+        return importlib.import_module(full_name)
+    alias = "d2_frozen_embedded_" + name.replace(".", "_")
+    if alias not in sys.modules:
+        folder = EMBEDDED_DIR.joinpath(*full_name.split("."))
+        spec = importlib.util.spec_from_file_location(
+            alias, folder / "__init__.py", submodule_search_locations=[str(folder)]
+        )
+        assert spec is not None and spec.loader is not None
+        sys.modules[alias] = module = importlib.util.module_from_spec(spec)
+        try:
+            spec.loader.exec_module(module)
+        except BaseException:
+            del sys.modules[alias]
+            raise
+    return sys.modules[alias]
 
 
 def _engine_of(module: object) -> str:

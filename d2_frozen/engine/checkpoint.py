@@ -16,9 +16,14 @@ import torch
 from torch import nn
 
 from d2_frozen.backbone import FrozenBackbone
+from d2_frozen.provider import embedded_part
 from detectron2.checkpoint import DetectionCheckpointer
 
 logger = logging.getLogger(__name__)
+
+# The original's own reader of .pkl files runs whatever code is in them.
+_reading = embedded_part("checkpoint.reading")
+UnsafePickleError: type[Exception] = _reading.UnsafePickleError
 
 
 class CheckpointMismatchError(RuntimeError):
@@ -54,6 +59,8 @@ class FrozenCheckpointer(DetectionCheckpointer):
         self.extra = dict(extra or {})
         # Where frozen weights came from when a checkpoint brought them (a zoo file, say), to find them again.
         self._frozen_source = ""
+        self._loading_from = ""
+        self._matching_asked_for = False
 
     def save(self, name: str, **kwargs: Any) -> None:
         """Write ``save_dir/name.pth`` and point ``last_checkpoint`` at it; a kill leaves the old file or the new one.
@@ -89,46 +96,53 @@ class FrozenCheckpointer(DetectionCheckpointer):
     def load(self, path: str, checkpointables: list[str] | None = None) -> dict[str, Any]:
         """Load a file of this project, of Detectron2, or of its model zoo.
 
+        Args:
+            path: .pth, .safetensors or .pkl (read without running what is inside); a path, an http(s) address,
+                ``detectron2://``, ``catalog://``. ``?matching_heuristics=True`` after it matches names by their ends.
         Raises:
-            FileNotFoundError: no such file.
+            FileNotFoundError: no such file, or it could not be fetched.
             CheckpointMismatchError: it belongs to another backbone, or does not fit (see ``strict``).
+            UnsafePickleError: the file asks for more than tensors, arrays and plain values.
             ValueError: the file is damaged.
         """
-        if path and "://" not in path:
-            plain_path = path.split("?", 1)[0]
-            if not os.path.isfile(plain_path):
-                raise FileNotFoundError(
-                    f"no weights at {path}. Give an existing file in MODEL.WEIGHTS, or MODEL.WEIGHTS '' to start anew."
-                )
-        self._loading_from = path
-        return super().load(path, checkpointables)
+        if not path:
+            return super().load(path, checkpointables)
+        location, matching = _reading.split_query(path)
+        local = _reading.local_copy(location)
+        if not os.path.isfile(local):
+            raise FileNotFoundError(
+                f"no weights at {path}. Give an existing file in MODEL.WEIGHTS, or MODEL.WEIGHTS '' to start anew."
+            )
+        self._loading_from, self._matching_asked_for = path, matching
+        return super().load(local, checkpointables)
 
     def _load_file(self, filename: str) -> dict[str, Any]:
-        if not filename.endswith((".pth", ".pt")):
-            return super()._load_file(filename)
-        try:
-            with self.path_manager.open(filename, "rb") as stream:
-                content = torch.load(stream, map_location="cpu", weights_only=True)
-        except Exception as err:
-            raise ValueError(
-                f"{filename} cannot be read as a checkpoint ({type(err).__name__}: {str(err)[:200]}). It is damaged, "
-                "or holds more than tensors and plain values, which is not loaded for safety."
-            ) from err
-        return content if isinstance(content, dict) and "model" in content else {"model": content}
+        content = _reading.read_weights(filename)
+        if self._matching_asked_for:
+            content["matching_heuristics"] = True
+        return content
 
     def _load_model(self, checkpoint: dict[str, Any]) -> Any:
         facts = checkpoint.pop("frozen", None) or []
         if facts:
             self._check_backbones(facts)
         prefixes = tuple(f"{prefix}." for prefix in self._frozen_parts())
-        if prefixes and any(str(key).startswith(prefixes) for key in checkpoint["model"]):
-            self._frozen_source = self._loading_from
+        frozen = {key: value for key, value in self.model.state_dict().items() if key.startswith(prefixes)}
+        # What a heads-only file leaves out is in the model already. Left out, FrozenBatchNorm2d would take it for a
+        # file of old and reset its statistics.
+        left_out = {key: value for key, value in frozen.items() if facts and key not in checkpoint["model"]}
+        checkpoint["model"].update(left_out)
         incompatible = super()._load_model(checkpoint)
         if incompatible is None:
             return None
-        if facts and prefixes:
-            kept = [key for key in incompatible.missing_keys if not key.startswith(prefixes)]
-            incompatible.missing_keys[:] = kept
+        # Names in the file may be others (see matching_heuristics), so ask what the model got.
+        missed = {
+            *left_out,
+            *incompatible.missing_keys,
+            *(key for key, _, _ in incompatible.incorrect_shapes),
+        }
+        if frozen.keys() - missed:
+            self._frozen_source = self._loading_from
         if self.strict:
             self._refuse_misfits(incompatible)
         return incompatible
@@ -184,8 +198,9 @@ class FrozenCheckpointer(DetectionCheckpointer):
                     f"{self._loading_from} holds heads for the backbone {fact['name']} (sha256 {fact['sha256'][:16]}), "
                     f"but this model has {present['name']} (sha256 {present['sha256'][:16]})"
                     + (", other weights of the same name" if present["name"] == fact["name"] else "")
-                    + f". Set MODEL.TIMM.NAME and MODEL.TIMM.PRETRAINED to those of {fact['name']}"
-                    + (f"; its weights came from {source}." if source else ".")
+                    + (f". Its weights came from {source}" if source else "")
+                    + f". Use the config it was trained with (config.yaml beside it), where {fact['name']} is "
+                    "MODEL.FROZEN.BOTTOM_UP, or MODEL.TIMM.NAME with MODEL.TIMM.PRETRAINED."
                 )
 
     def _load_frozen_from(self, source: str, prefix: str) -> None:

@@ -15,7 +15,7 @@ from torch import nn
 
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.checkpoint.atomic import write_atomically
-from detectron2.checkpoint.safe_pickle import UnsafePickleError, load_pickle
+from detectron2.checkpoint.reading import UnsafePickleError, load_pickle
 
 
 class _Call:
@@ -113,6 +113,83 @@ def test_pickles_that_ask_for_code_are_refused_and_not_run(tmp_path, name):
     assert str(path) in str(error.value)
     assert name.split(".")[-1] in str(error.value)
     assert not witness.exists()
+
+
+def test_code_hidden_in_containers_or_arrays_is_refused(tmp_path):
+    """The call may sit anywhere: deep inside, in a metadata, as a key, as an element of an object array."""
+    witness = tmp_path / "it_ran"
+    call = _Call(os.system, f"touch {witness}")
+    with_metadata = collections.OrderedDict()
+    with_metadata._metadata = call
+    objects = np.empty(1, dtype=object)
+    objects[0] = call
+    structured = np.zeros(1, dtype=[("x", "O")])
+    for hidden in ([[{"a": (call,)}]], with_metadata, {call: 1}, {frozenset([call])}, objects, structured):
+        for protocol in range(pickle.HIGHEST_PROTOCOL + 1):
+            path = tmp_path / "weights.pkl"
+            path.write_bytes(
+                pickle.dumps({"model": _weights(), "__author__": "x", "extra": hidden}, protocol)
+            )
+            with pytest.raises(UnsafePickleError, match="weights.pkl"):
+                _load(path)
+    assert not witness.exists()
+
+
+_FLOAT32 = b"cnumpy\ndtype\n(Vf4\ntR"
+_EMPTY = b"cnumpy.core.multiarray\n_reconstruct\n(cnumpy\nndarray\n(I0\ntVb\ntR"
+
+
+@pytest.mark.parametrize(
+    ("program", "said"),
+    [
+        (b"cbuiltins\nbytearray\n(I1000000000000\ntR.", "makes bytes of a int"),
+        (b"c__builtin__\nbytes\n(I1000000000000\ntR.", "makes bytes of a int"),
+        (b"\x80\x05\x96" + (10**12).to_bytes(8, "little") + b"xy.", "1000000000000 bytes"),
+        (b"\x80\x04\x8e" + (10**12).to_bytes(8, "little") + b"xy.", "1000000000000 bytes"),
+        (b"\x80\x02\x8b\xff\xff\xff\x7fxy.", "2147483647 bytes"),
+        (_EMPTY + b"(I1\n((I0\ntI10000000000\nt" + _FLOAT32 + b"I00\nVxy\ntb.", "shape"),
+        (_EMPTY + b"(I1\n(I-1\nI-4\nt" + _FLOAT32 + b"I00\nVxy\ntb.", "shape"),
+        (_EMPTY + b"(I1\n(I1000000000000\ntcnumpy\ndtype\n(VS0\ntRI00\nV\ntb.", "far more"),
+        # One array, its rows as a tuple, another content for the array: the rows would point to freed memory.
+        (_EMPTY + 2 * (b"(I1\n(I2\nI1\nt" + _FLOAT32 + b"I00\nVabcdefgh\ntb") + b".", "twice"),
+        (_EMPTY + b"p1\n0cbuiltins\ntuple\n(g1\ntR.", "makes a tuple of a ndarray"),
+        (b"cbuiltins\ngetattr\n(cbuiltins\ndict\nVupdate\ntR.", "builtins.getattr"),
+        (b"ccollections\nOrderedDict.fromkeys\n(tR.", "OrderedDict.fromkeys"),
+        (b"\x80\x04\x8c\x0bcollections\x8c\x14OrderedDict.fromkeys\x93.", "OrderedDict.fromkeys"),
+        (b"(ios\nsystem\nVtouch it_ran\n.", "os.system"),
+        (b"(cos\nsystem\nVtouch it_ran\no.", "os.system"),
+        (b"ccollections\nOrderedDict\n(tR}Vitems\ncbuiltins\ndict\nsb.", "state of a OrderedDict"),
+        (b"\x80\x02\x82\x01.", "extension 1"),
+        (b"Psomewhere\n.", "'somewhere'"),
+    ],
+)  # fmt: skip
+def test_hand_written_programs_are_refused(program, said):
+    """Opcodes that no honest pickler writes like this: huge allocations, tricks with attributes and memory."""
+    with pytest.raises((UnsafePickleError, ValueError), match=said) as error:
+        load_pickle(io.BytesIO(program), "evil.pkl")
+    assert "evil.pkl" in str(error.value) and len(str(error.value)) < 1000
+
+
+def test_copying_one_thing_again_and_again_is_refused():
+    """A list of 10^4 copied 10^4 times: 100 kB that would become 800 MB."""
+    program = b"(" + b"I1\n" * 10**4 + b"lp1\n0(" + b"cbuiltins\nlist\n(g1\ntR" * 10**4 + b"l."
+    with pytest.raises(UnsafePickleError, match="far more of its content"):
+        load_pickle(io.BytesIO(program), "evil.pkl")
+
+
+def test_messages_do_not_unfold_nested_lists():
+    """Forty lists, each holding the former twice, would print as 2^40 brackets."""
+    program = b"]p0\n" + b"(g0\ng0\nlp0\n" * 40
+    for use in (b"cnumpy\ndtype\n(g0\ntR.", b"c_codecs\nencode\n(Vx\ng0\ntR.", b"g0\nQ."):
+        with pytest.raises(UnsafePickleError, match="a list"):
+            load_pickle(io.BytesIO(program + use), "evil.pkl")
+
+
+def test_model_that_is_no_dictionary_is_named(tmp_path):
+    path = tmp_path / "odd.pkl"
+    path.write_bytes(pickle.dumps({"model": [1], "__author__": "x"}))
+    with pytest.raises(AttributeError, match=r"odd\.pkl holds a list"):
+        _load(path)
 
 
 def test_text_codec_other_than_latin1_is_refused(tmp_path):

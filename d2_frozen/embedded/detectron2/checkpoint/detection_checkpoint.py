@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import os
 from typing import Any
-from urllib.parse import parse_qs, urlsplit, urlunsplit
 
 import torch
 from fvcore.common.checkpoint import Checkpointer
@@ -14,7 +13,7 @@ from torch import nn
 
 from detectron2.checkpoint.atomic import write_atomically
 from detectron2.checkpoint.c2_model_loading import align_and_update_state_dicts
-from detectron2.checkpoint.formats import read_weights
+from detectron2.checkpoint.reading import local_copy, read_weights, split_query
 from detectron2.utils import comm
 from detectron2.utils.file_io import PathManager
 
@@ -94,13 +93,14 @@ class DetectionCheckpointer(Checkpointer):
             What else the file holds, e.g. {"iteration": 9}.
         Raises:
             AssertionError: no such file.
+            FileNotFoundError: an address could not be fetched.
             ValueError: the file is damaged, or the query after "?" is unknown.
             pickle.UnpicklingError: the file asks for Python objects that are no weights.
         """
         if not path:
             return super().load(path, checkpointables)
-        location, self._heuristics_asked_for = _split_query(path)
-        local = self.path_manager.get_local_path(location)
+        location, self._heuristics_asked_for = split_query(path)
+        local = local_copy(location)
         self._check_exists(local, path)
         try:
             return super().load(local, checkpointables)
@@ -143,17 +143,3 @@ class DetectionCheckpointer(Checkpointer):
             key for key in incompatible.unexpected_keys if _NOT_STORED not in key
         ]
         return incompatible
-
-
-def _split_query(path: str) -> tuple[str, bool]:
-    """("a/b.pkl?matching_heuristics=True") -> ("a/b.pkl", True)."""
-    if os.path.isfile(path):  # a file may well have "?" in its name
-        return path, False
-    url = urlsplit(path)
-    options = parse_qs(url.query)
-    asked = options.pop("matching_heuristics", ["False"])
-    if options or asked not in (["True"], ["False"]):
-        raise ValueError(
-            f"cannot understand the part after '?' in {path}; only matching_heuristics=True is known."
-        )
-    return urlunsplit(url._replace(query="")), asked == ["True"]

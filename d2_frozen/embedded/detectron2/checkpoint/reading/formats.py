@@ -10,21 +10,20 @@ from typing import Any
 import numpy as np
 import torch
 
-from detectron2._outside import outside_message
-from detectron2.checkpoint.safe_pickle import load_pickle
+from .safe_pickle import UnsafePickleError, load_pickle
 
 logger = logging.getLogger(__name__)
 
 
 def read_weights(path: str) -> dict[str, Any]:
-    """Read ``.pkl`` (Detectron, Detectron2), ``.safetensors``, or else what ``torch.save`` wrote.
+    """Read ``.pkl`` (Detectron, Detectron2), ``.safetensors``, ``.pyth`` (pycls), or else what ``torch.save`` wrote.
 
     Returns:
         A dict with "model", and what else the file holds. "matching_heuristics": True asks for matching names
         by their ends; "__author__": "Caffe2" for Detectron 1's names.
     Raises:
         ValueError: the file is damaged.
-        pickle.UnpicklingError: it holds more than arrays and plain values, and is refused.
+        UnsafePickleError: it holds more than arrays and plain values, and is refused.
         AttributeError: a ``.pkl`` without names.
     """
     extension = os.path.splitext(path)[1].lower()
@@ -32,11 +31,11 @@ def read_weights(path: str) -> dict[str, Any]:
         return _read_pickle(path)
     if extension == ".safetensors":
         return {"model": _read_safetensors(path)}
-    if extension == ".pyth":
-        raise NotImplementedError(outside_message(f"{path}: the checkpoint format of pycls"))
     content = _read_torch(path)
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds a {type(content).__name__}, expected weights by name.")
+    if extension == ".pyth" and "model_state" in content:  # pycls
+        return {"model": content["model_state"], "__author__": "pycls", "matching_heuristics": True}
     return content if "model" in content else {"model": content}
 
 
@@ -47,13 +46,18 @@ def _read_pickle(path: str) -> dict[str, Any]:
         # Not a TypeError: Detectron2's callers know this one.
         raise AttributeError(f"{path} holds a {type(content).__name__}, expected weights by name.")
     if "model" in content and "__author__" in content:
-        logger.info("Reading a file from '%s'", content["__author__"])
+        if not isinstance(content["model"], dict):
+            raise AttributeError(
+                f"{path} holds a {type(content['model']).__name__} as its model, expected weights by name."
+            )
+        if isinstance(content["__author__"], str):
+            logger.info("Reading a file from '%s'", content["__author__"])
         return content
     blobs = content.get("blobs", content)
     weights = {
         name: value
         for name, value in blobs.items()
-        if isinstance(value, np.ndarray) and not name.endswith("_momentum")
+        if isinstance(value, np.ndarray) and not str(name).endswith("_momentum")
     }
     return {"model": weights, "__author__": "Caffe2", "matching_heuristics": True}
 
@@ -75,7 +79,7 @@ def _read_torch(path: str) -> Any:
         text = str(err)
         if "Unsupported" not in text and "not an allowed" not in text and "GLOBAL" not in text:
             raise ValueError(_damaged(path, err)) from err
-        raise pickle.UnpicklingError(
+        raise UnsafePickleError(
             f"{path} holds Python objects beyond tensors and plain values; not loaded, as they "
             f"could run code: {_first_sentence(text)} If you trust the file, load it elsewhere with torch "
             "and keep its state_dict only."
@@ -91,7 +95,7 @@ def _damaged(path: str, err: Exception) -> str:
     cause = f"{type(err).__name__}: {_first_sentence(str(err))}"
     return (
         f"{path} ({size} bytes) cannot be read as weights ({cause}). "
-        "It may be cut off: compare its size with the original's, and fetch or copy it again."
+        "It is damaged, perhaps cut off: compare its size with the original's, and fetch or copy it again."
     )
 
 
