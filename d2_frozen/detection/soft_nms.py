@@ -96,10 +96,10 @@ def soft_nms(
     min_score: float = 0.001,
     topk: int = -1,
 ) -> tuple[Tensor, Tensor]:
-    """Soft-NMS within each class; exact, all classes at once.
+    """Soft-NMS within each class; exact.
 
-    A class gives its detections in falling order of their new scores, so nobody needs more than ``topk`` rounds, and
-    the work is rounds x classes x (largest number of boxes in a class).
+    Detections leave in falling order of their new scores, so ``topk`` rounds are enough, each over all boxes: rounds do
+    not depend on the number of classes, and none waits for the accelerator.
 
     Args:
         boxes: (N, 4) XYXY.
@@ -116,55 +116,35 @@ def soft_nms(
     if method not in METHODS:
         raise ValueError(f"Soft-NMS method {method!r}; choose {' or '.join(METHODS)}.")
     num = len(scores)
-    if num == 0 or topk == 0:
+    rounds = num if topk < 0 else min(topk, num)
+    if rounds == 0:
         return classes.new_zeros(0, dtype=torch.int64), scores.new_zeros(0)
-    slots = _slots_by_class(scores, classes)  # (K, M) indices, num where empty
-    left = torch.cat([scores.float(), scores.new_full((1,), -1.0, dtype=torch.float32)])[slots]
-    corners = torch.cat([boxes.float(), boxes.new_zeros((1, 4), dtype=torch.float32)])[slots]
-    areas = (corners[..., 2:] - corners[..., :2]).prod(dim=-1)
-
-    rounds = slots.shape[1] if topk < 0 else min(topk, slots.shape[1])
+    boxes, left = boxes.float(), scores.float().clone()
+    areas = (boxes[:, 2:] - boxes[:, :2]).prod(dim=1)
     chosen, new_scores = [], []
     for done in range(rounds):
-        if done and done % _ROUNDS_BETWEEN_CHECKS == 0 and not bool((left >= min_score).any()):
+        if done % _ROUNDS_BETWEEN_CHECKS == 0 and done and not bool((left >= min_score).any()):
             break
         # argmax, not max: of equal scores the first, so that results repeat.
-        best = left.argmax(dim=1, keepdim=True)  # (K, 1)
-        best_score = left.gather(1, best)
-        chosen.append(slots.gather(1, best))
-        new_scores.append(best_score)
-        iou = _iou_with(corners.gather(1, best[..., None].expand(-1, -1, 4)), corners, areas)
+        best = left.argmax(dim=0, keepdim=True)
+        chosen.append(best)
+        new_scores.append(left[best])
+        iou = _iou(boxes[best], areas[best], boxes, areas)
         if method == "linear":
             factor = torch.where(iou >= iou_threshold, 1 - iou, 1.0)
         else:
             factor = torch.exp(-iou.square() / sigma)
-        # Taken boxes stay at -1, whatever their factor.
-        left = torch.where(left < 0, left, left * factor).scatter_(1, best, -1.0)
+        # Boxes that are taken have -1 and keep it.
+        falls = (classes == classes[best]) & (left >= 0)
+        left = torch.where(falls, left * factor, left).index_fill_(0, best, -1.0)
 
-    indices, values = torch.cat(chosen, dim=1).flatten(), torch.cat(new_scores, dim=1).flatten()
-    values, order = values.sort(descending=True, stable=True)
-    enough = int(((values >= min_score) & (values >= 0)).sum())
-    if topk >= 0:
-        enough = min(enough, topk)
-    return indices[order[:enough]], values[:enough].to(scores.dtype)
+    indices, values = torch.cat(chosen), torch.cat(new_scores)
+    enough = (values >= max(min_score, 0.0)).sum()  # they fall, so those that are high enough come first
+    return indices[:enough], values[:enough].to(scores.dtype)
 
 
-def _slots_by_class(scores: Tensor, classes: Tensor) -> Tensor:
-    """(K, M) indices of the boxes, one row per class that occurs, best first; N where a row has no more."""
-    by_score = scores.argsort(descending=True, stable=True)
-    order = by_score[classes[by_score].argsort(stable=True)]
-    _, counts = torch.unique_consecutive(classes[order], return_counts=True)
-    rows = torch.repeat_interleave(torch.arange(len(counts), device=order.device), counts)
-    columns = torch.arange(len(order), device=order.device) - (counts.cumsum(0) - counts)[rows]
-    slots = order.new_full((len(counts), int(counts.max())), len(order))
-    slots[rows, columns] = order
-    return slots
-
-
-def _iou_with(one: Tensor, corners: Tensor, areas: Tensor) -> Tensor:
-    """IoU of a box per row (K, 1, 4) with all boxes of its row (K, M, 4) -> (K, M)."""
-    top_left = torch.maximum(one[..., :2], corners[..., :2])
-    bottom_right = torch.minimum(one[..., 2:], corners[..., 2:])
-    shared = (bottom_right - top_left).clamp(min=0).prod(dim=-1)
-    own = (one[..., 2:] - one[..., :2]).prod(dim=-1)
-    return shared / (own + areas - shared).clamp(min=1e-12)
+def _iou(one: Tensor, its_area: Tensor, boxes: Tensor, areas: Tensor) -> Tensor:
+    """IoU of one box (1, 4) with all (N, 4) -> (N,)."""
+    sides = torch.minimum(one[:, 2:], boxes[:, 2:]) - torch.maximum(one[:, :2], boxes[:, :2])
+    shared = sides.clamp(min=0).prod(dim=1)
+    return shared / (its_area + areas - shared).clamp(min=1e-12)

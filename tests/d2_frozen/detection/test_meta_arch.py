@@ -2,60 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 
-import d2_frozen
 from d2_frozen.backbone import FrozenBackbone
 from d2_frozen.detection import FrozenRCNN
 from d2_frozen.summary import parts_table
-from detectron2.config import CfgNode, get_cfg
+from detectron2.config import CfgNode
 from detectron2.modeling import GeneralizedRCNN, build_model
-from detectron2.structures import BitMasks, Boxes, Instances
 from detectron2.utils.events import EventStorage
 
-
-def small_config(*options: object) -> CfgNode:
-    cfg = d2_frozen.add_frozen_config(get_cfg())
-    cfg.merge_from_list(
-        [
-            *("MODEL.META_ARCHITECTURE", "FrozenRCNN", "MODEL.DEVICE", "cpu", "MODEL.MASK_ON", True),
-            *("MODEL.BACKBONE.NAME", "build_frozen_backbone", "MODEL.TIMM.NAME", "resnet18"),
-            *("MODEL.FPN.IN_FEATURES", ["res2", "res3", "res4", "res5"], "MODEL.FPN.OUT_CHANNELS", 16),
-            *("MODEL.BIFPN.NUM_LAYERS", 1, "MODEL.RESIDUAL_FPN.NUM_BLOCKS", 1),
-            *("MODEL.RPN.IN_FEATURES", ["p2", "p3", "p4", "p5", "p6"], "MODEL.RPN.POST_NMS_TOPK_TRAIN", 20),
-            *("MODEL.RPN.POST_NMS_TOPK_TEST", 10, "MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE", 8),
-            *("MODEL.ANCHOR_GENERATOR.SIZES", [[8], [16], [32], [64], [128]]),
-            *("MODEL.ROI_HEADS.IN_FEATURES", ["p2", "p3", "p4", "p5"], "MODEL.ROI_HEADS.NUM_CLASSES", 3),
-            *("MODEL.ROI_HEADS.NAME", "StandardROIHeads", "MODEL.ROI_BOX_HEAD.NAME", "FastRCNNConvFCHead"),
-            *("MODEL.ROI_BOX_HEAD.NUM_FC", 1, "MODEL.ROI_BOX_HEAD.FC_DIM", 16),
-            *("MODEL.ROI_BOX_HEAD.POOLER_RESOLUTION", 4, "MODEL.ROI_MASK_HEAD.POOLER_RESOLUTION", 4),
-            *("MODEL.ROI_MASK_HEAD.NAME", "MaskRCNNConvUpsampleHead", "MODEL.ROI_MASK_HEAD.CONV_DIM", 8),
-            *("MODEL.ROI_MASK_HEAD.NUM_CONV", 1, "INPUT.MASK_FORMAT", "bitmask"),
-            *options,
-        ]
-    )
-    return cfg
-
-
-def labelled_image() -> dict:
-    """One 64 x 96 image with one box that its mask fills."""
-    mask = torch.zeros(1, 64, 96, dtype=torch.bool)
-    mask[0, 16:48, 20:60] = True
-    truth = Instances((64, 96))
-    truth.gt_boxes = Boxes(torch.tensor([[20.0, 16.0, 60.0, 48.0]]))
-    truth.gt_classes = torch.tensor([1])
-    truth.gt_masks = BitMasks(mask)
-    image = torch.randint(0, 256, (3, 64, 96), generator=torch.Generator().manual_seed(1)).float()
-    return {"image": image, "instances": truth, "height": 64, "width": 96}
+Config = Callable[..., CfgNode]
+Image = Callable[[], dict]
 
 
 @pytest.mark.parametrize("neck", ["FPN", "ResidualFPN", "BiFPN"])
 @pytest.mark.parametrize("heads", ["StandardROIHeads", "CascadeROIHeads"])
 @pytest.mark.parametrize("freeze", ["all", "none", "res2"])
-def test_any_combination_trains_by_yaml_alone(neck: str, heads: str, freeze: str) -> None:
+def test_any_combination_trains_by_yaml_alone(
+    small_config: Config, labelled_image: Image, neck: str, heads: str, freeze: str
+) -> None:
     options = ["MODEL.NECK.NAME", neck, "MODEL.ROI_HEADS.NAME", heads, "MODEL.BACKBONE.FREEZE", freeze]
-    cfg = small_config(*options, "MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG", heads == "CascadeROIHeads")
+    cfg = small_config(*options, "MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG", heads != "StandardROIHeads")
     model = build_model(cfg)
     with EventStorage():
         losses = model([labelled_image()])
@@ -78,15 +48,15 @@ def test_any_combination_trains_by_yaml_alone(neck: str, heads: str, freeze: str
     assert found.image_size == (64, 96) and found.has("pred_masks")
 
 
-def test_parameter_names_are_those_of_detectron2_around_the_bottom_up_network() -> None:
+def test_parameter_names_are_those_of_detectron2_around_the_bottom_up_network(small_config: Config) -> None:
     names = set(build_model(small_config("MODEL.NECK.NAME", "FPN")).state_dict())
     assert {"backbone.fpn_lateral2.weight", "proposal_generator.rpn_head.conv.weight"} <= names
     assert "backbone.bottom_up.network.layer1.0.conv1.weight" in names
 
 
-@pytest.mark.parametrize("heads", ["StandardROIHeads", "CascadeROIHeads"])
-def test_parts_are_the_whole_model(heads: str) -> None:
-    agnostic = heads == "CascadeROIHeads"
+@pytest.mark.parametrize("heads", ["StandardROIHeads", "CascadeROIHeads", "HTCROIHeads"])
+def test_parts_are_the_whole_model(small_config: Config, heads: str) -> None:
+    agnostic = heads != "StandardROIHeads"
     model = build_model(
         small_config("MODEL.ROI_HEADS.NAME", heads, "MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG", agnostic)
     )
@@ -98,7 +68,7 @@ def test_parts_are_the_whole_model(heads: str) -> None:
     assert "frozen" in next(line for line in table.splitlines() if line.startswith("backbone.bottom_up"))
 
 
-def test_freezing_must_happen_where_the_config_says_so() -> None:
+def test_freezing_must_happen_where_the_config_says_so(small_config: Config) -> None:
     cfg = small_config(
         "MODEL.BACKBONE.NAME",
         "build_resnet_fpn_backbone",
@@ -109,7 +79,7 @@ def test_freezing_must_happen_where_the_config_says_so() -> None:
         build_model(cfg)
 
 
-def test_a_zoo_resnet_freezes_under_a_bifpn() -> None:
+def test_a_zoo_resnet_freezes_under_a_bifpn(small_config: Config) -> None:
     cfg = small_config(
         *("MODEL.FROZEN.BOTTOM_UP", "build_resnet_backbone", "MODEL.RESNETS.DEPTH", 18),
         *(
@@ -125,7 +95,7 @@ def test_a_zoo_resnet_freezes_under_a_bifpn() -> None:
     assert not any(p.requires_grad for p in model.backbone.bottom_up.parameters())
 
 
-def test_plug_in_needs_the_config_call_and_a_backbone_name() -> None:
+def test_plug_in_needs_the_config_call_and_a_backbone_name(small_config: Config) -> None:
     """Someone's own project: Detectron2's GeneralizedRCNN with our backbone."""
     model = build_model(small_config("MODEL.META_ARCHITECTURE", "GeneralizedRCNN"))
     assert type(model).__name__ == "GeneralizedRCNN"
@@ -133,7 +103,9 @@ def test_plug_in_needs_the_config_call_and_a_backbone_name() -> None:
 
 
 @pytest.mark.parametrize(("size", "batch"), [(128, (128, 128)), (100, (128, 128)), (64, (64, 96))])
-def test_square_padding_of_test_images(size: int, batch: tuple[int, int]) -> None:
+def test_square_padding_of_test_images(
+    small_config: Config, labelled_image: Image, size: int, batch: tuple[int, int]
+) -> None:
     """64 x 96 pixels: padded up to a multiple of 32 at least SIZE, left alone where larger (multi-scale test)."""
     square = ("INPUT.AUGMENTATION", "scale_crop", "INPUT.SCALE_CROP.TEST_RESIZE", "square")
     model = build_model(small_config(*square, "INPUT.SCALE_CROP.SIZE", size)).eval()
@@ -148,6 +120,6 @@ def test_square_padding_of_test_images(size: int, batch: tuple[int, int]) -> Non
     assert found.image_size == (64, 96)
 
 
-def test_no_square_unless_asked_for() -> None:
+def test_no_square_unless_asked_for(small_config: Config, labelled_image: Image) -> None:
     model = build_model(small_config("INPUT.AUGMENTATION", "scale_crop", "INPUT.SCALE_CROP.SIZE", 256))
     assert model.preprocess_image([labelled_image()]).tensor.shape[-2:] == (64, 96)

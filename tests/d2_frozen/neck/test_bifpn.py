@@ -129,6 +129,15 @@ def test_activations_keep_their_scale_through_nine_layers():
     assert all(0.8 < level.std() < 1.2 for level in out)
 
 
+@pytest.mark.parametrize("num_layers", [1, 5, 9])
+def test_any_number_of_layers(tiny_bottom_up, num_layers):
+    """The paper's Figure 4 goes from 1 to 9; every layer has the same number of parameters."""
+    neck = BiFPN(tiny_bottom_up, ["res2", "res3", "res4", "res5"], 8, num_layers=num_layers, norm="BN")
+    assert len(neck.layers) == num_layers
+    assert len({sum(p.numel() for p in layer.parameters()) for layer in neck.layers}) == 1
+    assert [level.shape[-1] for level in neck(torch.zeros(2, 3, 64, 64)).values()] == [16, 8, 4, 2, 1]
+
+
 def test_bad_arguments(tiny_bottom_up):
     with pytest.raises(ValueError, match="NUM_LAYERS is 0"):
         BiFPN(tiny_bottom_up, ["res2", "res3"], 8, num_layers=0)
