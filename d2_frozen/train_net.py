@@ -57,11 +57,12 @@ def read_config(config_file: str, options: list[str]) -> CfgNode:
     return cfg
 
 
-def main(args: argparse.Namespace) -> dict[str, Any]:
+def main(args: argparse.Namespace) -> dict[str, Any] | None:
     """One process of the run: train and evaluate, or evaluate only.
 
     Returns:
-        dataset name -> metrics (or the metrics themselves for a single dataset), as Detectron2 has it.
+        dataset name -> metrics (or the metrics themselves for a single dataset), as Detectron2 has it; None where
+        nothing was evaluated.
     """
     cfg = setup(args)
     from d2_frozen.engine import FrozenTrainer
@@ -71,14 +72,14 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
         keep_freed_memory()
     if args.eval_only:
         model = evaluation_model(cfg, resume=args.resume)
-        results = _test(cfg, model)
-        finish(cfg, model, results)
-        return results
+        measured = _test(cfg, model)
+        finish(cfg, model, measured)
+        return measured
     trainer = FrozenTrainer(cfg)
     trainer.resume_or_load(resume=args.resume)
     if trainer.start_iter >= trainer.max_iter:
         logger.info("Training is already complete at iteration %d.", trainer.start_iter)
-        results = _test(cfg, trainer.model)
+        results: dict[str, Any] | None = _test(cfg, trainer.model)
     else:
         results = trainer.train()
     finish(cfg, trainer.model, results)

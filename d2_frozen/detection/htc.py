@@ -72,8 +72,8 @@ class HTCROIHeads(CascadeROIHeads):
         mask_info_flow: bool = True,
         vis_period: int = 0,
         semantic_branch: SemanticBranch | None = None,
-        box_semantic_pooler: ROIPooler | None = None,
-        mask_semantic_pooler: ROIPooler | None = None,
+        box_semantic_pooler: Any = None,
+        mask_semantic_pooler: Any = None,
         **kwargs: Any,
     ):
         """
@@ -83,7 +83,8 @@ class HTCROIHeads(CascadeROIHeads):
             mask_info_flow: mask heads get the features of the one before.
             vis_period: > 0 to put pictures of masks into the EventStorage every so many iterations.
             semantic_branch: None for none; then no poolers either.
-            box_semantic_pooler, mask_semantic_pooler: its map and boxes -> (M, C, side, side), as for boxes and masks.
+            box_semantic_pooler, mask_semantic_pooler: ROIPoolers of its map, with the output sizes of those for boxes
+                and masks.
             kwargs: for CascadeROIHeads; ``mask_head`` is a ModuleList of :class:`HTCMaskHead`, one per stage.
         Raises:
             ValueError: not as many weights as stages.

@@ -11,14 +11,14 @@ from typing import Any
 from d2_frozen.detection.htc import HTCROIHeads
 from d2_frozen.detection.soft_nms import SoftNMS
 from detectron2.config import CfgNode, configurable
-from detectron2.modeling import ROI_HEADS_REGISTRY, StandardROIHeads
+from detectron2.modeling import ROI_HEADS_REGISTRY, ROIHeads, StandardROIHeads
 from detectron2.modeling.roi_heads.cascade_rcnn import CascadeROIHeads
 
 # No IoU lies above it: hard NMS then keeps every box.
 _NO_NMS = 2.0
 
 
-class _EndsWithSoftNMS:
+class _EndsWithSoftNMS(ROIHeads):
     """Mixin: the heads' own NMS and limit are off, what they then find goes through Soft-NMS.
 
     ``soft_nms_on`` False leaves it out: all candidates above the score threshold, for a later merge.
@@ -38,7 +38,10 @@ class _EndsWithSoftNMS:
 
     @classmethod
     def from_config(cls, cfg: CfgNode, input_shape: Any) -> dict[str, Any]:
-        return {"soft_nms": SoftNMS.from_config(cfg), **super().from_config(cfg, input_shape)}
+        soft_nms = SoftNMS.from_config(cfg)
+        if soft_nms is None:
+            raise ValueError(f"{cls.__name__} needs a soft one of MODEL.ROI_HEADS.NMS_TYPE, not nms.")
+        return {"soft_nms": soft_nms, **super().from_config(cfg, input_shape)}
 
     def _forward_box(self, *args: Any, **kwargs: Any) -> Any:
         found = super()._forward_box(*args, **kwargs)
@@ -68,8 +71,8 @@ def heads_for_nms_type(cfg: CfgNode) -> str:
     Raises:
         ValueError: no such NMS_TYPE, or Soft-NMS for heads that do not have it.
     """
-    name = cfg.MODEL.ROI_HEADS.NAME
-    if SoftNMS.from_config(cfg) is None or name.startswith("SoftNMS"):
+    name = cfg.MODEL.ROI_HEADS.NAME.removeprefix("SoftNMS")
+    if SoftNMS.from_config(cfg) is None:
         return name
     if name not in ("StandardROIHeads", "CascadeROIHeads", "HTCROIHeads"):
         raise ValueError(
