@@ -152,6 +152,11 @@ def _add_data_keys(cfg: CfgNode) -> None:
 def _add_training_keys(cfg: CfgNode) -> None:
     # "SGD" | "ADAMW". AdamW uses SOLVER.BASE_LR, WEIGHT_DECAY, WEIGHT_DECAY_NORM, WEIGHT_DECAY_BIAS, BIAS_LR_FACTOR.
     cfg.SOLVER.OPTIMIZER = "SGD"
+    # For a bottom-up network that trains, or part of it (MODEL.BACKBONE.FREEZE other than "all"): its learning rate
+    # relative to BASE_LR, and the factor from each of its blocks to the one before (layer-wise decay: layer k of L
+    # gets LAYER_DECAY ** (L + 1 - k), the stem being layer 0). 1.0: no difference. Swin and ViT users take 0.7 to 0.9.
+    cfg.SOLVER.BACKBONE_MULTIPLIER = 1.0
+    cfg.SOLVER.LAYER_DECAY = 1.0
 
     # TEST.AUG.{ENABLED, MIN_SIZES, MAX_SIZE, FLIP} are Detectron2's: after training and with --eval-only a second
     # evaluation on several sizes, its metrics named *_TTA. With INPUT.AUGMENTATION scale_crop the sizes are those of

@@ -24,8 +24,8 @@ from detectron2.config import CfgNode
 _CLASSES_IF_UNKNOWN = 80  # COCO's
 
 
-def parts_table(model: nn.Module) -> str:
-    """One row per part, and the sum.
+def parts_table(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> str:
+    """One row per part, and the sum; with an optimiser also the learning rates and weight decays of each part.
 
     A model may define ``parts() -> [(name, module)]``; else its direct children are the parts, a ``backbone`` with a
     ``bottom_up`` inside being two.
@@ -36,11 +36,26 @@ def parts_table(model: nn.Module) -> str:
         count = sum(p.numel() for p in part.parameters())
         training = sum(p.numel() for p in part.parameters() if p.requires_grad)
         total, trainable = total + count, trainable + training
-        rows.append([name, _class_name(part), f"{count:,}", _state(count, training), _dtype(part)])
-    rows.append(["all", "", f"{total:,}", f"{trainable:,} trainable", ""])
-    return tabulate(
-        rows, headers=["part", "class", "parameters", "state", "dtype"], colalign=("left",) * 2 + ("right",)
-    )
+        row = [name, _class_name(part), f"{count:,}", _state(count, training), _dtype(part)]
+        rows.append(row + (_settings(part, optimizer) if optimizer else []))
+    rows.append(["all", "", f"{total:,}", f"{trainable:,} trainable", "", *([""] * 2 if optimizer else [])])
+    headers = ["part", "class", "parameters", "state", "dtype"]
+    headers += ["learning rate", "weight decay"] if optimizer else []
+    return tabulate(rows, headers=headers, colalign=("left",) * 2 + ("right",))
+
+
+def _settings(part: nn.Module, optimizer: torch.optim.Optimizer) -> list[str]:
+    """Ranges of learning rate and weight decay over a part's parameters."""
+    inside = set(part.parameters())
+    groups = [g for g in optimizer.param_groups if any(p in inside for p in g["params"])]
+    return [_range({float(g[key]) for g in groups}) for key in ("lr", "weight_decay")]
+
+
+def _range(values: set[float]) -> str:
+    if not values:
+        return "-"
+    low, high = min(values), max(values)
+    return f"{low:.3g}" if low == high else f"{low:.3g} .. {high:.3g}"
 
 
 def _parts(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

@@ -47,9 +47,9 @@ class PlainViT(Backbone):
                 f"MODEL.TIMM.NAME {self.name} has patches of {self.patch} pixels; strides are {_STRIDES}."
             )
         self.stride = fitting[0]
-        self._last = len(network.feature_info) - 1
+        self._depth = len(network.feature_info)
         self._out_features = [PLAIN_FEATURE]
-        self._out_feature_channels = {PLAIN_FEATURE: network.feature_info[self._last]["num_chs"]}
+        self._out_feature_channels = {PLAIN_FEATURE: network.feature_info[-1]["num_chs"]}
         self._out_feature_strides = {PLAIN_FEATURE: self.stride}
         self.network = network
         if isinstance(network.norm, nn.Identity) and not isinstance(
@@ -57,7 +57,7 @@ class PlainViT(Backbone):
         ):
             # EVA and others normalise behind the pooling; here the same norm acts on each cell.
             network.norm, network.fc_norm = network.fc_norm, nn.Identity()
-        network.prune_intermediate_layers([self._last], prune_norm=False, prune_head=True)
+        network.prune_intermediate_layers([self._depth - 1], prune_norm=False, prune_head=True)
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         """(B, 3, H, W) normalised images -> {"plain": (B, C, H / stride, W / stride)}.
@@ -78,7 +78,7 @@ class PlainViT(Backbone):
             shrunk = F.interpolate(images.float(), size, mode="bilinear", align_corners=False, antialias=True)
             images = shrunk.to(images.dtype)
         maps = self.network.forward_intermediates(
-            images, indices=[self._last], norm=True, output_fmt="NCHW", intermediates_only=True
+            images, indices=[self._depth - 1], norm=True, output_fmt="NCHW", intermediates_only=True
         )
         return {PLAIN_FEATURE: maps[-1]}
 
@@ -91,18 +91,26 @@ class PlainViT(Backbone):
         return {PLAIN_FEATURE: ShapeSpec(channels=channels, stride=self.stride)}
 
     def parameters_by_layer(self) -> list[list[str]]:
-        """Names of the parameters of the patch embedding, then of each block, in the order of the forward pass."""
+        """Names of the parameters of the patch embedding, then of each block, in the order of the forward pass.
+
+        The final norm is in none of them.
+        """
         groups = group_parameters(self.network, self.network.group_matcher(coarse=False))
-        return [[f"network.{name}" for name in groups[key]] for key in sorted(groups)]
+        # timm counts the final norm with the last block.
+        return [
+            [f"network.{name}" for name in groups[key] if not name.startswith(("norm.", "fc_norm."))]
+            for key in sorted(groups)
+        ]
 
     def parameters_by_stage(self) -> list[list[str]]:
-        """As of a network with four stages: patch embedding, then four quarters of the blocks."""
+        """As of a network with four stages: patch embedding, then four quarters of the blocks; all parameters."""
         stem, *blocks = self.parameters_by_layer()
-        parts: list[list[str]] = [stem, [], [], [], []]
-        depth = self._last + 1
-        for index, names in enumerate(blocks):  # the final norm is the group behind the last block
-            parts[1 + 4 * min(index, depth - 1) // depth] += names
-        return [part for part in parts if part]
+        parts: list[list[str]] = [[], [], [], []]
+        for index, names in enumerate(blocks):
+            parts[4 * index // self._depth] += names
+        inside = {name for names in (stem, *blocks) for name in names}
+        parts[-1] += [name for name, _ in self.named_parameters() if name not in inside]
+        return [part for part in (stem, *parts) if part]
 
 
 def plain_vit_arguments(name: str) -> dict[str, Any]:

@@ -66,7 +66,8 @@ class TimmBackbone(Backbone):
         self._out_feature_channels = {f: channels[f] for f in self._out_features}
         self._out_feature_strides = {f: s for s, f in STRIDE_NAMES.items() if f in self._out_features}
         self._indices = [index_of[f] for f in self._out_features]
-        self._stage_names = _parameters_by_stage(network)
+        self._stage_names = _grouped_parameters(network, by_block=False)
+        self._layer_names = _grouped_parameters(network, by_block=True)
         self.network = network
         self.network.prune_intermediate_layers(self._indices, prune_norm=True, prune_head=True)
 
@@ -98,14 +99,20 @@ class TimmBackbone(Backbone):
         Raises:
             ValueError: timm does not say to which stage the parameters belong.
         """
-        if not self._stage_names:
+        return self._remaining(self._stage_names)
+
+    def parameters_by_layer(self) -> list[list[str]]:
+        """Names of the parameters of the stem and of each remaining block; merging counts with the block behind it."""
+        return self._remaining(self._layer_names)
+
+    def _remaining(self, groups: list[list[str]]) -> list[list[str]]:
+        if not groups:
             raise ValueError(
-                f"timm gives no stages for {self.name}; set MODEL.BACKBONE.FREEZE to 'all' or 'none'."
+                f"timm gives no stages for {self.name}; set MODEL.BACKBONE.FREEZE to 'all' or 'none', and "
+                "SOLVER.LAYER_DECAY to 1.0."
             )
         present = {name for name, _ in self.named_parameters()}
-        parts = [
-            [f"network.{name}" for name in part if f"network.{name}" in present] for part in self._stage_names
-        ]
+        parts = [[f"network.{name}" for name in part if f"network.{name}" in present] for part in groups]
         return [part for part in parts if part]
 
 
@@ -224,11 +231,11 @@ def _head_prefixes(network: nn.Module, final_norm: bool = True) -> tuple[str, ..
     return tuple({*(f"{c}." for c in classifiers), "head.", "fc.", *norms})
 
 
-def _parameters_by_stage(network: Any) -> list[list[str]]:
-    """Stem, then one group per stage, as timm's coarse groups of layer-wise learning rates have it."""
+def _grouped_parameters(network: Any, by_block: bool) -> list[list[str]]:
+    """Stem, then one group per stage or block, as timm's groups of layer-wise learning rates have it."""
     if not hasattr(network, "group_matcher"):
         return []
-    groups = group_parameters(network, network.group_matcher(coarse=True))
+    groups = group_parameters(network, network.group_matcher(coarse=not by_block))
     head = _head_prefixes(network)
     parts = [[n for n in groups[key] if not n.startswith(head)] for key in sorted(groups)]
     return [part for part in parts if part]

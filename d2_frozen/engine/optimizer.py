@@ -7,8 +7,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from d2_frozen.engine.backbone_rates import own_settings
 from detectron2.config import CfgNode
-from detectron2.solver.build import get_default_optimizer_params, maybe_add_gradient_clipping
+from detectron2.solver.build import (
+    get_default_optimizer_params,
+    maybe_add_gradient_clipping,
+    reduce_param_groups,
+)
 
 
 def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
@@ -17,8 +22,10 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
     SOLVER.CLIP_GRADIENTS.CLIP_TYPE may be Detectron2's "value" and "norm" (each parameter on its own), or
     "full_model" (one norm over all parameters, as Mask2Former and Swin users have it).
 
+    The trained part of the bottom-up network follows SOLVER.BACKBONE_MULTIPLIER and LAYER_DECAY.
+
     Raises:
-        ValueError: unknown SOLVER.OPTIMIZER, or nothing to train.
+        ValueError: unknown SOLVER.OPTIMIZER, nothing to train, or a rate for a bottom-up network that is frozen.
     """
     if not any(p.requires_grad for p in model.parameters()):
         raise ValueError("the model has no parameter to train; check MODEL.BACKBONE.FREEZE and the heads.")
@@ -37,6 +44,9 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
         weight_decay_bias=solver.WEIGHT_DECAY_BIAS,
         bias_lr_factor=solver.BIAS_LR_FACTOR,
     )
+    own = own_settings(cfg, model, groups)
+    if own:
+        groups = reduce_param_groups([*groups, *own])
     if all(p.device.type == "cpu" for group in groups for p in group["params"]):
         # On CPU one fused loop per parameter instead of some ten operations: six times faster with small heads.
         # Not on GPU, where AMP would hand a fused optimiser gradients that are still scaled, and clipping is here.

@@ -48,9 +48,9 @@ class FrozenTrainer(DefaultTrainer):
             )
         cfg = self.auto_scale_workers(cfg, comm.get_world_size())
         model = self.build_model(cfg)
-        if comm.is_main_process():
-            logger.info("Parts of the model:\n%s", parts_table(model))
         optimizer = self.build_optimizer(cfg, model)
+        if comm.is_main_process():
+            logger.info("Parts of the model:\n%s", parts_table(model, optimizer))
         parallel = create_ddp_model(exclude_frozen_from_ddp(model), broadcast_buffers=False)
         self._stream = _ResumableStream(lambda start: self.build_train_loader(cfg, start_iteration=start))
         self._trainer = _loop_kind(cfg, parallel)(parallel, self._stream, optimizer)

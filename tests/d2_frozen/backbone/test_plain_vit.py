@@ -95,14 +95,6 @@ def test_a_side_that_does_not_fit_is_an_error_that_says_what_to_do():
         small("vit_tiny_patch16_224")(torch.zeros(1, 3, 40, 64))
 
 
-def test_networks_without_free_image_size_are_refused():
-    with (
-        pytest.raises(ValueError, match="plain ViT of timm's vision_transformer, deit or eva"),
-        torch.device("meta"),
-    ):
-        create_timm_backbone("beit_base_patch16_224")
-
-
 def test_stages_are_quarters_of_the_blocks():
     backbone = small("vit_tiny_patch16_224", depth=6)
     stem, *quarters = backbone.parameters_by_stage()
