@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from detectron2.utils import comm
 from seg_app.models.matcher import HungarianMatcher, Match
 from seg_app.models.points import draw_uncertain_points, sample_maps, sample_masks
+from seg_app.models.query_masks import QueryMasks, query_masks
 
 Targets = Sequence[Mapping[str, Tensor]]
 
@@ -85,7 +86,7 @@ class SetCriterion(nn.Module):
             name: loss * self.weight_dict[name] for name, loss in losses.items() if name in self.weight_dict
         }
 
-    def _of_layer(self, outputs: Mapping[str, Tensor], targets: Targets, count: Tensor) -> dict[str, Tensor]:
+    def _of_layer(self, outputs: Mapping[str, Any], targets: Targets, count: Tensor) -> dict[str, Tensor]:
         matches = self.matcher(outputs, targets)
         losses = {}
         if "labels" in self.losses:
@@ -102,20 +103,16 @@ class SetCriterion(nn.Module):
         return F.cross_entropy(logits.float().transpose(1, 2), wanted, self.empty_weight)
 
     def _mask_losses(
-        self, masks: Tensor, targets: Targets, matches: Sequence[Match], count: Tensor
+        self, masks: Tensor | QueryMasks, targets: Targets, matches: Sequence[Match], count: Tensor
     ) -> dict[str, Tensor]:
-        B, Q, h, w = masks.shape
-        which = torch.cat([b * Q + queries for b, (queries, _) in enumerate(matches)])
-        matched = masks.flatten(0, 1)[which.to(masks.device, non_blocking=True)][
-            :, None
-        ].float()  # (N, 1, h, w)
+        matched = query_masks(masks).chosen([queries for queries, _ in matches])  # (N, 1, h, w)
         points = draw_uncertain_points(
             matched.detach(), self.num_points, self.oversample_ratio, self.importance_ratio
         )
         per_image = points.split([len(queries) for queries, _ in matches])
         truth = torch.cat(
             [
-                sample_masks(t["masks"].to(masks.device), objects.to(masks.device), places)
+                sample_masks(t["masks"].to(places.device), objects.to(places.device), places)
                 for t, (_, objects), places in zip(targets, matches, per_image)
             ]
         )  # (N, P)

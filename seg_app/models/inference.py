@@ -28,7 +28,7 @@ def semantic_scores(logits: Tensor, masks: Tensor, size: tuple[int, int] | None 
     # Some queries at a time: at 4000 x 4000 pixels, 100 full-size masks are 6.4 GB.
     some = max(1, _NUMBERS_AT_ONCE // (H * W))
     for part, chance in zip(masks.float().split(some), chances.split(some)):
-        if (H, W) != tuple(part.shape[-2:]):
+        if tuple(part.shape[-2:]) != (H, W):
             part = F.interpolate(part[None], size=(H, W), mode="bilinear", align_corners=False)[0]
         scores.addmm_(chance.t(), part.sigmoid().flatten(1))
     return scores.view(-1, H, W)

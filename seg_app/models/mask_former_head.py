@@ -101,10 +101,12 @@ class Mask2FormerHead(nn.Module):
             importance_ratio=m.IMPORTANCE_SAMPLE_RATIO,
         )
 
-    def forward(self, features: dict[str, Tensor], every_layer: bool = False) -> dict[str, Any]:
+    def forward(
+        self, features: dict[str, Tensor], every_layer: bool = False, full_masks: bool = True
+    ) -> dict[str, Any]:
         """(B, C, h, w) maps by name -> what :class:`MaskedTransformerDecoder` gives."""
         mask_features, maps = self.pixel_decoder(features)
-        return self.predictor(maps, mask_features, every_layer)
+        return self.predictor(maps, mask_features, every_layer, full_masks)
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Tensor], prefix: str, local_metadata: dict, *args: Any

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from detectron2.layers import Conv2d
 from seg_app.models.pixel_decoder import NUM_QUERY_MAPS
 from seg_app.models.position import sine_positions
+from seg_app.models.query_masks import QueryMasks
 from seg_app.models.transformer_layers import MLP, CrossAttentionLayer, FeedForwardLayer, SelfAttentionLayer
 
 
@@ -73,13 +74,18 @@ class MaskedTransformerDecoder(nn.Module):
         self.mask_embed = MLP(hidden_dim, hidden_dim, mask_dim, 3)
 
     def forward(
-        self, maps: Sequence[Tensor], mask_features: Tensor, every_layer: bool = True
+        self,
+        maps: Sequence[Tensor],
+        mask_features: Tensor,
+        every_layer: bool = True,
+        full_masks: bool = True,
     ) -> dict[str, Any]:
         """
         Args:
             maps: 3 maps (B, in_channels, h, w), coarse to fine.
             mask_features: (B, mask_dim, H, W).
             every_layer: also give the predictions before the last, for deep supervision.
+            full_masks: False gives masks as :class:`QueryMasks`, which is all that the losses need.
         Returns:
             ``pred_logits`` (B, Q, K + 1), the last class being "no object"; ``pred_masks`` (B, Q, H, W) logits;
             with every_layer, ``aux_outputs``: a list of M dicts of the same two.
@@ -107,13 +113,13 @@ class MaskedTransformerDecoder(nn.Module):
             normed = self.decoder_norm(queries)
             embedded = self.mask_embed(normed)
             if every_layer:
-                answers.append(self._answer(normed, embedded, mask_features))
+                answers.append(self._answer(normed, embedded, mask_features, full_masks))
             allowed = inside_own_mask(embedded.detach(), coarse[level])
             queries = look_at_map(queries, positions, keys[level], values[level], allowed)
             queries = look_at_queries(queries, positions)
             queries = feed_forward(queries)
         normed = self.decoder_norm(queries)
-        answer = self._answer(normed, self.mask_embed(normed), mask_features)
+        answer = self._answer(normed, self.mask_embed(normed), mask_features, full_masks)
         if every_layer:
             assert len(answers) == count
             return {**answer, "aux_outputs": answers}
@@ -133,11 +139,13 @@ class MaskedTransformerDecoder(nn.Module):
             values.append(cells)
         return keys, values
 
-    def _answer(self, normed: Tensor, embedded: Tensor, mask_features: Tensor) -> dict[str, Tensor]:
-        masks = torch.bmm(embedded, mask_features.flatten(2).to(embedded.dtype))
+    def _answer(
+        self, normed: Tensor, embedded: Tensor, mask_features: Tensor, full_masks: bool
+    ) -> dict[str, Any]:
+        masks = QueryMasks(embedded, mask_features)
         return {
             "pred_logits": self.class_embed(normed),
-            "pred_masks": masks.view(*masks.shape[:2], *mask_features.shape[-2:]),
+            "pred_masks": masks.all() if full_masks else masks,
         }
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:

@@ -10,7 +10,8 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from seg_app.models.points import sample_maps, sample_masks
+from seg_app.models.points import sample_all_masks
+from seg_app.models.query_masks import QueryMasks, query_masks
 
 # Indices of the queries, in order, and of their targets; int64 on CPU.
 Match = tuple[Tensor, Tensor]
@@ -35,10 +36,12 @@ class HungarianMatcher:
         self.num_points = num_points
 
     @torch.no_grad()
-    def __call__(self, outputs: Mapping[str, Tensor], targets: Sequence[Mapping[str, Tensor]]) -> list[Match]:
+    def __call__(
+        self, outputs: Mapping[str, Tensor | QueryMasks], targets: Sequence[Mapping[str, Tensor]]
+    ) -> list[Match]:
         """
         Args:
-            outputs: ``pred_logits`` (B, Q, K + 1), ``pred_masks`` (B, Q, h, w).
+            outputs: ``pred_logits`` (B, Q, K + 1), ``pred_masks`` (B, Q, h, w), or their :class:`QueryMasks`.
             targets: per image ``labels`` (T,) and ``masks`` (T, H, W), which need not be of the size of the
                 predicted ones, nor equal in size between images.
         Returns:
@@ -58,23 +61,20 @@ class HungarianMatcher:
             matches.append((torch.as_tensor(queries).long(), torch.as_tensor(objects).long()))
         return matches
 
-    def costs(self, outputs: Mapping[str, Tensor], targets: Sequence[Mapping[str, Tensor]]) -> Tensor:
+    def costs(
+        self, outputs: Mapping[str, Tensor | QueryMasks], targets: Sequence[Mapping[str, Tensor]]
+    ) -> Tensor:
         """(B, Q, largest T) float32; columns behind an image's last target mean nothing."""
-        logits, masks = outputs["pred_logits"].float(), outputs["pred_masks"].float()
+        logits, masks = outputs["pred_logits"].float(), query_masks(outputs["pred_masks"])
         B, P = len(logits), self.num_points
         device = logits.device
-        points = torch.cat([torch.rand(1, P, 2, device=device, dtype=masks.dtype) for _ in range(B)])
+        points = torch.cat([torch.rand(1, P, 2, device=device) for _ in range(B)])
         labels = pad_sequence([t["labels"].to(device).long() for t in targets], batch_first=True)  # (B, T)
         truth = pad_sequence(
-            [
-                sample_masks(
-                    t["masks"].to(device), torch.arange(len(t["labels"]), device=device), points[b : b + 1]
-                )
-                for b, t in enumerate(targets)
-            ],
+            [sample_all_masks(t["masks"].to(device), places) for t, places in zip(targets, points)],
             batch_first=True,
         )  # (B, T, P)
-        guess = sample_maps(masks, points)  # (B, Q, P)
+        guess = masks.at(points)  # (B, Q, P)
         # The mask terms are linear in the truth, so all pairs of a batch are two matrix products.
         # -log p of a pixel is softplus(x) - x t for logit x and truth t.
         pairs = torch.bmm(guess, truth.transpose(1, 2))

@@ -20,7 +20,40 @@ def sample_maps(maps: Tensor, points: Tensor) -> Tensor:
     Returns:
         (N, C, P).
     """
+    if (
+        maps.device.type == "cpu"
+        and maps.shape[1] > 8
+        and not (torch.is_grad_enabled() and maps.requires_grad)
+    ):
+        return _sample_many_channels(maps, points)
     return F.grid_sample(maps, 2 * points[:, :, None] - 1, align_corners=False).squeeze(3)
+
+
+def _sample_many_channels(maps: Tensor, points: Tensor) -> Tensor:
+    """On CPU, adding up rows of C numbers is several times faster than grid_sample's walk through each channel."""
+    N, C, H, W = maps.shape
+    cells, shares = _corners(points, H, W)
+    tables = maps.flatten(2).transpose(1, 2)  # (N, H*W, C)
+    rows = [
+        F.embedding_bag(cell, table.contiguous(), mode="sum", per_sample_weights=share)
+        for cell, table, share in zip(cells, tables, shares.to(maps.dtype))
+    ]
+    return torch.stack(rows).transpose(1, 2)
+
+
+def _corners(points: Tensor, H: int, W: int) -> tuple[Tensor, Tensor]:
+    """The four pixels around points (..., P, 2): their numbers (..., P, 4), and shares, 0 for those outside."""
+    x, y = points[..., 0] * W - 0.5, points[..., 1] * H - 0.5
+    left, top = x.floor(), y.floor()
+    right_share, lower_share = x - left, y - top
+    left, top = left.long(), top.long()
+    columns = torch.stack((left, left + 1), dim=-1)
+    rows = torch.stack((top, top + 1), dim=-1)
+    in_column = torch.stack((1 - right_share, right_share), dim=-1) * ((columns >= 0) & (columns < W))
+    in_row = torch.stack((1 - lower_share, lower_share), dim=-1) * ((rows >= 0) & (rows < H))
+    cells = (rows.clamp(0, H - 1) * W)[..., :, None] + columns.clamp(0, W - 1)[..., None, :]
+    shares = in_row[..., :, None] * in_column[..., None, :]
+    return cells.flatten(-2), shares.flatten(-2)
 
 
 def sample_masks(masks: Tensor, chosen: Tensor, points: Tensor) -> Tensor:
@@ -29,24 +62,24 @@ def sample_masks(masks: Tensor, chosen: Tensor, points: Tensor) -> Tensor:
     Args:
         masks: (T, H, W) bool or any number.
         chosen: (N,) which mask.
-        points: (N, P, 2), or (1, P, 2) for all.
+        points: (N, P, 2).
     Returns:
         (N, P) float, dtype of points.
     """
-    T, H, W = masks.shape
-    flat = masks.reshape(-1)
-    first = chosen[:, None] * (H * W)
-    x, y = points[..., 0] * W - 0.5, points[..., 1] * H - 0.5
-    left, top = x.floor(), y.floor()
-    right_share, lower_share = x - left, y - top
-    left, top = left.long(), top.long()
-    total = points.new_zeros(len(chosen), points.shape[1])
-    for j, in_row in ((top, 1 - lower_share), (top + 1, lower_share)):
-        in_row = in_row * ((j >= 0) & (j < H))
-        row = j.clamp(0, H - 1) * W
-        for i, in_column in ((left, 1 - right_share), (left + 1, right_share)):
-            share = in_row * in_column * ((i >= 0) & (i < W))
-            total += flat[first + (row + i.clamp(0, W - 1))] * share
+    H, W = masks.shape[-2:]
+    cells, shares = _corners(points, H, W)  # (N or 1, P, 4)
+    values = masks.reshape(-1)[(chosen * (H * W))[:, None, None] + cells]
+    return (values * shares).sum(-1)
+
+
+def sample_all_masks(masks: Tensor, points: Tensor) -> Tensor:
+    """Bilinear values of (T, H, W) 0/1 masks at the same (P, 2) points: (T, P), dtype of points; no gradients."""
+    H, W = masks.shape[-2:]
+    cells, shares = _corners(points, H, W)  # (P, 4)
+    flat = masks.flatten(1)
+    total = points.new_zeros(len(masks), len(points))
+    for cell, share in zip(cells.unbind(-1), shares.unbind(-1)):
+        total += flat.index_select(1, cell) * share
     return total
 
 
@@ -69,7 +102,7 @@ def draw_uncertain_points(
     candidates = torch.rand(N, draw, 2, device=masks.device, dtype=masks.dtype)
     sure = sample_maps(masks, candidates).squeeze(1).abs()  # (N, draw)
     wanted = int(importance_ratio * num_points)
-    best = sure.topk(wanted, dim=1, largest=False).indices
+    best = sure.topk(wanted, dim=1, largest=False, sorted=False).indices
     points = candidates.gather(1, best[..., None].expand(-1, -1, 2))
     anywhere = torch.rand(N, num_points - wanted, 2, device=masks.device, dtype=masks.dtype)
     return torch.cat((points, anywhere), dim=1)

@@ -168,7 +168,7 @@ class FrozenSegmentor(nn.Module):
         targets = mask_targets(*labels)
         # Without deep supervision the earlier layers' losses have no weight.
         every_layer = "loss_ce_0" in self.criterion.weight_dict
-        predictions = self.sem_seg_head(features, every_layer=every_layer)
+        predictions = self.sem_seg_head(features, every_layer=every_layer, full_masks=False)
         return self.criterion.weighted(self.criterion(predictions, targets))
 
     def _results(

@@ -1,6 +1,7 @@
 """What the losses compare with: label maps in one size, or a mask for every class that occurs.
 
-In: Detectron2's dicts, with "sem_seg" (H, W) class ids of any integer type, or "instances" with gt_classes and gt_masks.
+In: Detectron2's dicts, with "sem_seg" (H, W) class ids of any integer type, or "instances" with gt_classes and
+gt_masks.
 """
 
 from __future__ import annotations

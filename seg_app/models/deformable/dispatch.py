@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from functools import lru_cache
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -72,7 +72,7 @@ def implementation_for(device: torch.device, dtype: torch.dtype) -> str:
     return "grid_sample"
 
 
-@lru_cache(maxsize=None)
+@cache
 def _triton_works(index: int | None, dtype: torch.dtype) -> bool:
     device = torch.device("cuda", index)
     try:
