@@ -11,8 +11,10 @@ from detectron2.layers import (
     CNNBlockBase,
     Conv2d,
     CycleBatchNormList,
+    DeformConv,
     DepthwiseSeparableConv2d,
     FrozenBatchNorm2d,
+    ModulatedDeformConv,
     NaiveSyncBatchNorm,
     ROIAlign,
     batched_nms,
@@ -162,3 +164,12 @@ def test_both_ways_to_paste_agree():
         around[region] = part[0]
         assert torch.equal(around, expected)
         assert torch.equal(paste_masks_in_image(mask, box[None], (30, 40))[0], expected >= 0.5)
+
+
+def test_deformable_convolutions_say_how_they_were_made():
+    """The plain one has pairs, the modulated one what it was given."""
+    sizes = {"in_channels": 2, "out_channels": 4, "kernel_size": 3, "padding": 1}
+    plain, modulated = DeformConv(**sizes, deformable_groups=2), ModulatedDeformConv(**sizes, bias=False)
+    assert "kernel_size=(3, 3), stride=(1, 1), padding=(1, 1), dilation=(1, 1), groups=1" in repr(plain)
+    assert "deformable_groups=2, bias=False" in repr(plain)
+    assert "kernel_size=(3, 3), stride=1, padding=1, dilation=1, groups=1" in repr(modulated)

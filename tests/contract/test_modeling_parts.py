@@ -79,6 +79,18 @@ def test_ground_truth_joins_the_proposals_as_certain():
     assert sorted(joined.get_fields()) == ["objectness_logits", "proposal_boxes"]
 
 
+def test_ground_truth_must_have_the_fields_of_proposals():
+    proposals = Instances((20, 20), proposal_boxes=Boxes([[0, 0, 5, 5]]), objectness_logits=torch.zeros(1))
+    proposals.level = torch.tensor([3])
+    truth = Instances((20, 20), gt_boxes=Boxes([[1, 1, 9, 9]]), gt_classes=torch.tensor([7]))
+    for without_level in (truth, truth.gt_boxes):
+        with pytest.raises(AssertionError, match="level"):
+            add_ground_truth_to_proposals([without_level], [proposals])
+    truth.level = torch.tensor([4])
+    (joined,) = add_ground_truth_to_proposals([truth], [proposals])
+    assert joined.level.tolist() == [3, 4] and not joined.has("gt_classes")
+
+
 def test_detections_need_more_than_the_threshold_and_win_within_their_class():
     boxes = torch.tensor([[0.0, 0, 20, 20], [1, 0, 21, 20], [60, 30, 130, 70], [5, 5, 8, 8]])
     scores = torch.tensor([[0.6, 0.3, 0.1], [0.7, 0.05, 0.25], [0.2, 0.5, 0.3], [0.0, 0.0, 1.0]])

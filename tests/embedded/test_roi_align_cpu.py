@@ -60,19 +60,20 @@ def test_a_pyramid_at_once_equals_level_by_level(monkeypatch):
 
 
 def test_a_level_without_boxes_still_has_a_gradient():
-    maps = [torch.randn(1, 2, 8, 8, requires_grad=True), torch.randn(1, 2, 4, 4, requires_grad=True)]
+    maps = [torch.randn(1, 32, 8, 8, requires_grad=True), torch.randn(1, 32, 4, 4, requires_grad=True)]
     pooler = ROIPooler(2, [1 / 4, 1 / 8], 2, "ROIAlignV2", canonical_box_size=16, canonical_level=3)
     pooler(maps, [Boxes(torch.tensor([[2.0, 2.0, 6.0, 6.0]]))]).sum().backward()
-    assert maps[0].grad.sum().item() == pytest.approx(2 * 4)  # weights of each output cell add up to 1
+    assert maps[0].grad.sum().item() == pytest.approx(32 * 4)  # weights of each output cell add up to 1
     assert torch.equal(maps[1].grad, torch.zeros_like(maps[1]))
 
 
 def test_few_boxes_on_large_maps_and_accelerators_go_to_torchvision():
     rois = torch.zeros(3, 5)
-    assert not sparse.pays([torch.zeros(1, 1, 100, 100)], rois, (7, 7))
-    assert not sparse.pays([torch.zeros(1, 1, 8, 8, device="meta")], rois, (7, 7))
-    assert not sparse.pays([torch.zeros(0, 1, 8, 8)], rois, (7, 7))
-    assert sparse.pays([torch.zeros(1, 1, 8, 8)], rois, (7, 7))
+    assert not sparse.pays([torch.zeros(1, 32, 100, 100)], rois, (7, 7))
+    assert not sparse.pays([torch.zeros(1, 32, 8, 8, device="meta")], rois, (7, 7))
+    assert not sparse.pays([torch.zeros(0, 32, 8, 8)], rois, (7, 7))
+    assert not sparse.pays([torch.zeros(1, 16, 8, 8)], rois, (7, 7))
+    assert sparse.pays([torch.zeros(1, 32, 8, 8)], rois, (7, 7))
 
 
 @pytest.mark.parametrize("size", [3, (3, 3)])

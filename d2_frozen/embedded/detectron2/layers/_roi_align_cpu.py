@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+# With fewer, the weights cost more than what they multiply: 16 channels take 1.6 times as long as torchvision.
+_MIN_CHANNELS = 32
 # Boxes whose weights exist at the same time.
 _BOXES_PER_CHUNK = 64
 
@@ -22,6 +24,8 @@ _BOXES_PER_CHUNK = 64
 def pays(maps: list[Tensor], rois: Tensor, output_size: tuple[int, int]) -> bool:
     """Is there enough to pool from these maps, on a device and in a mode where this is the faster way?"""
     if maps[0].device.type != "cpu" or torch.jit.is_tracing() or torch.compiler.is_compiling():
+        return False
+    if maps[0].shape[1] < _MIN_CHANNELS:
         return False
     # Laying out the table costs one copy of the maps.
     num_cells = sum(one.shape[0] * one.shape[2] * one.shape[3] for one in maps)

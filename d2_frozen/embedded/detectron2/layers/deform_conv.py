@@ -79,8 +79,8 @@ class _DeformableBase(nn.Module):
         for name, channels in (("input", in_channels), ("output", out_channels)):
             assert channels % groups == 0, f"{channels} {name} channels do not divide into {groups} groups"
         self.in_channels, self.out_channels = in_channels, out_channels
-        self.kernel_size, self.stride = _pair(kernel_size), _pair(stride)
-        self.padding, self.dilation = _pair(padding), _pair(dilation)
+        self.kernel_size = _pair(kernel_size)
+        self.stride, self.padding, self.dilation = stride, padding, dilation
         self.groups, self.deformable_groups = groups, deformable_groups
         self.with_bias = bias
         self.norm = norm
@@ -124,7 +124,7 @@ class DeformConv(_DeformableBase):
     ) -> None:
         # fmt: on
         assert not bias, "DeformConv has no bias; use ModulatedDeformConv, or a norm with one"
-        geometry = (kernel_size, stride, padding, dilation, groups, deformable_groups)
+        geometry = (kernel_size, _pair(stride), _pair(padding), _pair(dilation), groups, deformable_groups)
         super().__init__(in_channels, out_channels, *geometry, False, norm, activation)
 
     def forward(self, x: Tensor, offset: Tensor) -> Tensor:

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from detectron2._outside import outside_subset
-from detectron2.structures.boxes import Boxes
 
 __all__ = ["paste_masks_in_image"]
 __getattr__ = outside_subset(__name__, ("paste_mask_in_image_old",))
@@ -21,60 +19,68 @@ GPU_MEM_LIMIT = 1024**3
 
 
 def paste_masks_in_image(
-    masks: Tensor, boxes: Boxes | Tensor, image_shape: tuple[int, int], threshold: float = 0.5
+    masks: Tensor, boxes: Tensor, image_shape: tuple[int, int], threshold: float = 0.5
 ) -> Tensor:
     """Stretch mask i over box i, by bilinear interpolation, in an image of the given size.
 
     Args:
         masks: (N, M, M) in 0..1.
-        boxes: N boxes, XYXY pixels; they may reach out of the image.
+        boxes: N boxes, XYXY pixels, as (N, 4) or Boxes (in TorchScript as (N, 4)); they may reach out of the
+            image.
         image_shape: (height, width) in pixels.
         threshold: a pixel is set when its value is at least this; negative: no threshold.
     Returns:
         (N, height, width) bool; uint8 in 0..255 for a negative threshold, and always for N = 0.
     """
-    assert masks.shape[-1] == masks.shape[-2], f"masks must be square, got {tuple(masks.shape)}"
+    assert masks.shape[-1] == masks.shape[-2], f"masks must be square, got {masks.shape}"
     count = len(masks)
-    height, width = (int(side) for side in image_shape)
+    height, width = image_shape
+    height, width = int(height), int(width)
     if count == 0:
-        return masks.new_empty((0, height, width), dtype=torch.uint8)
-    coords = boxes.tensor if isinstance(boxes, Boxes) else boxes
-    assert len(coords) == count, f"mask i goes with box i, but there are {count} and {len(coords)}"
+        return masks.new_empty([0, height, width], dtype=torch.uint8)
+    if not isinstance(boxes, Tensor):
+        boxes = boxes.tensor
+    assert len(boxes) == count, f"mask i goes with box i, but there are {count} and {len(boxes)}"
 
-    binary = threshold >= 0
-    pasted = torch.zeros(
-        (count, height, width), device=masks.device, dtype=torch.bool if binary else torch.uint8
-    )
-    for values, place in _pasted_parts(masks, coords, height, width):
-        pasted[place] = values >= threshold if binary else (values * 255).to(torch.uint8)
-    return pasted
-
-
-def _pasted_parts(
-    masks: Tensor, boxes: Tensor, height: int, width: int
-) -> Iterator[tuple[Tensor, tuple[int | slice, ...]]]:
-    """Pasted values, piece by piece, each with its place in the (N, height, width) result."""
+    pixel_type = torch.bool if threshold >= 0 else torch.uint8
+    pasted = torch.zeros([count, height, width], device=masks.device, dtype=pixel_type)
     if masks.device.type == "cpu":
         # One mask at a time, as then only the pixels around its box have to be computed. What can be is
         # computed for all of them before: a mask takes less time than a dozen calls of torch.
-        rows = _sample_positions((0, height), boxes[:, 1], boxes[:, 3])  # (N, height)
-        columns = _sample_positions((0, width), boxes[:, 0], boxes[:, 2])  # (N, width)
+        rows = _sample_positions(0, height, boxes[:, 1], boxes[:, 3])  # (N, height)
+        columns = _sample_positions(0, width, boxes[:, 0], boxes[:, 2])  # (N, width)
         y_ranges, x_ranges = _touched_ranges(boxes[:, 1::2], height), _touched_ranges(boxes[:, 0::2], width)
-        for i, ((top, bottom), (left, right)) in enumerate(zip(y_ranges, x_ranges)):
+        for i in range(count):
+            top, bottom = y_ranges[i]
+            left, right = x_ranges[i]
             if top < bottom and left < right:
                 values = _sample(
                     masks[i : i + 1], rows[i : i + 1, top:bottom], columns[i : i + 1, left:right]
                 )
-                yield values[0], (i, slice(top, bottom), slice(left, right))
-        return
+                pasted[i, top:bottom, left:right] = _pixels(values[0], threshold)
+        return pasted
     # Many at once, as each step would wait for the device, within the memory that we allow ourselves.
-    per_mask = height * width * BYTES_PER_FLOAT
-    assert per_mask <= GPU_MEM_LIMIT, f"one mask of {height}x{width} needs more than GPU_MEM_LIMIT bytes"
-    per_chunk = math.ceil(len(masks) / math.ceil(len(masks) * per_mask / GPU_MEM_LIMIT))
-    for start in range(0, len(masks), per_chunk):
-        part = slice(start, start + per_chunk)
-        values, _ = _do_paste_mask(masks[part], boxes[part], height, width, skip_empty=False)
-        yield values, (part,)
+    per_chunk = _masks_at_once(count, height, width)
+    for start in range(0, count, per_chunk):
+        end = start + per_chunk
+        rows = _sample_positions(0, height, boxes[start:end, 1], boxes[start:end, 3])
+        columns = _sample_positions(0, width, boxes[start:end, 0], boxes[start:end, 2])
+        pasted[start:end] = _pixels(_sample(masks[start:end], rows, columns), threshold)
+    return pasted
+
+
+# Both limits as defaults, since TorchScript reads no globals.
+def _masks_at_once(
+    count: int, height: int, width: int, limit: int = GPU_MEM_LIMIT, per_pixel: int = BYTES_PER_FLOAT
+) -> int:
+    """How many of ``count`` float masks of that size fit into ``limit`` bytes, in pieces of equal size."""
+    per_mask = height * width * per_pixel
+    assert per_mask <= limit, f"one mask of {height}x{width} needs more than {limit} bytes (GPU_MEM_LIMIT)"
+    return math.ceil(count / math.ceil(count * per_mask / limit))
+
+
+def _pixels(values: Tensor, threshold: float) -> Tensor:
+    return values >= threshold if threshold >= 0 else (values * 255).to(torch.uint8)
 
 
 def _do_paste_mask(
@@ -97,16 +103,16 @@ def _do_paste_mask(
             (min(first for first, _ in ranges), max(last for _, last in ranges))
             for ranges in (y_ranges, x_ranges)
         )
-    rows = _sample_positions(y_range, boxes[:, 1], boxes[:, 3])  # (N, h)
-    columns = _sample_positions(x_range, boxes[:, 0], boxes[:, 2])  # (N, w)
+    rows = _sample_positions(*y_range, boxes[:, 1], boxes[:, 3])  # (N, h)
+    columns = _sample_positions(*x_range, boxes[:, 0], boxes[:, 2])  # (N, w)
     return _sample(masks, rows, columns), (slice(*y_range), slice(*x_range)) if skip_empty else ()
 
 
 def _sample(masks: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
     """Values (N, h, w) of N masks at their rows (N, h) and columns (N, w), counted as grid_sample does."""
-    shape = (len(masks), rows.shape[1], columns.shape[1])
+    shape = [len(masks), rows.shape[1], columns.shape[1]]
     grid = torch.stack((columns[:, None, :].expand(shape), rows[:, :, None].expand(shape)), dim=3)
-    single_channel = masks.reshape(len(masks), 1, *masks.shape[-2:]).to(torch.float32)
+    single_channel = masks.reshape(len(masks), 1, masks.shape[-2], masks.shape[-1]).to(torch.float32)
     return F.grid_sample(single_channel, grid.to(torch.float32), align_corners=False)[:, 0]
 
 
@@ -116,13 +122,13 @@ def _touched_ranges(ends: Tensor, limit: int) -> list[tuple[int, int]]:
     With one more on each side for the interpolation.
     """
     first, last = ends[:, 0].floor() - 1, ends[:, 1].ceil() + 1
-    pairs = torch.stack((first, last), dim=1).clamp(0, limit).tolist()
-    return [(int(low), max(int(low), int(high))) for low, high in pairs]
+    pairs: list[list[float]] = torch.stack((first, last), dim=1).clamp(0, limit).tolist()
+    return [(int(pair[0]), max(int(pair[0]), int(pair[1]))) for pair in pairs]
 
 
-def _sample_positions(pixel_range: tuple[int, int], low: Tensor, high: Tensor) -> Tensor:
+def _sample_positions(start: int, end: int, low: Tensor, high: Tensor) -> Tensor:
     """Pixel centres along one axis as grid_sample counts: -1 and 1 are the sides of the box."""
-    centers = torch.arange(*pixel_range, device=low.device, dtype=torch.float32) + 0.5
+    centers = torch.arange(start, end, device=low.device, dtype=torch.float32) + 0.5
     position = (centers - low[:, None]) / (high - low)[:, None] * 2 - 1
     # Any value beyond +-2 samples nothing. Boxes without width give inf, or 0/0 on the box itself.
     return position.clamp_(-2, 2).nan_to_num_(nan=-2.0)

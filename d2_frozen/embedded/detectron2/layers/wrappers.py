@@ -35,21 +35,26 @@ class Conv2d(torch.nn.Conv2d):
         self.norm, self.activation = after["norm"], after["activation"]
 
     def forward(self, x: Tensor) -> Tensor:
+        if not torch.jit.is_scripting():
+            self._refuse_empty_batch(x)
+        x = self._conv_forward(x, self.weight, self.bias)
+        if self.norm is not None:
+            x = self.norm(x)
+        if self.activation is not None:
+            x = self.activation(x)
+        return x
+
+    def _refuse_empty_batch(self, x: Tensor) -> None:
         if self.training and x.numel() == 0 and isinstance(self.norm, torch.nn.SyncBatchNorm):
             # It would fail on the workers without input only, and the others would then wait for ever.
             raise AssertionError(
                 "SyncBatchNorm cannot train on an empty batch; use naiveSyncBN_N or another norm"
             )
-        x = super().forward(x)
-        for after in (self.norm, self.activation):
-            if after is not None:
-                x = after(x)
-        return x
 
 
-def cat(tensors: list[Tensor] | tuple[Tensor, ...], dim: int = 0) -> Tensor:
-    """torch.cat, but one tensor alone is returned itself, without a copy."""
-    assert isinstance(tensors, (list, tuple)), f"a list of tensors is needed, not {type(tensors).__name__}"
+def cat(tensors: list[Tensor], dim: int = 0) -> Tensor:
+    """torch.cat of a list or tuple, but one tensor alone is returned itself, without a copy."""
+    assert isinstance(tensors, (list, tuple)), "a list of tensors is needed"
     return tensors[0] if len(tensors) == 1 else torch.cat(tensors, dim)
 
 
@@ -75,8 +80,14 @@ def empty_input_loss_func_wrapper(loss_func: Callable[..., Tensor]) -> Callable[
 cross_entropy = empty_input_loss_func_wrapper(F.cross_entropy)
 
 
-def nonzero_tuple(x: Tensor) -> tuple[Tensor, ...]:
-    """Indices of the non-zero entries, one long tensor per dimension; a scalar counts as shape (1,)."""
+def nonzero_tuple(x: Tensor):
+    """Indices of the non-zero entries, one long tensor per dimension; a scalar counts as shape (1,).
+
+    Returns:
+        A tuple; in TorchScript, where tuples have a fixed length, a list.
+    """
+    if torch.jit.is_scripting():
+        return torch.atleast_1d(x).nonzero().unbind(1)
     return torch.atleast_1d(x).nonzero(as_tuple=True)
 
 

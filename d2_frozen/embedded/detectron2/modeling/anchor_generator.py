@@ -35,6 +35,7 @@ class BufferList(nn.Module):
     def __len__(self) -> int:
         return len(self._buffers)
 
+    @torch.jit.unused
     def __iter__(self) -> Iterator[Tensor]:
         return iter(self._buffers.values())
 
@@ -89,11 +90,13 @@ class DefaultAnchorGenerator(nn.Module):
         }
 
     @property
+    @torch.jit.unused
     def num_cell_anchors(self) -> list[int]:
         """Anchors per cell of each map."""
         return [len(anchors) for anchors in self.cell_anchors]
 
     @property
+    @torch.jit.unused
     def num_anchors(self) -> list[int]:
         """The same as ``num_cell_anchors``."""
         return self.num_cell_anchors
@@ -123,10 +126,12 @@ class DefaultAnchorGenerator(nn.Module):
         assert len(features) == self.num_features, (
             f"{len(features)} feature maps, but the anchors were made for {self.num_features}"
         )
-        return [
-            Boxes(_anchors_of_map(feature.shape[-2:], stride, self.offset, around_zero))
-            for feature, stride, around_zero in zip(features, self.strides, self.cell_anchors)
-        ]
+        around_zero = [anchors for _, anchors in self.cell_anchors.named_buffers()]
+        found: list[Boxes] = []
+        for feature, stride, cell_anchors in zip(features, self.strides, around_zero):
+            height, width = feature.shape[-2:]
+            found.append(Boxes(_anchors_of_map(height, width, stride, self.offset, cell_anchors)))
+        return found
 
 
 def build_anchor_generator(cfg: CfgNode, input_shape: list[ShapeSpec]) -> nn.Module:
@@ -137,15 +142,19 @@ def build_anchor_generator(cfg: CfgNode, input_shape: list[ShapeSpec]) -> nn.Mod
     return ANCHOR_GENERATOR_REGISTRY.get(name)(cfg, input_shape)
 
 
-def _anchors_of_map(grid_hw: tuple[int, int], stride: int, offset: float, around_zero: Tensor) -> Tensor:
-    def centers(cells: int) -> Tensor:
-        return torch.arange(
-            offset * stride, cells * stride, step=stride, dtype=torch.float32, device=around_zero.device
-        )
-
-    y, x = torch.meshgrid(centers(grid_hw[0]), centers(grid_hw[1]), indexing="ij")
+def _anchors_of_map(height: int, width: int, stride: int, offset: float, around_zero: Tensor) -> Tensor:
+    y, x = torch.meshgrid(
+        _cell_centers(height, stride, offset, around_zero),
+        _cell_centers(width, stride, offset, around_zero),
+        indexing="ij",
+    )
     shift = torch.stack((x, y, x, y), dim=2)  # (H, W, 4)
     return (shift[:, :, None] + around_zero).reshape(-1, 4)
+
+
+def _cell_centers(cells: int, stride: int, offset: float, like: Tensor) -> Tensor:
+    start, end = offset * stride, cells * stride
+    return torch.arange(start, end, step=stride, dtype=torch.float32, device=like.device)
 
 
 def _one_per_map(values: list, num_maps: int, key: str) -> list[list[float]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from abc import ABCMeta, abstractmethod
 
 import torch
@@ -39,3 +40,15 @@ class Backbone(nn.Module, metaclass=ABCMeta):
         """Channels and stride (input pixels per cell) of each output."""
         channels, strides = self._out_feature_channels, self._out_feature_strides
         return {name: ShapeSpec(channels=channels[name], stride=strides[name]) for name in self._out_features}
+
+    def _with_module_lists(self, *names: str) -> Backbone:
+        """A copy that shares everything, for TorchScript: it cannot read a Python list of modules.
+
+        Args:
+            names: attributes with such lists, which are ModuleLists in the copy.
+        """
+        twin = copy.copy(self)
+        twin._modules = dict(self._modules)
+        for name in names:
+            setattr(twin, name, nn.ModuleList(getattr(self, name)))
+        return twin

@@ -117,8 +117,8 @@ class FPN(Backbone):
         """(B, 3, H, W) -> {"pN": (B, out_channels, H / 2**N, W / 2**N)}, fine to coarse."""
         below = self.bottom_up(x)
         maps: list[torch.Tensor] = []
-        merged = None
-        for name, lateral, output in zip(reversed(self.in_features), self.lateral_convs, self.output_convs):
+        merged: torch.Tensor | None = None
+        for name, lateral, output in zip(self.in_features[::-1], self.lateral_convs, self.output_convs):
             own = lateral(below[name])
             if merged is None:
                 merged = own
@@ -132,7 +132,13 @@ class FPN(Backbone):
             source = self.top_block.in_feature
             top = below[source] if source in below else maps[self._out_features.index(source)]
             maps.extend(self.top_block(top))
-        return dict(zip(self._out_features, maps, strict=True))
+        found: dict[str, torch.Tensor] = {}
+        for i, name in enumerate(self._out_features):
+            found[name] = maps[i]
+        return found
+
+    def __prepare_scriptable__(self) -> Backbone:
+        return self._with_module_lists("lateral_convs", "output_convs")
 
 
 class LastLevelMaxPool(nn.Module):

@@ -100,7 +100,7 @@ class ResNet(Backbone):
     def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
         """(B, C, H, W) -> the maps named in ``out_features``."""
         if x.dim() != 4:
-            raise ValueError(f"ResNet takes images of shape (B, C, H, W), got {tuple(x.shape)}")
+            raise ValueError(f"ResNet takes images of shape (B, C, H, W), got {x.shape}")
         found: dict[str, torch.Tensor] = {}
         x = self.stem(x)
         if "stem" in self._out_features:
@@ -109,9 +109,12 @@ class ResNet(Backbone):
             x = stage(x)
             if name in self._out_features:
                 found[name] = x
-        if "linear" in self._out_features:
+        if self.num_classes is not None and "linear" in self._out_features:
             found["linear"] = self.linear(self.avgpool(x).flatten(1))
         return found
+
+    def __prepare_scriptable__(self) -> Backbone:
+        return self._with_module_lists("stages")
 
     def output_shape(self) -> dict[str, ShapeSpec]:
         return {

@@ -58,8 +58,13 @@ def top_logits_per_level(
     logits_per_level: list[torch.Tensor], topk: int
 ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
     """Per level the ``topk`` best of (B, A_level) logits: values and indices, each (B, at most topk)."""
-    best = [logits.topk(min(logits.shape[1], topk), dim=1) for logits in logits_per_level]
+    best = [logits.topk(_at_most(topk, logits.shape[1]), dim=1) for logits in logits_per_level]
     return [b.values for b in best], [b.indices for b in best]
+
+
+def _at_most(count: int, available: int) -> int:
+    # In a trace the number of anchors is a tensor, and min() would make a constant of it.
+    return available.clamp(max=count) if isinstance(available, torch.Tensor) else min(available, count)
 
 
 def proposals_from_candidates(
@@ -88,7 +93,8 @@ def proposals_from_candidates(
 
     # All images at once, and one transfer to the host instead of several per image.
     finite = boxes.isfinite().all(dim=2) & logits.isfinite()
-    limits = torch.tensor([[w, h, w, h] for h, w in image_sizes], dtype=boxes.dtype).to(device)
+    sizes = torch.stack([torch.as_tensor(size) for size in image_sizes])  # (B, height and width)
+    limits = sizes[:, [1, 0, 1, 0]].to(device=device, dtype=boxes.dtype)
     boxes = torch.minimum(boxes.clamp(min=0), limits[:, None, :])
     sides = boxes[..., 2:] - boxes[..., :2]
     usable = finite & (sides > min_box_size).all(dim=2)
@@ -102,12 +108,12 @@ def proposals_from_candidates(
     results = []
     for i, image_size in enumerate(image_sizes):
         image_boxes, image_logits, image_levels = boxes[i], logits[i], level_of
-        if not all_usable[i]:
+        if torch.jit.is_tracing() or not all_usable[i]:
             image_boxes, image_logits, image_levels = (
                 t[usable[i]] for t in (image_boxes, image_logits, image_levels)
             )
         kept = batched_nms(image_boxes, image_logits, image_levels, nms_thresh)[:post_nms_topk]
-        found = Instances(tuple(image_size))
+        found = Instances(image_size)
         found.proposal_boxes = Boxes(image_boxes[kept])
         found.objectness_logits = image_logits[kept]
         results.append(found)
@@ -138,7 +144,7 @@ def add_ground_truth_to_proposals_single_image(gt: Instances | Boxes, proposals:
     """:func:`add_ground_truth_to_proposals` for one image.
 
     Raises:
-        ValueError: the proposals have a field which the ground truth cannot fill.
+        AssertionError: the proposals have a field which the ground truth cannot fill.
     """
     device = proposals.objectness_logits.device
     known = {"gt_boxes": gt} if isinstance(gt, Boxes) else gt.get_fields()
@@ -146,7 +152,6 @@ def add_ground_truth_to_proposals_single_image(gt: Instances | Boxes, proposals:
     as_proposals.proposal_boxes = known["gt_boxes"].to(device)
     as_proposals.objectness_logits = torch.full((len(as_proposals),), _CERTAIN_LOGIT, device=device)
     missing = [name for name in proposals.get_fields() if not as_proposals.has(name)]
-    if missing:
-        raise ValueError(f"proposals have the fields {missing}, which ground truth boxes do not have")
+    assert not missing, f"proposals have the fields {missing}, which ground truth boxes do not have"
     # The first one decides which fields the result has.
     return Instances.cat([proposals, as_proposals])
