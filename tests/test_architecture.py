@@ -12,7 +12,18 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 # A room may import rooms before it, not after it.
-ORDER = ["provider", "config", "data", "backbone", "neck", "detection", "engine", "train_net", "bench"]
+ORDER = [
+    "provider",
+    "config",
+    "data",
+    "backbone",
+    "neck",
+    "detection",
+    "engine",
+    "train_net",
+    "benchmarks",
+    "bench",
+]
 
 
 def imports_of(path: Path) -> Iterator[str]:

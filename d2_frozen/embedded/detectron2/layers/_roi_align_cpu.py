@@ -150,11 +150,12 @@ class _SparsePooling(torch.autograd.Function):
         ctx.where, ctx.sampling_ratio = where, sampling_ratio
         channels = maps[0].shape[1]
         table = torch.cat([one.permute(0, 2, 3, 1).reshape(-1, channels) for one in maps])
-        pooled = table.new_empty(len(where.start), *where.output_size, channels)
+        pooled = table.new_empty(len(where.start), channels, *where.output_size)
         for boxes, rows, weights in where.chunks(sampling_ratio):
             cells = F.embedding_bag(rows, table, mode="sum", per_sample_weights=weights)
+            cells = cells.view(len(boxes), -1, channels).transpose(1, 2).contiguous()
             pooled.index_copy_(0, boxes, cells.view(-1, *pooled.shape[1:]))
-        return pooled.permute(0, 3, 1, 2).contiguous()
+        return pooled
 
     @staticmethod
     @torch.autograd.function.once_differentiable

@@ -1,0 +1,186 @@
+"""One engine in a process of its own: does a named task when told to, and says how long it took.
+
+A task is made once from the settings, and then run turn by turn. Both engines run this same file; what makes them
+comparable is that weights, inputs and draws are functions of the seed, and that each run also returns numbers to
+compare ("check"). ``TASKS`` is the list; engines.py says in which order they are measured.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import nn
+
+import d2_frozen
+from d2_frozen.benchmarks.measuring import Clock, Seconds
+from d2_frozen.engine.hooks import peak_memory_mib
+from detectron2.config import CfgNode, get_cfg
+from detectron2.modeling import build_model
+from detectron2.solver import build_optimizer
+from detectron2.structures import Boxes, Instances, PolygonMasks
+from detectron2.utils.events import EventStorage
+
+_SEED = 0
+_OBJECTS_PER_IMAGE = 8
+_SHARPNESS = 30.0
+
+
+class Run(NamedTuple):
+    """Seconds by phase, and numbers that must be the same on both engines."""
+
+    seconds: Seconds
+    check: dict[str, float]
+
+
+Task = Callable[[int], Run]
+
+
+def build_task(settings: dict[str, Any], now: Clock) -> Task:
+    """Build the model from its config; no weights are loaded."""
+    cfg = _config(settings)
+
+    def run(turn: int) -> Run:
+        torch.manual_seed(_SEED)
+        start = now()
+        model = build_model(cfg)
+        seconds = now() - start
+        total = sum(p.detach().double().abs().sum().item() for p in model.parameters())
+        return Run({"build": seconds}, {"sum of absolute weights": total})
+
+    return run
+
+
+def training_task(settings: dict[str, Any], now: Clock) -> Task:
+    """One step of SGD on a generated batch."""
+    cfg = _config(settings)
+    model = _calm_model(cfg).train()
+    optimizer = build_optimizer(cfg, model)
+    batch = _generated_batch(settings["size"], settings["batch"], cfg.MODEL.ROI_HEADS.NUM_CLASSES)
+
+    def run(turn: int) -> Run:
+        torch.manual_seed(_SEED + turn)  # for the draws of anchors and proposals
+        start = now()
+        with EventStorage():
+            losses = model(batch)
+        forwarded = now()
+        optimizer.zero_grad()
+        sum(losses.values()).backward()
+        gone_back = now()
+        optimizer.step()
+        end = now()
+        seconds = {
+            "forward": forwarded - start,
+            "backward": gone_back - forwarded,
+            "update": end - gone_back,
+            "step": end - start,
+        }
+        # After an update rounding grows, so that only the first step can be compared number by number.
+        check = {name: loss.item() for name, loss in losses.items()} if turn == 0 else {}
+        return Run(seconds, check)
+
+    return run
+
+
+def inference_task(settings: dict[str, Any], now: Clock) -> Task:
+    """Detections of one generated image at a time, masks pasted."""
+    cfg = _config(settings)
+    model = _calm_model(cfg).eval()
+    # An untrained classifier is sure of nothing, and nothing would pass the score threshold. Sharpened, it finds
+    # the full number of objects per image.
+    with torch.no_grad():
+        model.roi_heads.box_predictor.cls_score.weight.mul_(_SHARPNESS)
+    batch = _generated_batch(settings["size"], settings["batch"], cfg.MODEL.ROI_HEADS.NUM_CLASSES)
+
+    def run(turn: int) -> Run:
+        one = {**batch[turn % len(batch)]}
+        del one["instances"]
+        start = now()
+        with torch.no_grad():
+            found = model([one])[0]["instances"]
+        seconds = now() - start
+        check = {"detections": float(len(found)), "sum of scores": found.scores.double().sum().item()}
+        return Run({"image": seconds}, check)
+
+    return run
+
+
+TASKS: dict[str, Callable[[dict[str, Any], Clock], Task]] = {
+    "build": build_task,
+    "training step": training_task,
+    "inference": inference_task,
+}
+
+
+def main() -> None:
+    """Read {"task", "turn"} lines, answer each with a line; settings are the only argument, as JSON."""
+    # Libraries may print: what they write goes to stderr, so that only answers are on the real stdout.
+    answers = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)
+    settings = json.loads(sys.argv[1])
+    now = Clock(settings["cpu_time"])
+    answers.write(json.dumps({"engine": d2_frozen.engine_name()}) + "\n")
+    tasks: dict[str, Task] = {}
+    for line in sys.stdin:
+        order = json.loads(line)
+        name = order["task"]
+        if name not in tasks:
+            tasks.clear()  # one task in memory at a time
+            tasks[name] = TASKS[name](settings, now)
+        seconds, check = tasks[name](order["turn"])
+        answers.write(json.dumps({"seconds": seconds, "check": check, "peak MiB": peak_memory_mib()}) + "\n")
+
+
+def _config(settings: dict[str, Any]) -> CfgNode:
+    cfg = get_cfg()
+    cfg.merge_from_file(settings["config"])
+    cfg.merge_from_list(settings["options"])
+    cfg.MODEL.WEIGHTS = ""
+    cfg.MODEL.PIXEL_STD = [57.0] * len(cfg.MODEL.PIXEL_MEAN)
+    if not torch.cuda.is_available():
+        cfg.MODEL.DEVICE = "cpu"
+    return cfg
+
+
+def _calm_model(cfg: CfgNode) -> nn.Module:
+    """A seeded model whose activations stay about 1, as those of a trained one do.
+
+    Fixed batch norm does not normalise before weights are loaded: over fifty layers the maps grow by orders of
+    magnitude, and the work of a step (proposals, detections) would be that of no real model.
+    """
+    torch.manual_seed(_SEED)
+    model = build_model(cfg)
+    for name, buffer in model.named_buffers():
+        if name.endswith("conv3.norm.weight"):
+            buffer.fill_(0.2)
+    return model
+
+
+def _generated_batch(size: int, count: int, num_classes: int) -> list[dict[str, Any]]:
+    """Blurred noise with octagons on it, as DatasetMapper would give it."""
+    draw = np.random.default_rng(_SEED)
+    batch = []
+    for _ in range(count):
+        coarse = torch.from_numpy(draw.uniform(0, 255, (1, 3, size // 16, size // 16))).float()
+        image = torch.nn.functional.interpolate(coarse, (size, size), mode="bilinear")[0].to(torch.uint8)
+        truth = Instances((size, size))
+        side = draw.uniform(size / 16, size / 2, (_OBJECTS_PER_IMAGE, 1))
+        center = side / 2 + draw.uniform(0, 1, (_OBJECTS_PER_IMAGE, 2)) * (size - side)
+        boxes = np.concatenate((center - side / 2, center + side / 2), axis=1)
+        angle = (np.arange(8) + 0.5) * np.pi / 4
+        corner = np.stack((np.cos(angle), np.sin(angle)), axis=1) / np.cos(np.pi / 8)
+        outlines = (center[:, None] + side[:, None] / 2 * corner).clip(0, size)  # (objects, 8, 2)
+        truth.gt_boxes = Boxes(torch.from_numpy(boxes).float())
+        truth.gt_classes = torch.from_numpy(draw.integers(0, num_classes, _OBJECTS_PER_IMAGE))
+        truth.gt_masks = PolygonMasks([[outline.reshape(-1)] for outline in outlines])
+        batch.append({"image": image, "height": size, "width": size, "instances": truth})
+    return batch
+
+
+if __name__ == "__main__":
+    main()

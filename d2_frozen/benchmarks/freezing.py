@@ -1,0 +1,160 @@
+"""What does freezing save? One model of a config, frozen against full fine-tuning, by phase, and peak memory."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from tabulate import tabulate
+from torch import nn
+
+from d2_frozen.benchmarks.measuring import Clock, Seconds, alternate, machine_facts, phase_table, with_ratio
+from d2_frozen.engine.hooks import peak_memory_mib
+from d2_frozen.train_net import read_config
+from detectron2.config import CfgNode
+from detectron2.utils.events import EventStorage
+
+DEFAULT_CONFIG = "configs/quickstart/detection.yaml"
+_PHASES = ("data", "backbone", "neck+heads", "backward+update", "step")
+_SUBJECTS = {"frozen": "all", "full": "none"}  # name -> MODEL.BACKBONE.FREEZE
+
+
+def compare(
+    config_file: str, options: list[str], rounds: int, warmup: int, cpu_time: bool = False
+) -> dict[str, Any]:
+    """Both models in one run, in turns; their memory in a process of its own each."""
+    result: dict[str, Any] = {"machine": machine_facts(), "config": config_file, "options": options}
+    now = Clock(cpu_time)
+    subjects = {
+        name: _Subject(_config(config_file, options, freeze), now) for name, freeze in _SUBJECTS.items()
+    }
+    for title, runs in (
+        ("training step", {name: s.train_step for name, s in subjects.items()}),
+        ("evaluation image", {name: s.test_image for name, s in subjects.items()}),
+    ):
+        result[title] = with_ratio(alternate(runs, rounds, warmup))
+    result["peak memory MiB"] = _memory_in_children(config_file, options)
+    return result
+
+
+def report(result: dict[str, Any]) -> str:
+    """The result as tables a person reads."""
+    blocks = [f"{result['config']}  " + "  ".join(f"{k}: {v}" for k, v in result["machine"].items())]
+    for title in ("training step", "evaluation image"):
+        phases = [phase for phase in _PHASES if phase in result[title]["frozen"]]
+        blocks.append(phase_table(f"{title}, seconds", result[title], phases))
+    memory = result["peak memory MiB"]
+    rows = [[name, f"{value:.2f}" if "/" in name else f"{value:.0f}"] for name, value in memory.items()]
+    blocks.append(tabulate(rows, headers=["training step", "peak memory, MiB"]))
+    return "\n\n".join(blocks)
+
+
+def print_memory(config_file: str, options: list[str], freeze: str, steps: int) -> None:
+    """Train some steps and print {"peak": MiB}; the body of the processes that measure memory."""
+    subject = _Subject(_config(config_file, options, freeze), Clock())
+    for _ in range(steps):
+        subject.train_step()
+    print(json.dumps({"peak": peak_memory_mib()}))
+
+
+class _Subject:
+    """One model with its loader and optimiser; runs single timed steps."""
+
+    def __init__(self, cfg: CfgNode, now: Clock) -> None:
+        from d2_frozen.data import build_test_loader, build_train_loader
+        from d2_frozen.engine import FrozenTrainer
+
+        self.now = now
+        self.model = FrozenTrainer.build_model(cfg)
+        self.optimizer = FrozenTrainer.build_optimizer(cfg, self.model)
+        self.batches = iter(build_train_loader(cfg))
+        self.test_batches = _cycle(lambda: build_test_loader(cfg, cfg.DATASETS.TEST[0]))
+        self.backbone_seconds = 0.0
+        self._watch(getattr(self.model.backbone, "bottom_up", self.model.backbone))
+
+    def _watch(self, bottom_up: nn.Module) -> None:
+        started = 0.0
+
+        def before(*_: Any) -> None:
+            nonlocal started
+            started = self.now()
+
+        def after(*_: Any) -> None:
+            self.backbone_seconds += self.now() - started
+
+        bottom_up.register_forward_pre_hook(before)
+        bottom_up.register_forward_hook(after)
+
+    def train_step(self) -> Seconds:
+        """Seconds of one step by phase."""
+        self.model.train()
+        self.backbone_seconds = 0.0
+        start = self.now()
+        batch = next(self.batches)
+        loaded = self.now()
+        with EventStorage():
+            loss = sum(self.model(batch).values())
+        forwarded = self.now()
+        self.optimizer.zero_grad()
+        loss.backward()
+        self.optimizer.step()
+        end = self.now()
+        return {
+            "data": loaded - start,
+            "backbone": self.backbone_seconds,
+            "neck+heads": forwarded - loaded - self.backbone_seconds,
+            "backward+update": end - forwarded,
+            "step": end - start,
+        }
+
+    def test_image(self) -> Seconds:
+        """Seconds per image at evaluation by phase."""
+        self.model.eval()
+        self.backbone_seconds = 0.0
+        start = self.now()
+        batch = next(self.test_batches)
+        loaded = self.now()
+        with torch.no_grad():
+            self.model(batch)
+        end = self.now()
+        return {
+            "data": loaded - start,
+            "backbone": self.backbone_seconds,
+            "neck+heads": end - loaded - self.backbone_seconds,
+            "step": end - start,
+        }
+
+
+def _memory_in_children(config_file: str, options: list[str]) -> Seconds:
+    found = {}
+    for name, freeze in _SUBJECTS.items():
+        command = [sys.executable, "-m", "d2_frozen.bench", "--config-file", config_file]
+        command += ["--memory-of", freeze, "--rounds", "3", *options]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            raise RuntimeError(f"measuring memory failed: {' '.join(command)}\n{done.stderr[-2000:]}")
+        found[name] = json.loads(done.stdout.strip().splitlines()[-1])["peak"]
+    if found["full"] > 0:
+        found["frozen / full"] = found["frozen"] / found["full"]
+    return found
+
+
+def _config(config_file: str, options: list[str], freeze: str) -> CfgNode:
+    from d2_frozen.data import prepare_datasets
+
+    cfg = read_config(config_file, options)
+    cfg.MODEL.BACKBONE.FREEZE = freeze
+    cfg.SEED = max(cfg.SEED, 0)
+    cfg.OUTPUT_DIR = tempfile.gettempdir()
+    prepare_datasets(cfg, train=True)
+    return cfg
+
+
+def _cycle(build: Callable[[], Any]) -> Iterator[Any]:
+    while True:
+        yield from build()
