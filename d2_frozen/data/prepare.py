@@ -35,8 +35,14 @@ def prepare_datasets(cfg: CfgNode, train: bool = True) -> None:
         train: False for evaluation only: DATASETS.TRAIN is not looked at.
     Raises:
         BadDataError: a list of the problems, unless DATASETS.SKIP_BAD is True and all of them can be skipped.
-        ValueError, FileNotFoundError: see ``register_from_config``, ``resolve_num_classes``, ``check_subset``.
+        ValueError, FileNotFoundError: see ``register_from_config``, ``resolve_num_classes``, ``check_subset``;
+            MODEL.LOAD_PROPOSALS is set.
     """
+    if cfg.MODEL.LOAD_PROPOSALS:
+        raise ValueError(
+            "MODEL.LOAD_PROPOSALS is True: Fast R-CNN on boxes from a file (DATASETS.PROPOSAL_FILES_*) is not "
+            "supported here. Use an RPN, e.g. configs/zoo/faster_rcnn_R_50_FPN_1x.yaml, or Detectron2's own tools."
+        )
     names = list(dict.fromkeys([*(cfg.DATASETS.TRAIN if train else ()), *cfg.DATASETS.TEST]))
     if train:
         check_subset(cfg)

@@ -93,3 +93,10 @@ def test_bifpn_on_the_zoos_frozen_backbone(data: list[str], tmp_path: Path) -> N
     assert not [name for name, parameter in part.named_parameters() if parameter.requires_grad]
     for name, tensor in part.state_dict().items():
         assert torch.equal(tensor, source[f"backbone.bottom_up.{name}"]), name
+
+
+def test_boxes_from_files_are_refused_before_anything_is_built(data: list[str]) -> None:
+    """Their .pkl files would be one more thing to unpickle; Fast R-CNN is there for model_zoo only."""
+    flags = ["--config-file", str(ZOO / "fast_rcnn_R_50_FPN_1x.yaml"), *data]
+    with pytest.raises(ValueError, match=r"LOAD_PROPOSALS.*faster_rcnn_R_50_FPN_1x"):
+        setup(argument_parser().parse_args(flags))
