@@ -18,6 +18,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from timm.layers import resize_rel_pos_bias_table_simple
@@ -253,8 +254,8 @@ def _other_window(name: str, have: tuple[int, ...], want: tuple[int, ...], repor
     return True
 
 
-def _resized_table(table: Tensor, attention: nn.Module) -> Tensor:
-    shape = getattr(attention, _BIAS_TABLE).shape
+def _resized_table(table: Tensor, attention: Any) -> Tensor:
+    shape = tuple(getattr(attention, _BIAS_TABLE).shape)
     return resize_rel_pos_bias_table_simple(table, attention.window_size, shape)
 
 

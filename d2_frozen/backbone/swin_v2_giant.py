@@ -12,7 +12,7 @@ from __future__ import annotations
 from typing import Any
 
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
-from timm.models.swin_transformer_v2 import SwinTransformerV2, SwinTransformerV2Block
+from timm.models.swin_transformer_v2 import SwinTransformerV2, SwinTransformerV2Block, SwinTransformerV2Stage
 from torch import Tensor, nn
 
 from d2_frozen.backbone.swin_v2 import PadsBeforeShift
@@ -49,6 +49,7 @@ class SwinV2WithMainNorms(SwinTransformerV2):
         if main_norm_period < 0:
             raise ValueError(f"main_norm_period is {main_norm_period}; it must be 0 (no such norm) or more.")
         for stage in self.layers:
+            assert isinstance(stage, SwinTransformerV2Stage)
             for number, block in enumerate(stage.blocks, start=1):
                 if main_norm_period and number % main_norm_period == 0:
                     BlockWithMainNorm.extend(block)
@@ -60,8 +61,8 @@ class BlockWithMainNorm(PadsBeforeShift, SwinTransformerV2Block):
     norm3: nn.LayerNorm
 
     @classmethod
-    def extend(cls, block: SwinTransformerV2Block) -> None:
-        """Make this of a block in place: timm's stages build their blocks themselves."""
+    def extend(cls, block: Any) -> None:
+        """Make this of a SwinV2 block, in place: timm's stages build their blocks themselves."""
         block.__class__ = cls
         weight = block.norm2.weight
         block.norm3 = nn.LayerNorm(block.dim, eps=block.norm2.eps, device=weight.device, dtype=weight.dtype)
