@@ -61,7 +61,8 @@ def _add_model_keys(cfg: CfgNode) -> None:
     cfg.MODEL.NECK = CfgNode()
     # Neck on top of the bottom-up network: "FPN" | "ResidualFPN" | "BiFPN" | "SimpleFeaturePyramid" (ViTDet's, for
     # plain ViTs; the other necks on a plain ViT get res2..res5 from the same trained branches).
-    # MODEL.FPN.{IN_FEATURES, OUT_CHANNELS, NORM} hold for each of them, FUSE_TYPE for the two FPNs.
+    # "none" gives the head res2..res5 (seg_app's heads have a neck inside).
+    # MODEL.FPN.{IN_FEATURES, OUT_CHANNELS, NORM} hold for each neck, FUSE_TYPE for the two FPNs.
     # BiFPN needs a norm (GN, BN, SyncBN): without one, the signal fades from layer to layer.
     cfg.MODEL.NECK.NAME = "BiFPN"
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+
 from d2_frozen.backbone import PLAIN_FEATURE, freeze_backbone
 from d2_frozen.neck.bifpn import BiFPN, input_strides
 from d2_frozen.neck.padding import PadsForBottomUp
@@ -13,7 +15,7 @@ from detectron2.modeling import BACKBONE_REGISTRY
 from detectron2.modeling.backbone import FPN, Backbone
 from detectron2.modeling.backbone.fpn import LastLevelMaxPool
 
-NECK_NAMES = ("FPN", "ResidualFPN", "BiFPN", "SimpleFeaturePyramid")
+NECK_NAMES = ("FPN", "ResidualFPN", "BiFPN", "SimpleFeaturePyramid", "none")
 
 
 @BACKBONE_REGISTRY.register()
@@ -25,6 +27,11 @@ def build_frozen_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> Backbone:
         KeyError: no backbone is registered under MODEL.FROZEN.BOTTOM_UP.
     """
     bottom_up = BACKBONE_REGISTRY.get(cfg.MODEL.FROZEN.BOTTOM_UP)(cfg, input_shape)
+    if cfg.MODEL.BACKBONE.FREEZE == "all" and cfg.MODEL.TIMM.DROP_PATH_RATE:
+        logging.getLogger(__name__).warning(
+            "MODEL.TIMM.DROP_PATH_RATE is %s, but MODEL.BACKBONE.FREEZE: all leaves nothing for it to act on.",
+            cfg.MODEL.TIMM.DROP_PATH_RATE,
+        )
     bottom_up = freeze_backbone(
         bottom_up, freeze=cfg.MODEL.BACKBONE.FREEZE, precision=cfg.MODEL.FROZEN.PRECISION
     )
@@ -35,13 +42,16 @@ def build_neck(cfg: CfgNode, bottom_up: Backbone) -> Backbone:
     """The neck MODEL.NECK.NAME on ``bottom_up``, with levels P2..P6 for inputs of strides 4..32.
 
     A plain ViT has one map: SimpleFeaturePyramid is a whole neck for it; the other necks get their inputs from the
-    trained branches of the same pyramid (:class:`PlainPyramid`).
+    trained branches of the same pyramid (:class:`PlainPyramid`). "none" leaves res2..res5 as they are, for heads that
+    have a neck of their own.
 
     Raises:
         ValueError: no such neck, or MODEL.FPN.IN_FEATURES do not fit ``bottom_up``.
     """
     name, fpn = cfg.MODEL.NECK.NAME, cfg.MODEL.FPN
     plain = list(bottom_up.output_shape()) == [PLAIN_FEATURE]
+    if name == "none":
+        return PlainPyramid(bottom_up) if plain else bottom_up
     if name == "SimpleFeaturePyramid":
         if not plain:
             raise ValueError(

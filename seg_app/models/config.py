@@ -26,7 +26,7 @@ def _pixel_decoder_keys(head: CfgNode) -> None:
     head.NUM_CLASSES = 150
     # Width inside the pixel decoder (and inside UPerNetHead).
     head.CONVS_DIM = 256
-    # Norm of the FPN's convolutions: as in Detectron2, "" for none.
+    # Norm of the FPN's convolutions (LinearSegHead: of the backbone's maps, LN): as in Detectron2, "" for none.
     head.NORM = "GN"
     # The only one there is; Mask2Former's others give a message.
     head.PIXEL_DECODER_NAME = "MSDeformAttnPixelDecoder"

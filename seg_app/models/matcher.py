@@ -77,10 +77,10 @@ class HungarianMatcher:
         guess = masks.at(points)  # (B, Q, P)
         # The mask terms are linear in the truth, so all pairs of a batch are two matrix products.
         # -log p of a pixel is softplus(x) - x t for logit x and truth t.
-        pairs = torch.bmm(guess, truth.transpose(1, 2))
+        pairs = torch.bmm(truth, guess.transpose(1, 2)).transpose(1, 2)  # in this order: few rows times many
         cross_entropy = (F.softplus(guess).sum(-1, keepdim=True) - pairs) / P
         chance = guess.sigmoid()
-        overlap = torch.bmm(chance, truth.transpose(1, 2))
+        overlap = torch.bmm(truth, chance.transpose(1, 2)).transpose(1, 2)
         areas = chance.sum(-1, keepdim=True) + truth.sum(-1)[:, None]
         dice = 1 - (2 * overlap + 1) / (areas + 1)
         index = labels[:, None].expand(-1, logits.shape[1], -1)

@@ -83,9 +83,11 @@ class LinearSegHead(_PixelHead):
     Args:
         input_shape: of the maps.
         num_classes: K.
-        norm: as Detectron2's ``get_norm`` has it.
+        norm: as Detectron2's ``get_norm`` has it; "LN" suits any number of channels and any size.
         loss_weight: of the loss.
         ignore_value: label of pixels that do not count.
+    Raises:
+        ValueError: norm is "GN", which has 32 groups, and a map's channels do not divide by 32.
     """
 
     @configurable
@@ -94,7 +96,7 @@ class LinearSegHead(_PixelHead):
         input_shape: Mapping[str, ShapeSpec],
         *,
         num_classes: int,
-        norm: str = "BN",
+        norm: str = "LN",
         loss_weight: float = 1.0,
         ignore_value: int = 255,
     ) -> None:
@@ -104,6 +106,11 @@ class LinearSegHead(_PixelHead):
         total = sum(input_shape[name].channels for name in self.in_features)
         for i, name in enumerate(self.in_features):
             channels = input_shape[name].channels
+            if norm == "GN" and channels % 32:
+                raise ValueError(
+                    f"MODEL.SEM_SEG_HEAD.NORM is GN, which needs multiples of 32 channels, and {name} has {channels}. "
+                    "LinearSegHead normalises the backbone's own maps: set it to LN."
+                )
             self.norms[name] = get_norm(norm, channels) or nn.Identity()
             conv = nn.Conv2d(channels, num_classes, 1, bias=i == 0)
             nn.init.normal_(conv.weight, std=total**-0.5)

@@ -33,6 +33,8 @@ class QueryMasks:
 
     def at(self, points: Tensor) -> Tensor:
         """All queries at (B, P, 2) points of their image: (B, Q, P) float32, for no_grad code."""
+        if self.features.shape[2] * self.features.shape[3] <= 1.5 * points.shape[1]:
+            return sample_maps(self.all().float(), points)  # more points than pixels
         return torch.bmm(self.embedded.float(), sample_maps(self.features.float(), points))
 
     def chosen(self, queries: Sequence[Tensor]) -> Tensor:

@@ -109,9 +109,9 @@ def difference_to_exact(attend: Attend, device: torch.device, dtype: torch.dtype
 
     # Up to four cells outside, at odd multiples of 1/128 cell: no location moves across a cell's border by rounding.
     sizes = torch.tensor([(w, h) for h, w in shapes], dtype=torch.float64)[:, None]
-    cells = (draw(2, 37, 3, 2, 4, 2) * (sizes + 8) * 64).floor() / 64 - 4 + 1 / 128
-    case = (draw(2, 62, 3, 12) - 0.5, cells / sizes, draw(2, 37, 3, 2, 4) / 8)
-    outer = draw(2, 37, 36) - 0.5
+    cells = (draw(2, 37, 2, 2, 2, 2) * (sizes + 8) * 64).floor() / 64 - 4 + 1 / 128
+    case = (draw(2, 62, 2, 12) - 0.5, cells / sizes, draw(2, 37, 2, 2, 2) / 4)
+    outer = draw(2, 37, 24) - 0.5
 
     def run(function: Attend, to: torch.device, inputs_in: torch.dtype) -> list[Tensor]:
         # Locations are computed in float32 or better whatever the values are in.

@@ -88,3 +88,18 @@ def test_residual_fpn_starts_as_the_plain_fpn(make_bottom_up):
     assert all(torch.equal(outs[0][level], outs[1][level]) for level in outs[0])
     blocks = [key for key, _ in neck.named_parameters() if ".conv1." in key]
     assert len(blocks) == 4 * 2  # levels x blocks
+
+
+def test_no_neck_is_the_bottom_up_network_itself(tiny_bottom_up):
+    assert build_neck(config("MODEL.NECK.NAME", "none"), tiny_bottom_up) is tiny_bottom_up
+
+
+def test_stochastic_depth_of_a_frozen_network_is_pointed_out(registered_bottom_up, caplog):
+    cfg = config("MODEL.FROZEN.BOTTOM_UP", registered_bottom_up, "MODEL.TIMM.DROP_PATH_RATE", 0.2)
+    build = BACKBONE_REGISTRY.get("build_frozen_backbone")
+    build(cfg, ShapeSpec(channels=3))
+    assert "MODEL.TIMM.DROP_PATH_RATE is 0.2, but MODEL.BACKBONE.FREEZE: all" in caplog.text
+    caplog.clear()
+    cfg.MODEL.BACKBONE.FREEZE = "none"
+    build(cfg, ShapeSpec(channels=3))
+    assert not caplog.text
