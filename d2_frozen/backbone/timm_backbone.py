@@ -162,6 +162,11 @@ def create_timm_backbone(
             "MODEL.TIMM.ARGS {} and three image channels nothing special is asked of it."
         ) from err
     plain = is_plain(network)
+    if plain and list(out_features) != list(STRIDE_NAMES.values()):
+        raise ValueError(
+            f"MODEL.TIMM.OUT_FEATURES is {list(out_features)}, but {name} is a plain ViT with one map. Leave it at its "
+            "default, and choose the levels of the neck by MODEL.FPN.IN_FEATURES."
+        )
     if not plain:
         _pyramid(network, name)
         pad_before_shift(network)

@@ -95,6 +95,11 @@ def test_a_side_that_does_not_fit_is_an_error_that_says_what_to_do():
         small("vit_tiny_patch16_224")(torch.zeros(1, 3, 40, 64))
 
 
+def test_features_of_a_pyramid_are_not_asked_of_a_plain_vit():
+    with pytest.raises(ValueError, match="OUT_FEATURES.*plain ViT with one map.*MODEL.FPN.IN_FEATURES"):
+        create_timm_backbone("vit_tiny_patch16_224", out_features=["res4"], arguments=SMALL)
+
+
 def test_stages_are_quarters_of_the_blocks():
     backbone = small("vit_tiny_patch16_224", depth=6)
     stem, *quarters = backbone.parameters_by_stage()
