@@ -89,7 +89,7 @@ def main(args: argparse.Namespace) -> dict[str, Any] | None:
 def _test(cfg: CfgNode, model: nn.Module) -> dict[str, Any]:
     from d2_frozen.engine import FrozenTrainer
 
-    results = dict(FrozenTrainer.test(cfg, model))
+    results = FrozenTrainer.test(cfg, model)
     if cfg.TEST.AUG.ENABLED and cfg.DATASETS.TEST:
         results.update(FrozenTrainer.test_with_TTA(cfg, model))
     return results
