@@ -30,6 +30,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
             "options": args.opts,
             "size": args.size,
             "batch": args.batch,
+            "images": args.images,
             "cpu_time": args.cpu_time,
         }
         result = engines.compare(settings, args.rounds, args.warmup, args.sections)
@@ -64,6 +65,7 @@ def _parser() -> argparse.ArgumentParser:
         "--size", type=int, default=320, help="side of the images in pixels (--vs-detectron2)"
     )
     parser.add_argument("--batch", type=int, default=2, help="images per training step (--vs-detectron2)")
+    parser.add_argument("--images", type=int, default=50, help="images per evaluation (--vs-detectron2)")
     parser.add_argument(
         "--sections", nargs="+", choices=engines.SECTIONS, default=engines.SECTIONS, help="of --vs-detectron2"
     )

@@ -11,14 +11,15 @@ import json
 import os
 import sys
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 
 import d2_frozen
-from d2_frozen.benchmarks.measuring import Clock, Seconds
+from d2_frozen.benchmarks.evaluation import evaluation_task
+from d2_frozen.benchmarks.measuring import Clock, Run, Task
 from d2_frozen.engine.hooks import peak_memory_mib
 from detectron2.config import CfgNode, get_cfg
 from detectron2.modeling import build_model
@@ -29,16 +30,6 @@ from detectron2.utils.events import EventStorage
 _SEED = 0
 _OBJECTS_PER_IMAGE = 8
 _SHARPNESS = 30.0
-
-
-class Run(NamedTuple):
-    """Seconds by phase, and numbers that must be the same on both engines."""
-
-    seconds: Seconds
-    check: dict[str, float]
-
-
-Task = Callable[[int], Run]
 
 
 def build_task(settings: dict[str, Any], now: Clock) -> Task:
@@ -114,6 +105,7 @@ TASKS: dict[str, Callable[[dict[str, Any], Clock], Task]] = {
     "build": build_task,
     "training step": training_task,
     "inference": inference_task,
+    "evaluation": evaluation_task,
 }
 
 

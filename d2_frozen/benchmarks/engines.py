@@ -1,7 +1,8 @@
 """Is the embedded engine as fast as Detectron2? Both in turns, each in a process of its own, on equal work.
 
-Sections: build of the model, training step, inference; and the peak memory of each in fresh processes. Equal work is
-checked, not assumed: both engines must give the same weights, losses and detections.
+Sections: build of the model, training step, inference, COCO evaluation; and the peak memory of a step and of inference
+in fresh processes. Equal work is checked, not assumed: both engines must give the same weights, losses, detections and
+metrics.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from d2_frozen.benchmarks.measuring import Seconds, alternate, machine_facts, ph
 DEFAULT_CONFIG = "configs/zoo/mask_rcnn_R_50_FPN_3x.yaml"
 ENGINES = ("embedded", "detectron2")
 # Tasks of engine_worker.py, as they are measured. With their memory: those that a user runs for long.
-SECTIONS = ("build", "training step", "inference")
+SECTIONS = ("build", "training step", "inference", "evaluation")
 MEMORY_SECTIONS = ("training step", "inference")
 # Largest difference of the checked numbers, relative to the number (absolute below 1).
 TOLERANCE = 1e-5
@@ -33,8 +34,8 @@ def compare(
     """Measure all sections.
 
     Args:
-        settings: "config" (file), "options" (KEY, VALUE, ...), "size" (pixels), "batch" (images), "cpu_time" (bool:
-            see ``Clock``).
+        settings: "config" (file), "options" (KEY, VALUE, ...), "size" (pixels), "batch" (images), "images" (per
+            evaluation), "cpu_time" (bool: see ``Clock``).
         rounds, warmup: see ``alternate``.
         sections: which of ``SECTIONS``.
     Raises:

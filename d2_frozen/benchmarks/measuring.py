@@ -10,7 +10,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from tabulate import tabulate
@@ -19,6 +19,17 @@ import d2_frozen
 
 # Seconds by phase; one of them may be the whole.
 Seconds = dict[str, float]
+
+
+class Run(NamedTuple):
+    """Seconds by phase, and numbers that must be the same on both engines."""
+
+    seconds: Seconds
+    check: dict[str, float]
+
+
+# Does its work once, in the given turn; the turn seeds what is drawn.
+Task = Callable[[int], Run]
 
 
 def alternate(subjects: dict[str, Callable[[], Seconds]], rounds: int, warmup: int) -> dict[str, Seconds]:

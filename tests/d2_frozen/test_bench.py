@@ -63,6 +63,7 @@ def test_both_engines_can_do_the_tasks():
         "options": ["MODEL.FPN.OUT_CHANNELS", 16, "MODEL.ROI_BOX_HEAD.FC_DIM", 16],
         "size": 64,
         "batch": 1,
+        "images": 2,
         "cpu_time": True,
     }
     settings["options"] += ["MODEL.ROI_MASK_HEAD.CONV_DIM", 16, "MODEL.RESNETS.RES2_OUT_CHANNELS", 16]
@@ -76,3 +77,5 @@ def test_both_engines_can_do_the_tasks():
     assert answers["training step"]["seconds"]["step"] > 0
     assert set(answers["inference"]["check"]) == {"detections", "sum of scores"}
     assert answers["build"]["peak MiB"] > 0
+    assert set(answers["evaluation"]["seconds"]) == {"read truth", "process", "evaluate", "evaluation"}
+    assert {"bbox/AP", "segm/AP75"} <= set(answers["evaluation"]["check"])

@@ -82,7 +82,7 @@ def test_truth_with_no_annotation_at_all_is_nan_and_says_so(tmp_path: Path, capl
 
 
 def test_classes_beyond_the_dataset_name_the_key_to_change(tmp_path: Path):
-    with pytest.raises(ValueError, match="image 1.*class 5.*2 classes.*NUM_CLASSES"):
+    with pytest.raises(AssertionError, match="image 1.*class 5.*2 classes.*NUM_CLASSES"):
         facts.evaluated(facts.registered(tmp_path), {1: facts.instances([[0, 0, 9, 9]], [0.5], [5])})
 
 

@@ -14,9 +14,10 @@ from typing import Any
 import numpy as np
 import torch
 from faster_coco_eval.core.coco import COCO
-from faster_coco_eval.core.faster_eval_api import COCOeval_faster
 
 from detectron2.structures import Boxes, BoxMode, pairwise_iou
+
+from ._coco_matching import AREAS, IOU_THRESHOLDS, Curves, match
 
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 
@@ -35,8 +36,8 @@ def match_detections(
     iou_type: str,
     max_dets: Sequence[int],
     image_ids: Sequence[int] | None = None,
-    compiled: bool = True,
-) -> Any:
+    fast: bool = True,
+) -> Curves:
     """Match detections with the truth.
 
     Args:
@@ -46,64 +47,61 @@ def match_detections(
         max_dets: detections per image and category that count, ascending; the last one is that of all AP
             metrics.
         image_ids: evaluate these only.
-        compiled: use faster-coco-eval; False: pycocotools, which is slower and equal.
-    Returns:
-        The evaluation object; its ``eval["precision"]`` is (IoU, recall, category, area, max_dets), -1 where
-        undefined.
+        fast: False takes pycocotools, which is slower and equal.
     """
+    matcher = match if fast else _by_pycocotools
+    return matcher(truth, detections, iou_type, max_dets, image_ids)
+
+
+def _by_pycocotools(
+    truth: COCO,
+    detections: Sequence[Mapping[str, Any]],
+    iou_type: str,
+    max_dets: Sequence[int],
+    image_ids: Sequence[int] | None,
+) -> Curves:
+    from pycocotools.coco import COCO as PythonCOCO
+    from pycocotools.cocoeval import COCOeval
+
     rows = [dict(row) for row in detections]
     if iou_type == "segm":
         for row in rows:
             # With a box present the size class would be that of the box instead of the mask.
             row.pop("bbox", None)
-    if compiled:
-        evaluation = COCOeval_faster(truth, truth.loadRes(rows), iou_type, print_function=_silent)
-    else:
-        evaluation = _by_pycocotools(truth, rows, iou_type)
-    evaluation.params.maxDets = list(max_dets)
-    if image_ids is not None:
-        evaluation.params.imgIds = list(image_ids)
-    with contextlib.redirect_stdout(io.StringIO()):
-        evaluation.evaluate()
-        evaluation.accumulate()
-    return evaluation
-
-
-def _silent(*_: object) -> None:
-    """For the progress texts of the evaluation library."""
-
-
-def _by_pycocotools(truth: COCO, rows: list[dict[str, Any]], iou_type: str) -> Any:
-    from pycocotools.coco import COCO as PythonCOCO
-    from pycocotools.cocoeval import COCOeval
-
     with contextlib.redirect_stdout(io.StringIO()):
         slow = PythonCOCO()
         slow.dataset = {**truth.dataset, "annotations": [dict(a) for a in truth.dataset["annotations"]]}
         slow.createIndex()
         slow.dataset.setdefault("info", {})
-        return COCOeval(slow, slow.loadRes(rows), iou_type)
+        evaluation = COCOeval(slow, slow.loadRes(rows), iou_type)
+        evaluation.params.maxDets = list(max_dets)
+        if image_ids is not None:
+            evaluation.params.imgIds = list(image_ids)
+        evaluation.evaluate()
+        evaluation.accumulate()
+    return Curves(
+        evaluation.eval["precision"][..., -1],
+        evaluation.eval["recall"],
+        [int(category) for category in evaluation.params.catIds],
+        list(max_dets),
+    )
 
 
-def average_precision(evaluation: Any) -> dict[str, float]:
+def average_precision(curves: Curves) -> dict[str, float]:
     """AP, AP50, AP75, APs, APm, APl in percent; NaN where the truth has no such object."""
-    areas = list(evaluation.params.areaRngLbl)
-    values = {"AP": _ap(evaluation), "AP50": _ap(evaluation, iou=0.5), "AP75": _ap(evaluation, iou=0.75)}
-    values |= {
-        f"AP{size[0]}": _ap(evaluation, area=areas.index(size)) for size in ("small", "medium", "large")
-    }
-    return values
+    values = {"AP": _ap(curves), "AP50": _ap(curves, iou=0.5), "AP75": _ap(curves, iou=0.75)}
+    return values | {f"AP{size[0]}": _ap(curves, size=size) for size in ("small", "medium", "large")}
 
 
-def average_precision_per_category(evaluation: Any) -> dict[int, float]:
+def average_precision_per_category(curves: Curves) -> dict[int, float]:
     """{category id of the truth: AP in percent}, NaN for categories without objects."""
-    return {int(cat): _ap(evaluation, category=k) for k, cat in enumerate(evaluation.params.catIds)}
+    return {category: _ap(curves, category=k) for k, category in enumerate(curves.category_ids)}
 
 
-def _ap(evaluation: Any, iou: float | None = None, category: int | None = None, area: int = 0) -> float:
-    precision = evaluation.eval["precision"][..., area, -1]  # (IoU, recall, category)
+def _ap(curves: Curves, iou: float | None = None, category: int | None = None, size: str = "all") -> float:
+    precision = curves.precision[..., list(AREAS).index(size)]  # (IoU, recall, category)
     if iou is not None:
-        precision = precision[np.isclose(evaluation.params.iouThrs, iou)]
+        precision = precision[np.isclose(IOU_THRESHOLDS, iou)]
     if category is not None:
         precision = precision[:, :, category]
     return _percent(precision)
@@ -114,12 +112,10 @@ def _percent(values: np.ndarray) -> float:
     return float(np.mean(defined)) * 100 if defined.size else float("nan")
 
 
-def summary_lines(evaluation: Any) -> list[str]:
+def summary_lines(curves: Curves) -> list[str]:
     """The table that every COCO evaluation prints: six lines of AP, then AR by limit and by size."""
-    params = evaluation.params
-    most, sizes = params.maxDets[-1], list(params.areaRngLbl)
-    whole = f"{params.iouThrs[0]:.2f}:{params.iouThrs[-1]:.2f}"
-    recall = evaluation.eval["recall"]  # (IoU, category, area, max_dets)
+    most = curves.max_dets[-1]
+    whole = f"{IOU_THRESHOLDS[0]:.2f}:{IOU_THRESHOLDS[-1]:.2f}"
 
     def line(kind: str, label: str, size: str, count: int, percent: float) -> str:
         value = -1.0 if np.isnan(percent) else percent / 100
@@ -127,13 +123,15 @@ def summary_lines(evaluation: Any) -> list[str]:
         where = f"IoU={label:<9} | area={size:>6s} | maxDets={count:>3d}"
         return f" {title:<18} {short} @[ {where} ] = {value:0.3f}"
 
-    lines = [line("Precision", whole, "all", most, _ap(evaluation))]
-    lines += [line("Precision", f"{iou:.2f}", "all", most, _ap(evaluation, iou=iou)) for iou in (0.5, 0.75)]
-    lines += [line("Precision", whole, s, most, _ap(evaluation, area=a)) for a, s in enumerate(sizes) if a]
+    parts = list(enumerate(AREAS))[1:]
+    lines = [line("Precision", whole, "all", most, _ap(curves))]
+    lines += [line("Precision", f"{iou:.2f}", "all", most, _ap(curves, iou=iou)) for iou in (0.5, 0.75)]
+    lines += [line("Precision", whole, size, most, _ap(curves, size=size)) for _, size in parts]
     lines += [
-        line("Recall", whole, "all", n, _percent(recall[:, :, 0, m])) for m, n in enumerate(params.maxDets)
+        line("Recall", whole, "all", limit, _percent(curves.recall[:, :, 0, m]))
+        for m, limit in enumerate(curves.max_dets)
     ]
-    lines += [line("Recall", whole, s, most, _percent(recall[:, :, a, -1])) for a, s in enumerate(sizes) if a]
+    lines += [line("Recall", whole, size, most, _percent(curves.recall[:, :, a, -1])) for a, size in parts]
     return lines
 
 

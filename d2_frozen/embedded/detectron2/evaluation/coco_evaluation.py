@@ -15,10 +15,8 @@ import os
 import pickle
 from collections import Counter, OrderedDict
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import IO, Any
 
-import numpy as np
-import pycocotools.mask as mask_coding
 import torch
 from faster_coco_eval.core.coco import COCO
 from tabulate import tabulate
@@ -33,7 +31,9 @@ from detectron2.utils.file_io import PathManager
 from detectron2.utils.logger import create_small_table
 
 from . import _coco_metrics as metrics
+from ._coco_matching import Curves
 from ._coco_truth import index_truth, read_truth, without_missing_masks
+from ._mask_coding import encode_masks
 from .evaluator import DatasetEvaluator
 
 __all__ = ["COCOEvaluator", "instances_to_coco_json"]
@@ -42,8 +42,6 @@ _TASKS = ("bbox", "segm")
 # Detections per image that AR is reported for, beside the limit of all other metrics.
 _AR_LIMITS = (1, 10)
 _DEFAULT_LIMIT = 100
-# Masks are encoded in portions of about this many pixels: one call each, and memory stays bounded.
-_PIXELS_PER_ENCODING = 64 * 1024 * 1024
 
 
 class COCOEvaluator(DatasetEvaluator):
@@ -63,7 +61,7 @@ class COCOEvaluator(DatasetEvaluator):
             ``box_proposals.pkl``.
         max_dets_per_image: detections per image and category that count, 100 by default. AR@10 is part of the
             protocol, so fewer than 10 act as 10.
-        use_fast_impl: faster-coco-eval; False takes pycocotools, slower and equal.
+        use_fast_impl: False takes pycocotools, slower and equal.
         kpt_oks_sigmas: keypoints are outside the subset: must be empty.
         allow_cached_coco: reuse a converted json that lies in ``output_dir``.
     Raises:
@@ -186,7 +184,7 @@ class COCOEvaluator(DatasetEvaluator):
             with PathManager.open(
                 os.path.join(self._output_dir, "instances_predictions.pth"), "wb"
             ) as handle:
-                torch.save([_plain(p) for p in predictions], handle)
+                _save_predictions(predictions, handle)
         predictions = self._one_per_image(predictions)
         if any("proposals" in p for p in predictions):
             self._eval_box_proposals([p for p in predictions if "proposals" in p])
@@ -280,19 +278,19 @@ class COCOEvaluator(DatasetEvaluator):
         truth = self._coco_api
         if task == "segm":
             truth = without_missing_masks(truth, self._truth_source)
-        evaluation = metrics.match_detections(truth, rows, task, self._max_dets, img_ids, self._use_fast_impl)
-        self._logger.info("COCO summary for %s:\n%s", task, "\n".join(metrics.summary_lines(evaluation)))
-        overall = metrics.average_precision(evaluation)
+        curves = metrics.match_detections(truth, rows, task, self._max_dets, img_ids, self._use_fast_impl)
+        self._logger.info("COCO summary for %s:\n%s", task, "\n".join(metrics.summary_lines(curves)))
+        overall = metrics.average_precision(curves)
         self._logger.info("Evaluation results for %s:\n%s", task, create_small_table(overall))
         if not all(math.isfinite(value) for value in overall.values()):
             self._logger.info("NaN stands for sizes that the ground truth does not have.")
-        return overall | self._per_category(task, evaluation, category_ids)
+        return overall | self._per_category(task, curves, category_ids)
 
-    def _per_category(self, task: str, evaluation: Any, category_ids: Mapping[int, int]) -> dict[str, float]:
+    def _per_category(self, task: str, curves: Curves, category_ids: Mapping[int, int]) -> dict[str, float]:
         names = self._category_names(category_ids)
         if len(names) <= 1:
             return {}
-        by_category = metrics.average_precision_per_category(evaluation)
+        by_category = metrics.average_precision_per_category(curves)
         named = {names.get(cat, str(cat)): ap for cat, ap in by_category.items()}
         columns = min(6, 2 * len(named))
         cells: list[Any] = [cell for pair in named.items() for cell in pair]
@@ -328,7 +326,8 @@ class COCOEvaluator(DatasetEvaluator):
         try:
             return category_ids[row["category_id"]]
         except KeyError:
-            raise ValueError(
+            # AssertionError, not ValueError, because that is what callers of the original catch.
+            raise AssertionError(
                 f"image {row['image_id']}: the model predicts class {row['category_id']}, but "
                 f"{self._dataset_name} has {len(category_ids)} classes (0..{len(category_ids) - 1}). "
                 "Make MODEL.ROI_HEADS.NUM_CLASSES match."
@@ -419,26 +418,34 @@ def instances_to_coco_json(instances: Instances, img_id: int) -> list[dict[str, 
         for k in range(count)
     ]
     if instances.has("pred_masks"):
-        for row, code in zip(rows, _encode_masks(instances.pred_masks)):
+        for row, code in zip(rows, encode_masks(instances.pred_masks, instances.pred_boxes.tensor)):
             row["segmentation"] = code
     return rows
 
 
-def _encode_masks(masks: torch.Tensor) -> list[dict[str, Any]]:
-    """(N, H, W) -> N compressed RLEs that json can hold."""
-    portion = max(1, _PIXELS_PER_ENCODING // max(1, masks.shape[1] * masks.shape[2]))
-    codes: list[dict[str, Any]] = []
-    for some in masks.split(portion):
-        # The coder wants (H, W, N) in column order, which is the transpose of (N, W, H) in row order.
-        columns = some.to(torch.uint8).permute(0, 2, 1).contiguous().numpy()
-        codes += mask_coding.encode(np.transpose(columns, (2, 1, 0)))
-    for code in codes:
-        code["counts"] = code["counts"].decode("ascii")
-    return codes
-
-
 def _tasks_of(rows: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
     return _TASKS if any("segmentation" in row for row in rows) else _TASKS[:1]
+
+
+def _save_predictions(predictions: Sequence[Mapping[str, Any]], handle: IO[bytes]) -> None:
+    has_tensors = any("proposals" in prediction for prediction in predictions)
+    # torch.save asks of every number whether it is part of a tensor, which takes most of its time.
+    torch.save(
+        [_plain(prediction) for prediction in predictions],
+        handle,
+        pickle_module=pickle if has_tensors else _PickleWithoutTensors,
+    )
+
+
+class _PickleWithoutTensors:
+    """The part of the module ``pickle`` that torch.save uses, for content without tensors."""
+
+    class Pickler:
+        def __init__(self, file: IO[bytes], protocol: int | None = None) -> None:
+            self._pickler = pickle.Pickler(file, protocol)
+
+        def dump(self, content: Any) -> None:
+            self._pickler.dump(content)
 
 
 def _plain(prediction: Mapping[str, Any]) -> dict[str, Any]:
