@@ -24,7 +24,7 @@ from detectron2.layers import (
     get_norm,
     paste_masks_in_image,
 )
-from detectron2.layers.mask_ops import _do_paste_mask
+from detectron2.layers.mask_ops import _do_paste_mask, paste_mask_in_image_old
 
 
 def batch_norm_with_statistics(channels: int = 3) -> nn.BatchNorm2d:
@@ -164,6 +164,17 @@ def test_both_ways_to_paste_agree():
         around[region] = part[0]
         assert torch.equal(around, expected)
         assert torch.equal(paste_masks_in_image(mask, box[None], (30, 40))[0], expected >= 0.5)
+
+
+def test_the_old_way_to_paste_has_one_pixel_more():
+    """A box from 1.9 to 4.9 is pixels 1, 2, 3 and 4; what lies outside of the image is cut off."""
+    mask, box = torch.full((3, 3), 0.6), torch.tensor([1.9, -2.9, 4.9, 1.0])
+    old = paste_mask_in_image_old(mask, box, 5, 6, 0.5)
+    assert old.dtype == torch.uint8 and old.nonzero().tolist() == [
+        [y, x] for y in (0, 1) for x in (1, 2, 3, 4)
+    ]
+    assert paste_mask_in_image_old(mask, box, 5, 6, -1).unique().tolist() == [0, 153]  # 0.6 * 255
+    assert not paste_mask_in_image_old(mask, box, 5, 6, 0.7).any()
 
 
 def test_deformable_convolutions_say_how_they_were_made():

@@ -28,6 +28,8 @@ from detectron2.modeling.box_regression import Box2BoxTransform
 from detectron2.modeling.matcher import Matcher
 from detectron2.modeling.poolers import ROIPooler
 from detectron2.modeling.proposal_generator.proposal_utils import find_top_rpn_proposals
+from detectron2.modeling.proposal_generator.rpn import StandardRPNHead
+from detectron2.modeling.roi_heads import FastRCNNConvFCHead
 from detectron2.structures import Boxes, ImageList, pairwise_iou
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::torch.jit.TracerWarning")
@@ -188,6 +190,18 @@ def test_proposals_in_a_trace_take_other_sizes():
         inputs = example(anchors, side)
         for found, wanted in zip(traced(*inputs), propose(*inputs), strict=True):
             assert torch.allclose(found, wanted)
+
+
+def test_heads_without_instances():
+    pooled = ShapeSpec(channels=2, height=4, width=4)
+    box_head = FastRCNNConvFCHead(pooled, conv_dims=[3], fc_dims=[6, 5])
+    x = torch.randn(3, 2, 4, 4)
+    assert torch.equal(_through_a_file(torch.jit.script(box_head))(x), box_head(x))
+
+    rpn_head = StandardRPNHead(in_channels=2, num_anchors=3, conv_dims=[4, -1])
+    maps = [torch.randn(1, 2, 5, 4), torch.randn(1, 2, 3, 2)]
+    for found, wanted in zip(torch.jit.script(rpn_head)(maps), rpn_head(maps), strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
 
 
 def test_resnet_with_fpn():

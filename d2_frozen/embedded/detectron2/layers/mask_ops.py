@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor
 
-from detectron2._outside import outside_subset
-
 __all__ = ["paste_masks_in_image"]
-__getattr__ = outside_subset(__name__, ("paste_mask_in_image_old",))
 
 BYTES_PER_FLOAT = 4
 # Largest float mask batch that is computed at once on an accelerator.
@@ -132,6 +131,33 @@ def _sample_positions(start: int, end: int, low: Tensor, high: Tensor) -> Tensor
     position = (centers - low[:, None]) / (high - low)[:, None] * 2 - 1
     # Any value beyond +-2 samples nothing. Boxes without width give inf, or 0/0 on the box itself.
     return position.clamp_(-2, 2).nan_to_num_(nan=-2.0)
+
+
+def paste_mask_in_image_old(mask: Tensor, box: Tensor, img_h: int, img_w: int, threshold: float) -> Tensor:
+    """How masks were pasted before ``paste_masks_in_image``, for comparison: onto a box of whole pixels.
+
+    Its last pixels belong to the box too, so it shifts masks by half a pixel and enlarges them by up to one.
+
+    Args:
+        mask: (M, M) in 0..1.
+        box: (4,) XYXY pixels, rounded towards zero.
+        img_h, img_w: size of the image in pixels.
+        threshold: a pixel is set when its value is above this; negative: no threshold.
+    Returns:
+        (img_h, img_w) uint8: 0 and 1; 0..255 for a negative threshold.
+    """
+    left, top, right, bottom = (int(side) for side in box.tolist())
+    resized = Image.fromarray(mask.cpu().numpy()).resize(
+        (right - left + 1, bottom - top + 1), resample=Image.Resampling.BILINEAR
+    )
+    values = np.asarray(resized)
+    pixels = torch.from_numpy(values > threshold if threshold >= 0 else values * 255).to(torch.uint8)
+    pasted = torch.zeros(img_h, img_w, dtype=torch.uint8)
+    y0, y1 = max(top, 0), max(min(bottom + 1, img_h), 0)
+    x0, x1 = max(left, 0), max(min(right + 1, img_w), 0)
+    if y0 < y1 and x0 < x1:
+        pasted[y0:y1, x0:x1] = pixels[y0 - top : y1 - top, x0 - left : x1 - left]
+    return pasted
 
 
 def pad_masks(masks: Tensor, padding: int) -> tuple[Tensor, float]:

@@ -38,11 +38,8 @@ class Conv2d(torch.nn.Conv2d):
         if not torch.jit.is_scripting():
             self._refuse_empty_batch(x)
         x = self._conv_forward(x, self.weight, self.bias)
-        if self.norm is not None:
-            x = self.norm(x)
-        if self.activation is not None:
-            x = self.activation(x)
-        return x
+        x = x if self.norm is None else self.norm(x)
+        return x if self.activation is None else self.activation(x)
 
     def _refuse_empty_batch(self, x: Tensor) -> None:
         if self.training and x.numel() == 0 and isinstance(self.norm, torch.nn.SyncBatchNorm):

@@ -13,6 +13,7 @@ from detectron2.layers import Conv2d, ShapeSpec, get_norm
 from detectron2.utils.registry import Registry
 
 from .._lookup import registered
+from .._unfilled import unfilled_linear
 
 __all__ = ["ROI_BOX_HEAD_REGISTRY", "FastRCNNConvFCHead", "build_box_head"]
 
@@ -65,7 +66,7 @@ class FastRCNNConvFCHead(nn.Sequential):
             self.add_module("flatten", nn.Flatten())
             features = channels * height * width
             for i, dim in enumerate(fc_dims, start=1):
-                fc = nn.Linear(features, dim)
+                fc = unfilled_linear(features, dim)
                 self.add_module(f"fc{i}", fc)
                 self.add_module(f"fc_relu{i}", nn.ReLU())
                 fcs.append(fc)
@@ -89,9 +90,12 @@ class FastRCNNConvFCHead(nn.Sequential):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(M, C, h, w) -> (M, fc_dims[-1]), or (M, conv_dims[-1], h, w) without fully connected layers."""
-        return super().forward(x)
+        for layer in self:
+            x = layer(x)
+        return x
 
     @property
+    @torch.jit.unused
     def output_shape(self) -> ShapeSpec:
         size = self._output_size
         if isinstance(size, int):
