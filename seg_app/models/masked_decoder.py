@@ -27,12 +27,12 @@ class MaskedTransformerDecoder(nn.Module):
     Args:
         in_channels: of the maps.
         num_classes: K, without "no object".
-        hidden_dim: width of the queries.
         num_queries: Q.
-        nheads, dim_feedforward: of the layers.
-        dec_layers: M; predictions are made before the first and after each, so M + 1 times.
-        pre_norm: LayerNorm before instead of after each step.
         mask_dim: channels of the map for the masks.
+        dec_layers: M; predictions are made before the first and after each, so M + 1 times.
+        hidden_dim: width of the queries.
+        nheads, dim_feedforward: of the layers.
+        pre_norm: LayerNorm before instead of after each step.
         enforce_input_project: a 1x1 convolution on the maps even where their width is hidden_dim.
     """
 
@@ -43,14 +43,14 @@ class MaskedTransformerDecoder(nn.Module):
         in_channels: int,
         *,
         num_classes: int,
-        hidden_dim: int,
         num_queries: int,
+        mask_dim: int,
+        dec_layers: int,
+        hidden_dim: int,
         nheads: int,
         dim_feedforward: int,
-        dec_layers: int,
-        pre_norm: bool,
-        mask_dim: int,
-        enforce_input_project: bool,
+        pre_norm: bool = False,
+        enforce_input_project: bool = False,
     ) -> None:
         super().__init__()
         layers = range(dec_layers)

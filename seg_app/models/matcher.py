@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -11,7 +12,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from seg_app.models.points import sample_all_masks
-from seg_app.models.query_masks import QueryMasks, query_masks
+from seg_app.models.query_masks import query_masks
 
 # Indices of the queries, in order, and of their targets; int64 on CPU.
 Match = tuple[Tensor, Tensor]
@@ -36,9 +37,7 @@ class HungarianMatcher:
         self.num_points = num_points
 
     @torch.no_grad()
-    def __call__(
-        self, outputs: Mapping[str, Tensor | QueryMasks], targets: Sequence[Mapping[str, Tensor]]
-    ) -> list[Match]:
+    def __call__(self, outputs: Mapping[str, Any], targets: Sequence[Mapping[str, Tensor]]) -> list[Match]:
         """
         Args:
             outputs: ``pred_logits`` (B, Q, K + 1), ``pred_masks`` (B, Q, h, w), or their :class:`QueryMasks`.
@@ -61,9 +60,7 @@ class HungarianMatcher:
             matches.append((torch.as_tensor(queries).long(), torch.as_tensor(objects).long()))
         return matches
 
-    def costs(
-        self, outputs: Mapping[str, Tensor | QueryMasks], targets: Sequence[Mapping[str, Tensor]]
-    ) -> Tensor:
+    def costs(self, outputs: Mapping[str, Any], targets: Sequence[Mapping[str, Tensor]]) -> Tensor:
         """(B, Q, largest T) float32; columns behind an image's last target mean nothing."""
         logits, masks = outputs["pred_logits"].float(), query_masks(outputs["pred_masks"])
         B, P = len(logits), self.num_points

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -43,13 +44,13 @@ class MSDeformAttnPixelDecoder(nn.Module):
         self,
         input_shape: Mapping[str, ShapeSpec],
         *,
-        transformer_dropout: float,
-        transformer_nheads: int,
-        transformer_dim_feedforward: int,
-        transformer_enc_layers: int,
         conv_dim: int,
         mask_dim: int,
+        transformer_enc_layers: int,
+        transformer_nheads: int,
+        transformer_dim_feedforward: int,
         norm: str = "GN",
+        transformer_dropout: float = 0.0,
         transformer_in_features: Sequence[str] = ("res3", "res4", "res5"),
         transformer_points: int = 4,
         common_stride: int = 4,
@@ -71,12 +72,8 @@ class MSDeformAttnPixelDecoder(nn.Module):
             )
         self.conv_dim = conv_dim
         self.input_proj = nn.ModuleList(
-            nn.Sequential(nn.Conv2d(input_shape[name].channels, conv_dim, 1), nn.GroupNorm(32, conv_dim))
-            for name in self.encoded
+            _input_projection(input_shape[name].channels, conv_dim) for name in self.encoded
         )
-        for projection in self.input_proj:
-            nn.init.xavier_uniform_(projection[0].weight)
-            nn.init.zeros_(projection[0].bias)
         self.transformer = _LevelEncoder(
             len(self.encoded),
             conv_dim,
@@ -138,10 +135,9 @@ class _LevelEncoder(nn.Module):
     ) -> None:
         super().__init__()
         self.level_embed = nn.Parameter(torch.empty(levels, width).normal_())
-        self.encoder = nn.Module()
-        self.encoder.layers = nn.ModuleList(
-            EncoderLayer(width, feedforward, dropout, levels, heads, points) for _ in range(layers)
-        )
+        blocks = (EncoderLayer(width, feedforward, dropout, levels, heads, points) for _ in range(layers))
+        # The public names have a level between: transformer.encoder.layers.0 ...
+        self.encoder = nn.ModuleDict({"layers": nn.ModuleList(blocks)})
 
     def forward(self, maps: list[Tensor]) -> list[Tensor]:
         B, C = maps[0].shape[:2]
@@ -154,7 +150,7 @@ class _LevelEncoder(nn.Module):
             ]
         )  # (S, C)
         reference = cell_centres(shapes, cells.device, cells.dtype)
-        for layer in self.encoder.layers:
+        for layer in cast(nn.ModuleList, self.encoder["layers"]):
             cells = layer(cells, positions, reference, shapes)
         counts = [h * w for h, w in shapes]
         return [
@@ -189,6 +185,14 @@ class EncoderLayer(nn.Module):
 
     def _drop(self, x: Tensor) -> Tensor:
         return F.dropout(x, self.dropout, self.training) if self.dropout else x
+
+
+def _input_projection(channels: int, width: int) -> nn.Sequential:
+    conv = nn.Conv2d(channels, width, 1)
+    nn.init.xavier_uniform_(conv.weight)
+    assert conv.bias is not None
+    nn.init.zeros_(conv.bias)
+    return nn.Sequential(conv, nn.GroupNorm(32, width))
 
 
 def _at_least_float32(x: Tensor) -> Tensor:

@@ -159,6 +159,7 @@ class UPerNetHead(_PixelHead):
         self.fuse = _conv(conv_dims * len(channels), conv_dims, 3, norm)
         self.predictor = nn.Conv2d(conv_dims, num_classes, 1)
         nn.init.normal_(self.predictor.weight, std=0.01)
+        assert self.predictor.bias is not None
         nn.init.zeros_(self.predictor.bias)
 
     @classmethod

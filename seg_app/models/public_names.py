@@ -91,7 +91,7 @@ def add_maskformer2_config(cfg: CfgNode) -> None:
 class MSDeformAttn(own_attention.MSDeformAttn):
     """With shapes as a tensor, and starts of the levels, which follow from the shapes."""
 
-    def forward(
+    def forward(  # type: ignore[override]
         self,
         query: Tensor,
         reference_points: Tensor,
@@ -123,7 +123,9 @@ class MultiScaleMaskedTransformerDecoder(MaskedTransformerDecoder):
             raise ValueError("the masked decoder without class predictions needs Mask2Former itself.")
         super().__init__(in_channels, **kwargs)
 
-    def forward(self, x: Sequence[Tensor], mask_features: Tensor, mask: None = None) -> dict[str, Any]:
+    def forward(  # type: ignore[override]
+        self, x: Sequence[Tensor], mask_features: Tensor, mask: None = None
+    ) -> dict[str, Any]:
         return super().forward(x, mask_features)
 
 

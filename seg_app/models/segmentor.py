@@ -203,15 +203,13 @@ class FrozenSegmentor(nn.Module):
         padded: tuple[int, int],
     ) -> dict[str, Any]:
         result: dict[str, Any] = {}
-        at_wanted_size = None
         if self.resize_first:
-            full = fit_to(masks.float(), padded, *padded)
-            at_wanted_size = fit_to(full, image_size, *wanted)
+            masks = fit_to(fit_to(masks.float(), padded, *padded), image_size, *wanted)
         if self.semantic_on:
             if self.resize_first:
-                result["sem_seg"] = semantic_scores(classes, at_wanted_size)
+                result["sem_seg"] = semantic_scores(classes, masks)
             else:
                 result["sem_seg"] = fit_to(semantic_scores(classes, masks, padded), image_size, *wanted)
         if self.instance_on:
-            result["instances"] = top_instances(classes, at_wanted_size, self.max_instances)
+            result["instances"] = top_instances(classes, masks, self.max_instances)
         return result

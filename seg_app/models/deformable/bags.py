@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +20,8 @@ from torch import Tensor
 
 # Rows of the sparse matrix (queries x heads) that are in memory at a time; 48 entries each in the usual setting.
 _ROWS_AT_ONCE = 1 << 16
+
+Shapes = tuple[tuple[int, int], ...]
 
 
 def attend_by_bags(
@@ -30,7 +33,7 @@ def attend_by_bags(
 
 class _Bags(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, value: Tensor, shapes, locations: Tensor, weights: Tensor) -> Tensor:
+    def forward(ctx: Any, value: Tensor, shapes: Shapes, locations: Tensor, weights: Tensor) -> Tensor:
         ctx.save_for_backward(value, locations, weights)
         ctx.shapes = shapes
         B, _, M, D = value.shape
@@ -48,7 +51,7 @@ class _Bags(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, grad: Tensor):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         value, locations, weights = ctx.saved_tensors
         B, _, M, D = value.shape
         borders = _Borders.of(ctx.shapes, M, value.dtype)
@@ -65,7 +68,7 @@ class _Bags(torch.autograd.Function):
                 g = grad[b, rows].contiguous()
                 if grad_value is not None:
                     grad_table += part.spread(g, len(table))
-                if points:
+                if grad_locations is not None and grad_weights is not None:
                     to_locations, to_weights = part.backward(table, g)
                     grad_locations[b].view(-1, *to_locations.shape[1:])[rows] = to_locations
                     grad_weights[b].view(-1, to_weights.shape[1])[rows] = to_weights
@@ -88,7 +91,7 @@ class _Borders:
     sampling point of all levels, (L * P,) long, as the passes over the points need them.
     """
 
-    def __init__(self, shapes: tuple[tuple[int, int], ...], heads: int, dtype: torch.dtype) -> None:
+    def __init__(self, shapes: Shapes, heads: int, dtype: torch.dtype) -> None:
         self.shapes, self.heads, self.dtype = shapes, heads, dtype
         self.sizes = torch.tensor([(w, h) for h, w in shapes], dtype=dtype)  # (L, 2)
         self.strides = torch.tensor([w + 3 for _, w in shapes], dtype=torch.int32)
@@ -104,7 +107,7 @@ class _Borders:
 
     @staticmethod
     @lru_cache(maxsize=16)
-    def of(shapes: tuple[tuple[int, int], ...], heads: int, dtype: torch.dtype) -> _Borders:
+    def of(shapes: Shapes, heads: int, dtype: torch.dtype) -> _Borders:
         return _Borders(shapes, heads, dtype)
 
     def table(self, value: Tensor) -> Tensor:

@@ -67,14 +67,13 @@ def implementation_for(device: torch.device, dtype: torch.dtype) -> str:
     """A key of ``IMPLEMENTATIONS``. Triton is tried once per device and dtype; why it is not used is logged."""
     if device.type == "cpu" and dtype in (torch.float32, torch.float64):
         return "bags"
-    if device.type == "cuda" and _triton_works(device.index, dtype):
+    if device.type == "cuda" and _triton_works(device, dtype):
         return "triton"
     return "grid_sample"
 
 
 @cache
-def _triton_works(index: int | None, dtype: torch.dtype) -> bool:
-    device = torch.device("cuda", index)
+def _triton_works(device: torch.device, dtype: torch.dtype) -> bool:
     try:
         error = difference_to_exact(attend_by_triton, device, dtype)
     except Exception as reason:  # whatever goes wrong inside a compiler must not stop the training

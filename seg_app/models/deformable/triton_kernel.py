@@ -5,14 +5,21 @@ Importing this needs Triton, which comes with torch's CUDA builds on Linux. The 
 as those of grid_sample on CUDA do.
 """
 
+# mypy: disable-error-code="no-untyped-def"
+# (Triton reads annotations of a kernel as its own)
+
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+Shapes = tuple[tuple[int, int], ...]
 
 
 def attend_by_kernel(
@@ -24,7 +31,7 @@ def attend_by_kernel(
 
 class _Kernel(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, value: Tensor, shapes, locations: Tensor, weights: Tensor) -> Tensor:
+    def forward(ctx: Any, value: Tensor, shapes: Shapes, locations: Tensor, weights: Tensor) -> Tensor:
         value, locations, weights = value.contiguous(), locations.contiguous(), weights.contiguous()
         levels = _levels(shapes).to(value.device, non_blocking=True)
         ctx.save_for_backward(value, levels, locations, weights)
@@ -37,7 +44,7 @@ class _Kernel(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, grad: Tensor):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         value, levels, locations, weights = ctx.saved_tensors
         grid, sizes = _launch(value, locations)
         # Atomic sums of half-precision numbers lose the small ones.
@@ -87,13 +94,9 @@ def _launch(value: Tensor, locations: Tensor) -> tuple[tuple[int, int], dict]:
     return (triton.cdiv(Lq, block), B * M), sizes
 
 
-def _on(device: torch.device):
+def _on(device: torch.device) -> AbstractContextManager:
     # Triton launches on the current device, whatever device the tensors are on.
-    return (
-        torch.cuda.device(device)
-        if device.type == "cuda"
-        else torch.autograd.profiler.record_function("triton")
-    )
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 @triton.jit
