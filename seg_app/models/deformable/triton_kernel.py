@@ -100,6 +100,15 @@ def _on(device: torch.device) -> AbstractContextManager:
 
 
 @triton.jit
+def _block(Lq, S, M: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr):
+    """Which rows of (B, Lq, M) this program computes, where its head's values begin, and which rows exist."""
+    image = (tl.program_id(1) // M).to(tl.int64)
+    head = tl.program_id(1) % M
+    query = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    return (image * Lq + query) * M + head, (image * S * M + head) * D, query < Lq
+
+
+@triton.jit
 def _place(locations, at, h, w, ok, ACC: tl.constexpr):
     """Upper left cell (column, row) of a location, and how far right and down of its centre it lies, 0..1."""
     x = tl.load(locations + 2 * at, mask=ok, other=0.0).to(ACC) * w - 0.5
@@ -128,14 +137,9 @@ def _attend(
     BLOCK: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    image = (tl.program_id(1) // M).to(tl.int64)
-    head = tl.program_id(1) % M
-    query = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    entry, first, ok = _block(Lq, S, M, D, BLOCK)
     channel = tl.arange(0, WIDTH)
-    ok = query < Lq
     channel_ok = channel < D
-    entry = (image * Lq + query) * M + head  # of (B, Lq, M)
-    first = value + (image * S * M + head) * D
     total = tl.zeros((BLOCK, WIDTH), dtype=ACC)
     for level in range(L):
         h = tl.load(levels + 3 * level)
@@ -152,7 +156,7 @@ def _attend(
                 inside = ok & (i >= 0) & (i < w) & (j >= 0) & (j < h)
                 cell = (start + j * w + i).to(tl.int64) * (M * D)
                 read = tl.load(
-                    first + cell[:, None] + channel[None, :],
+                    value + first + cell[:, None] + channel[None, :],
                     mask=inside[:, None] & channel_ok[None, :],
                     other=0.0,
                 )
@@ -184,14 +188,9 @@ def _attend_backward(
     BLOCK: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    image = (tl.program_id(1) // M).to(tl.int64)
-    head = tl.program_id(1) % M
-    query = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    entry, first, ok = _block(Lq, S, M, D, BLOCK)
     channel = tl.arange(0, WIDTH)
-    ok = query < Lq
     channel_ok = channel < D
-    entry = (image * Lq + query) * M + head
-    first = (image * S * M + head) * D
     g = tl.load(
         grad + entry[:, None] * D + channel[None, :], mask=ok[:, None] & channel_ok[None, :], other=0.0
     ).to(ACC)
