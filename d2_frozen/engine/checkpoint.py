@@ -108,7 +108,7 @@ class FrozenCheckpointer(DetectionCheckpointer):
         if not path:
             return super().load(path, checkpointables)
         location, matching = _reading.split_query(path)
-        local = _reading.local_copy(location)
+        local = _reading.local_copy(location, self.path_manager)
         if not os.path.isfile(local):
             raise FileNotFoundError(
                 f"no weights at {path}. Give an existing file in MODEL.WEIGHTS, or MODEL.WEIGHTS '' to start anew."

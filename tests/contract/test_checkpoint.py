@@ -7,6 +7,7 @@ import pickle
 import numpy as np
 import pytest
 import torch
+from iopath.common.file_io import PathHandler, PathManager
 from torch import nn
 
 from detectron2.checkpoint import DetectionCheckpointer
@@ -83,3 +84,29 @@ def test_ddp_prefix_and_relative_last_checkpoint(tmp_path):
     old.rename(new)
     net = _Net()
     assert DetectionCheckpointer(net, str(new)).resume_or_load("", resume=True)["iteration"] == 3
+
+
+class _Toy(PathHandler):
+    """toy://NAME is a file of a folder."""
+
+    def __init__(self, folder):
+        self.folder = folder
+
+    def _get_supported_prefixes(self):
+        return ["toy://"]
+
+    def _get_local_path(self, path, force=False, **kwargs):
+        return str(self.folder / path.removeprefix("toy://"))
+
+    def _isfile(self, path, **kwargs):
+        return (self.folder / path.removeprefix("toy://")).is_file()
+
+
+def test_paths_go_through_the_checkpointers_own_path_manager(tmp_path):
+    source, target = _Net(), _Net()
+    torch.save({"model": source.state_dict()}, tmp_path / "net.pth")
+    checkpointer = DetectionCheckpointer(target)
+    checkpointer.path_manager = PathManager()
+    checkpointer.path_manager.register_handler(_Toy(tmp_path))
+    checkpointer.load("toy://net.pth")
+    assert torch.equal(source.head.weight, target.head.weight)

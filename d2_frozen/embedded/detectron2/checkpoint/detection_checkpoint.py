@@ -100,7 +100,7 @@ class DetectionCheckpointer(Checkpointer):
         if not path:
             return super().load(path, checkpointables)
         location, self._heuristics_asked_for = split_query(path)
-        local = local_copy(location)
+        local = local_copy(location, self.path_manager)
         self._check_exists(local, path)
         try:
             return super().load(local, checkpointables)

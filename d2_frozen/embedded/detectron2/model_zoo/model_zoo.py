@@ -91,7 +91,7 @@ def _known_name(config_path: str) -> str:
     name = config_path.removesuffix(".yaml").removesuffix(".py")
     if name in CHECKPOINTS:
         return name
-    close = difflib.get_close_matches(name, CHECKPOINTS, n=1, cutoff=0.8)
+    close = difflib.get_close_matches(name, CHECKPOINTS, n=1, cutoff=0.9)
     hint = f"Did you mean {close[0]}.yaml? " if close else ""
     raise RuntimeError(f"{config_path} is not in this model zoo. {hint}{_outside()}")
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 import os
 from urllib.parse import parse_qs, urlsplit, urlunsplit
 
+from iopath.common.file_io import PathManager as PathManagerBase
 from iopath.common.file_io import get_cache_dir
 
 from detectron2.checkpoint.catalog import ModelCatalog, ModelCatalogHandler
@@ -33,17 +34,17 @@ def split_query(path: str) -> tuple[str, bool]:
     return urlunsplit(url._replace(query="")), asked == ["True"]
 
 
-def local_copy(path: str) -> str:
+def local_copy(path: str, path_manager: PathManagerBase = PathManager) -> str:
     """Local path of a file; one from the net is fetched unless the cache has it.
 
     Args:
-        path: a local path, or any address that Detectron2's PathManager knows.
+        path: a local path, or any address that ``path_manager`` knows (Detectron2's, if none is given).
     Raises:
         FileNotFoundError: it could not be fetched; says from where, and where to put it by hand.
         OSError: another handler than that of web addresses failed.
     """
     try:
-        return PathManager.get_local_path(path)
+        return path_manager.get_local_path(path)
     except OSError as err:
         address = _web_address(path)
         url = urlsplit(address)
