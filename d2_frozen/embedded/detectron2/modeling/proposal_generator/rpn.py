@@ -318,7 +318,7 @@ class StandardRPNHead(nn.Module):
             nn.init.zeros_(module.bias)
 
     def _get_rpn_conv(self, in_channels: int, out_channels: int) -> nn.Module:
-        return Conv2d(in_channels, out_channels, kernel_size=3, padding=1, activation=nn.ReLU())
+        return Conv2d(in_channels, out_channels, kernel_size=3, padding=1, activation=nn.ReLU(inplace=True))
 
     @classmethod
     def from_config(cls, cfg, input_shape: list[ShapeSpec]) -> dict:

@@ -55,7 +55,7 @@ class FastRCNNConvFCHead(nn.Sequential):
                 padding=1,
                 bias=not conv_norm,
                 norm=get_norm(conv_norm, dim),
-                activation=nn.ReLU(),
+                activation=nn.ReLU(inplace=True),
             )
             self.add_module(f"conv{i}", conv)
             convs.append(conv)
@@ -68,7 +68,7 @@ class FastRCNNConvFCHead(nn.Sequential):
             for i, dim in enumerate(fc_dims, start=1):
                 fc = unfilled_linear(features, dim)
                 self.add_module(f"fc{i}", fc)
-                self.add_module(f"fc_relu{i}", nn.ReLU())
+                self.add_module(f"fc_relu{i}", nn.ReLU(inplace=True))
                 fcs.append(fc)
                 features = dim
             self._output_size = features

@@ -113,6 +113,10 @@ def mask_rcnn_inference(pred_mask_logits: torch.Tensor, pred_instances: list[Ins
         one.pred_masks = masks
 
 
+# At inference; a part of 32 boxes has maps of some megabytes.
+_CPU_BOXES_AT_ONCE = 32
+
+
 class BaseMaskRCNNHead(nn.Module, metaclass=ABCMeta):
     """Loss and inference around :meth:`layers`, which a subclass defines."""
 
@@ -134,11 +138,17 @@ class BaseMaskRCNNHead(nn.Module, metaclass=ABCMeta):
         Returns:
             {"loss_mask": scalar} in training; at inference ``instances``, now with ``pred_masks``.
         """
-        logits = self.layers(x)
         if self.training:
-            return {"loss_mask": mask_rcnn_loss(logits, instances, self.vis_period) * self.loss_weight}
-        mask_rcnn_inference(logits, instances)
+            loss = mask_rcnn_loss(self.layers(x), instances, self.vis_period)
+            return {"loss_mask": loss * self.loss_weight}
+        mask_rcnn_inference(self._logits_in_parts(x), instances)
         return instances
+
+    def _logits_in_parts(self, x: torch.Tensor) -> torch.Tensor:
+        """As :meth:`layers`. On CPU some boxes at a time: their maps stay in the cache, and memory is saved."""
+        if x.device.type != "cpu" or torch.jit.is_scripting() or torch.jit.is_tracing() or len(x) == 0:
+            return self.layers(x)
+        return cat([self.layers(part) for part in x.split(_CPU_BOXES_AT_ONCE)])
 
     @abstractmethod
     def layers(self, x: torch.Tensor) -> torch.Tensor:
@@ -183,13 +193,13 @@ class MaskRCNNConvUpsampleHead(BaseMaskRCNNHead, nn.Sequential):
                 padding=1,
                 bias=not conv_norm,
                 norm=get_norm(conv_norm, dim),
-                activation=nn.ReLU(),
+                activation=nn.ReLU(inplace=True),
             )
             self.add_module(f"mask_fcn{i}", conv)
             self.conv_norm_relus.append(conv)
             channels = dim
         self.deconv = ConvTranspose2d(channels, last, kernel_size=2, stride=2)
-        self.add_module("deconv_relu", nn.ReLU())
+        self.add_module("deconv_relu", nn.ReLU(inplace=True))
         self.predictor = Conv2d(last, num_classes, kernel_size=1)
 
         for conv in (*self.conv_norm_relus, self.deconv):
