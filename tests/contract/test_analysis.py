@@ -29,6 +29,13 @@ def test_multiply_adds_of_a_1x1_convolution():
     assert counts["conv"] * 1e9 == pytest.approx(2 * 4 * 6 * 3 * 5)
 
 
+def test_counting_leaves_the_mode_as_it_was():
+    detector = _Detector().train()
+    batch = [{"image": torch.rand(3, 4, 6)}]
+    assert flop_count_operators(detector, batch)["conv"] * 1e9 == pytest.approx(4 * 6 * 3 * 5)
+    assert detector.training
+
+
 def test_parameters():
     counts = parameter_count(_Detector())
     assert (counts[""], counts["conv"], counts["spare"]) == (26, 20, 6)

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import copy
 import itertools
+import json
+import pickle
+import random
 
 import numpy as np
 import pycocotools.mask as mask_util
@@ -26,7 +29,9 @@ from detectron2.data import (
 from detectron2.data import (
     transforms as T,
 )
+from detectron2.data.build import worker_init_reset_seed
 from detectron2.data.datasets import load_coco_json
+from detectron2.data.datasets.cityscapes import load_cityscapes_semantic
 from detectron2.data.datasets.coco import convert_to_coco_dict, convert_to_coco_json
 from detectron2.data.samplers import (
     GroupedBatchSampler,
@@ -96,6 +101,35 @@ def test_coco_splits_are_registered_with_80_classes():
     assert {"coco_2014_train", "coco_2014_minival", "coco_2017_train", "coco_2017_test-dev"} <= set(
         DatasetCatalog.list()
     )
+
+
+def test_cityscapes_pairs_images_and_label_maps(tmp_path):
+    for kind, endings in (
+        ("leftImg8bit", ("leftImg8bit.png",)),
+        (
+            "gtFine",
+            [
+                f"gtFine_{x}"
+                for x in ("labelTrainIds.png", "labelIds.png", "instanceIds.png", "polygons.json")
+            ],
+        ),
+    ):
+        for name in ("ulm/ulm_2_", "ulm/ulm_1_", "aachen/aachen_5_"):
+            for ending in endings:
+                file = tmp_path / kind / (name + ending)
+                file.parent.mkdir(parents=True, exist_ok=True)
+                file.write_text(json.dumps({"imgHeight": 3, "imgWidth": 4}))
+    records = load_cityscapes_semantic(str(tmp_path / "leftImg8bit"), str(tmp_path / "gtFine"))
+    assert {r["file_name"].rsplit("/", 1)[1] for r in records} == {
+        f"{name}_leftImg8bit.png" for name in ("aachen_5", "ulm_1", "ulm_2")
+    }
+    for record in records:
+        expected = record["file_name"].replace("/leftImg8bit/", "/gtFine/")
+        assert record["sem_seg_file_name"] == expected.replace("leftImg8bit", "gtFine_labelTrainIds")
+        assert (record["height"], record["width"]) == (3, 4)
+    metadata = MetadataCatalog.get("cityscapes_fine_sem_seg_val")
+    assert metadata.gt_dir.endswith("cityscapes/gtFine/val/") and metadata.ignore_label == 255
+    assert len(metadata.stuff_classes) == 19 and metadata.stuff_classes[11:] == metadata.thing_classes
 
 
 def test_gen_crop_contains_the_centre_of_the_box():
@@ -303,6 +337,42 @@ def test_mapper_moves_the_label_map_with_the_image(tmp_path):
 # ------------------------------------------------------------------------------------------ samplers, loaders
 
 
+def test_training_order_is_torchs_permutations_one_after_the_other():
+    generator = torch.Generator().manual_seed(5)
+    expected = [i for _ in range(3) for i in torch.randperm(7, generator=generator).tolist()]
+    assert list(itertools.islice(TrainingSampler(7, seed=5), 21)) == expected
+
+
+def test_repeats_are_drawn_before_the_order():
+    factors = torch.tensor([1.5, 1.0, 2.25, 1.0])
+    generator = torch.Generator().manual_seed(5)
+    expected = []
+    for _ in range(3):
+        counts = factors.trunc() + (torch.rand(4, generator=generator) < factors.frac())
+        indices = torch.repeat_interleave(torch.arange(4), counts.long())
+        expected += indices[torch.randperm(len(indices), generator=generator)].tolist()
+    assert list(itertools.islice(RepeatFactorTrainingSampler(factors, seed=5), len(expected))) == expected
+
+
+def test_without_a_seed_samplers_take_one_from_numpy():
+    np.random.seed(8)
+    seed = np.random.randint(2**31)
+    np.random.seed(8)
+    sampler = TrainingSampler(9)
+    torch.manual_seed(1)  # has no part in it
+    assert list(itertools.islice(sampler, 9)) == list(itertools.islice(TrainingSampler(9, seed=seed), 9))
+
+
+def test_workers_are_seeded_from_torchs_seed_and_their_number():
+    torch.manual_seed(2**31 + 11)
+    worker_init_reset_seed(2)
+    drawn = np.random.rand(), torch.rand(1).item(), random.random()
+    np.random.seed(13)
+    torch.manual_seed(13)
+    random.seed(13)
+    assert drawn == (np.random.rand(), torch.rand(1).item(), random.random())
+
+
 @pytest.mark.parametrize("world_size", [1, 3, 4])
 def test_inference_sampler_parts_are_contiguous_and_complete(world_size):
     parts = [list(InferenceSampler._get_local_indices(10, world_size, rank)) for rank in range(world_size)]
@@ -360,6 +430,13 @@ def test_single_gpu_batch_size_and_collate_fn():
 def test_iterable_datasets_are_mapped_and_lose_what_the_mapper_gives_up():
     ordered = ToIterableDataset(DatasetFromList([1, 2, 3, 4]), InferenceSampler(4))
     assert list(MapDataset(ordered, lambda x: None if x == 3 else 10 * x)) == [10, 20, 40]
+
+
+def test_mapped_datasets_travel_to_other_processes_with_any_function():
+    pytest.importorskip("cloudpickle")
+    offset = 10
+    mapped = MapDataset(DatasetFromList([1, 2]), lambda x: x + offset)
+    assert pickle.loads(pickle.dumps(mapped))[1] == 12
 
 
 def test_serialized_list_keeps_types_and_order():

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
+import io
 import json
 import math
 from itertools import count
@@ -11,6 +14,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
 from torch import nn
 
 from detectron2.data import DatasetCatalog
@@ -24,6 +29,7 @@ from detectron2.evaluation import (
     verify_results,
 )
 from detectron2.evaluation.coco_evaluation import instances_to_coco_json
+from detectron2.evaluation.fast_eval_api import COCOeval_opt
 from detectron2.evaluation.testing import flatten_results_dict
 from detectron2.structures import Boxes, Instances
 
@@ -156,6 +162,41 @@ def test_fast_and_python_implementation_agree(tmp_path: Path):
         )
     fast, slow = (evaluated(name, outputs, use_fast_impl=fast) for fast in (True, False))
     assert flatten_results_dict(fast) == pytest.approx(flatten_results_dict(slow), nan_ok=True)
+
+
+def test_classes_that_the_dataset_has_not_are_refused(tmp_path: Path):
+    with pytest.raises(AssertionError):
+        evaluated(registered(tmp_path), {1: instances([[0, 0, 9, 9]], [0.5], [2])})
+
+
+@pytest.mark.parametrize("iou_type", ["bbox", "segm"])
+def test_the_compiled_evaluation_takes_what_pycocotools_takes(tmp_path: Path, iou_type: str):
+    """``COCOeval_opt`` in the place of ``COCOeval``, with pycocotools' objects and changed parameters."""
+    file = tmp_path / "truth.json"
+    file.write_text(json.dumps({"info": {}, **coco_content()}))
+    found = [([12, 10, 60, 52], 3, 0.9), ([70, 20, 90, 38], 7, 0.8), ([1, 1, 30, 30], 3, 0.7)]
+    rows = [
+        {
+            "image_id": 1,
+            "category_id": category,
+            "bbox": [x0, y0, x1 - x0, y1 - y0],
+            "score": score,
+            "segmentation": [[x0, y0, x1, y0, x1, y1, x0, y1]],
+        }
+        for (x0, y0, x1, y1), category, score in found
+    ]
+    measured = []
+    for implementation in (COCOeval, COCOeval_opt):
+        with contextlib.redirect_stdout(io.StringIO()):
+            truth = COCO(str(file))
+            evaluation = implementation(truth, truth.loadRes(copy.deepcopy(rows)), iou_type)
+            evaluation.params.maxDets = [1, 2, 5]
+            evaluation.evaluate()
+            evaluation.accumulate()
+        measured.append(evaluation.eval)
+    assert (measured[0]["precision"] > 0.5).any()
+    for curve in ("precision", "recall"):
+        assert np.allclose(measured[0][curve], measured[1][curve], atol=1e-9)
 
 
 def test_files_hold_categories_of_the_json(tmp_path: Path):

@@ -108,6 +108,17 @@ def test_small_parts_are_left_out():
     assert where[12:18, 12:18].all() and not where[55:70, 55:70].any()
 
 
+def test_a_mask_with_holes_is_filled_without_an_edge():
+    """Scaled up, every picture row has the background and one mixture of colour and background."""
+    picture = np.zeros((40, 40, 3), np.uint8)
+    mask = np.zeros((40, 40), np.uint8)
+    mask[:, 10:30] = 1
+    mask[15:20, 15:20] = 0
+    drawn = Visualizer(picture, scale=3).draw_binary_mask(mask, color="blue").get_image()
+    for row in (0, 50, -1):
+        assert len(np.unique(drawn[row], axis=0)) == 2
+
+
 def test_single_shapes():
     visualizer = Visualizer(GREY.copy())
     visualizer.draw_box([10, 10, 50, 40], edge_color="r")

@@ -26,7 +26,9 @@ from detectron2.data import (
 from detectron2.data import (
     transforms as T,
 )
+from detectron2.data.common import AspectRatioGroupedDataset
 from detectron2.data.datasets import load_coco_json, load_sem_seg, register_coco_instances
+from detectron2.data.datasets.cityscapes import load_cityscapes_semantic
 from detectron2.data.detection_utils import annotations_to_instances
 from detectron2.data.samplers import TrainingSampler
 from detectron2.structures import BoxMode
@@ -147,6 +149,15 @@ def test_keypoints_that_some_annotations_lack_are_counted():
         annotations_to_instances([{**person, "keypoints": [[1, 1, 2]]}, person], (10, 10))
 
 
+def test_cityscapes_without_label_maps_says_how_to_make_them(tmp_path):
+    (tmp_path / "images/ulm").mkdir(parents=True)
+    with pytest.raises(FileNotFoundError, match="no image"):
+        load_cityscapes_semantic(str(tmp_path / "images"), str(tmp_path / "labels"))
+    (tmp_path / "images/ulm/ulm_1_leftImg8bit.png").write_text("")
+    with pytest.raises(FileNotFoundError, match="ulm_1_gtFine_labelTrainIds.png.*createTrainIdLabelImgs"):
+        load_cityscapes_semantic(str(tmp_path / "images"), str(tmp_path / "labels"))
+
+
 # ------------------------------------------------------------------------------------------ images
 
 
@@ -235,3 +246,9 @@ def test_grouped_batches_do_not_depend_on_the_number_of_workers(num_workers):
 
     torch.manual_seed(0)
     assert batches(num_workers) == batches(0)
+
+
+def test_a_new_iteration_begins_with_no_sample_waiting():
+    wide, narrow = {"width": 2, "height": 1}, {"width": 1, "height": 2}
+    grouped = AspectRatioGroupedDataset([wide, narrow, narrow], batch_size=2)
+    assert list(grouped) == [[narrow, narrow]] and list(grouped) == [[narrow, narrow]]

@@ -22,7 +22,7 @@ _INSTALL = "https://detectron2.readthedocs.io/tutorials/install.html"
 _OUTSIDE_MODULES = {
     "config": "instantiate lazy",
     "data": "benchmark",
-    "data.datasets": "cityscapes cityscapes_panoptic coco_panoptic lvis lvis_v0_5_categories lvis_v1_categories"
+    "data.datasets": "cityscapes_panoptic coco_panoptic lvis lvis_v0_5_categories lvis_v1_categories"
     " lvis_v1_category_image_count pascal_voc",
     "evaluation": "cityscapes_evaluation lvis_evaluation panoptic_evaluation pascal_voc_evaluation"
     " rotated_coco_evaluation",

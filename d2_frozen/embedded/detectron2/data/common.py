@@ -14,6 +14,8 @@ import numpy as np
 import torch
 from torch.utils import data
 
+from detectron2.utils.serialize import PicklableWrapper
+
 __all__ = [
     "AspectRatioGroupedDataset",
     "DatasetFromList",
@@ -48,7 +50,7 @@ class MapDataset(data.Dataset):
 
     def __init__(self, dataset: Any, map_func: Callable[[Any], Any]):
         self._dataset = dataset
-        self._map_func = map_func
+        self._map_func = PicklableWrapper(map_func)
 
     def __len__(self) -> int:
         return len(self._dataset)
@@ -77,7 +79,7 @@ class MapDataset(data.Dataset):
 class _MappedIterable(data.IterableDataset):
     def __init__(self, dataset: Iterable[Any], map_func: Callable[[Any], Any]):
         self._dataset = dataset
-        self._map_func = map_func
+        self._map_func = PicklableWrapper(map_func)
 
     def __len__(self) -> int:
         return len(self._dataset)  # type: ignore[arg-type]
@@ -219,9 +221,11 @@ class AspectRatioGroupedDataset(data.IterableDataset):
     def __init__(self, dataset: Iterable[dict[str, Any]], batch_size: int):
         self.dataset = dataset
         self.batch_size = batch_size
+        self._buckets: list[list[dict[str, Any]]] = [[], []]
 
     def __iter__(self) -> Iterator[list[dict[str, Any]]]:
-        waiting: dict[bool, list[dict[str, Any]]] = {True: [], False: []}
+        # What waits for a batch: not wide, wide. A new iteration begins with none.
+        self._buckets = waiting = [[], []]
         for sample in self.dataset:
             is_wide = sample["width"] > sample["height"]
             waiting[is_wide].append(sample)

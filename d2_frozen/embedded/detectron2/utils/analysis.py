@@ -6,6 +6,7 @@ an adapter hands it the image tensors alone.
 
 from __future__ import annotations
 
+import contextlib
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -54,13 +55,27 @@ class _ActivationCount(_FvcoreActivationCount):
 
 
 def flop_count_operators(model: nn.Module, inputs: _Batch) -> dict[str, float]:
-    """Operator -> billions of multiply-adds, for one call of a model in evaluation mode."""
-    return _in_units_of(1e9, FlopCountAnalysis(model, inputs).by_operator())
+    """Operator -> billions of multiply-adds, for one call of the model; it is counted in evaluation mode."""
+    with _evaluation_mode(model):
+        return _in_units_of(1e9, FlopCountAnalysis(model, inputs).by_operator())
 
 
 def activation_count_operators(model: nn.Module, inputs: _Batch) -> dict[str, float]:
-    """Operator -> millions of output elements of convolutions and matrix products."""
-    return _in_units_of(1e6, _ActivationCount(model, inputs).by_operator())
+    """Operator -> millions of output elements of convolutions and matrix products, in evaluation mode."""
+    with _evaluation_mode(model):
+        return _in_units_of(1e6, _ActivationCount(model, inputs).by_operator())
+
+
+@contextlib.contextmanager
+def _evaluation_mode(model: nn.Module) -> Iterator[None]:
+    training = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        # One by one: parts of a model in training may be in evaluation mode on purpose.
+        for module, before in training.items():
+            module.training = before
 
 
 def _in_units_of(unit: float, counts: Mapping[str, float]) -> dict[str, float]:

@@ -435,14 +435,19 @@ class Visualizer:
     ) -> VisImage:
         """Fill a mask, draw its edge, and write ``text`` on its connected parts.
 
+        A mask with holes gets no edge: what surrounds many small holes would hide the picture.
+
         Args:
             binary_mask: (H, W), non-zero where the object is.
             area_threshold: connected parts below this many pixels are left out; None for none.
         """
-        mask = GenericMask(_array(binary_mask), self.output.height, self.output.width).mask
-        mask = _without_small_parts(mask, area_threshold or 0)
+        given = GenericMask(_array(binary_mask), self.output.height, self.output.width)
+        mask = _without_small_parts(given.mask, area_threshold or 0)
         color = _palette_color(0) if color is None else color
-        self._fill(mask, color, alpha, edge_color)
+        if given.has_holes:
+            self._blend(self._to_canvas(mask * 255, cv2.INTER_NEAREST), color, alpha)
+        else:
+            self._fill(mask, color, alpha, edge_color)
         if text:
             self._write_in_mask(text, mask, color)
         return self.output
@@ -555,11 +560,11 @@ class Visualizer:
         cv2.polylines(edge, outlines, True, 255, self._edge_width, lineType=cv2.LINE_AA, shift=_SUBPIXEL_BITS)
         self._blend(edge, _edge_of(color) if edge_color is None else edge_color, 1.0)
 
-    def _to_canvas(self, cover: np.ndarray) -> np.ndarray:
+    def _to_canvas(self, cover: np.ndarray, interpolation: int = cv2.INTER_LINEAR) -> np.ndarray:
         height, width = self.output.canvas.shape[:2]
         if cover.shape == (height, width):
             return cover
-        return cv2.resize(cover, (width, height), interpolation=cv2.INTER_LINEAR)
+        return cv2.resize(cover, (width, height), interpolation=interpolation)
 
     def _fixed(self, points: Any) -> np.ndarray:
         """Image coordinates -> fixed-point canvas coordinates."""

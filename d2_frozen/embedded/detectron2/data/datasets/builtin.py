@@ -7,19 +7,21 @@ it), laid out as Detectron2's documentation says; nothing is read before a datas
 from __future__ import annotations
 
 import os
+from functools import partial
 
 from detectron2._outside import outside_subset
 
+from ..catalog import DatasetCatalog, MetadataCatalog
 from .builtin_meta import _get_builtin_metadata
+from .cityscapes import load_cityscapes_semantic
 from .coco import register_coco_instances
 
-__all__ = ["register_all_coco"]
+__all__ = ["register_all_cityscapes", "register_all_coco"]
 
 __getattr__ = outside_subset(
     __name__,
     (
         "register_all_ade20k",
-        "register_all_cityscapes",
         "register_all_lvis",
         "register_all_pascal_voc",
     ),
@@ -52,4 +54,23 @@ def register_all_coco(root: str) -> None:
             register_coco_instances("keypoints_" + name, metadata, persons, image_root)
 
 
-register_all_coco(os.path.expanduser(os.environ.get("DETECTRON2_DATASETS", "datasets")))
+def register_all_cityscapes(root: str) -> None:
+    """Register the fine semantic labels of Cityscapes below ``root``; its instances are outside the subset."""
+    for split in ("train", "val", "test"):
+        image_dir, gt_dir = (
+            os.path.join(root, "cityscapes", kind, split, "") for kind in ("leftImg8bit", "gtFine")
+        )
+        name = f"cityscapes_fine_sem_seg_{split}"
+        DatasetCatalog.register(name, partial(load_cityscapes_semantic, image_dir, gt_dir))
+        MetadataCatalog.get(name).set(
+            image_dir=image_dir,
+            gt_dir=gt_dir,
+            evaluator_type="cityscapes_sem_seg",
+            ignore_label=255,
+            **_get_builtin_metadata("cityscapes"),
+        )
+
+
+_root = os.path.expanduser(os.environ.get("DETECTRON2_DATASETS", "datasets"))
+register_all_coco(_root)
+register_all_cityscapes(_root)

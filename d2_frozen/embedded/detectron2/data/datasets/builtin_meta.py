@@ -56,8 +56,21 @@ COCO_PERSON_KEYPOINT_FLIP_MAP = tuple((f"left_{part}", f"right_{part}") for part
 COCO_PERSON_KEYPOINT_NAMES = ("nose", *(name for pair in COCO_PERSON_KEYPOINT_FLIP_MAP for name in pair))
 
 
+# The 19 classes that Cityscapes is trained on, by their training ids: what fills the scene, then what is counted in it.
+_CITYSCAPES_STUFF = (
+    *("road", "sidewalk", "building", "wall", "fence", "pole", "traffic light", "traffic sign"),
+    *("vegetation", "terrain", "sky"),
+)
+_CITYSCAPES_THINGS = ("person", "rider", "car", "truck", "bus", "train", "motorcycle", "bicycle")
+
+
 def _get_builtin_metadata(dataset_name: str) -> dict[str, Any]:
-    """Metadata of a predefined dataset family: "coco" or "coco_person"; the others are outside the subset."""
+    """Metadata of a dataset family: "coco", "coco_person" or "cityscapes"; others are outside the subset."""
+    if dataset_name == "cityscapes":
+        return {
+            "thing_classes": list(_CITYSCAPES_THINGS),
+            "stuff_classes": [*_CITYSCAPES_STUFF, *_CITYSCAPES_THINGS],
+        }
     if dataset_name == "coco_person":
         return {
             "thing_classes": ["person"],
