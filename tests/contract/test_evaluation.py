@@ -14,16 +14,18 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from torch import nn
 
-from detectron2.data import DatasetCatalog
+from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import register_coco_instances
 from detectron2.evaluation import (
     COCOEvaluator,
     DatasetEvaluator,
     DatasetEvaluators,
+    SemSegEvaluator,
     inference_on_dataset,
     print_csv_format,
     verify_results,
@@ -239,6 +241,30 @@ def test_instances_to_coco_json():
     assert rows[0]["image_id"] == 9 and rows[0]["category_id"] == 1 and rows[0]["bbox"] == [1, 2, 3, 6]
     assert rows[0]["segmentation"]["size"] == [H, W] and isinstance(rows[0]["segmentation"]["counts"], str)
     assert instances_to_coco_json(instances([], [], []), 9) == []
+
+
+def test_sem_seg_scores_worked_out_by_hand(tmp_path: Path):
+    """Eight pixels, one of them ignored. Class 0: 3 right of 4, class 1: 2 right of 3, one mistaken each way,
+    class 2 nowhere in the truth.
+    """
+    truth = np.array([[0, 0, 0, 0], [1, 1, 1, 255]], np.uint8)
+    predicted = torch.tensor([[0, 0, 0, 1], [1, 1, 0, 2]])
+    Image.fromarray(truth).save(tmp_path / "a.png")
+    name = f"contract_sem_seg_{next(_numbers)}"
+    DatasetCatalog.register(
+        name, lambda: [{"file_name": "a.jpg", "sem_seg_file_name": str(tmp_path / "a.png")}]
+    )
+    MetadataCatalog.get(name).set(stuff_classes=["sky", "sea", "land"], ignore_label=255)
+    evaluator = SemSegEvaluator(name, distributed=False)
+    evaluator.reset()
+    scores = torch.nn.functional.one_hot(predicted, 3).permute(2, 0, 1).float()
+    evaluator.process([{"file_name": "a.jpg"}], [{"sem_seg": scores}])
+    found = evaluator.evaluate()["sem_seg"]
+    assert found["IoU-sky"] == pytest.approx(100 * 3 / 5) and found["IoU-sea"] == pytest.approx(100 * 2 / 4)
+    assert math.isnan(found["IoU-land"])
+    assert found["mIoU"] == pytest.approx(55.0) and found["pACC"] == pytest.approx(100 * 5 / 7)
+    assert found["fwIoU"] == pytest.approx(60 * 4 / 7 + 50 * 3 / 7)
+    assert found["mACC"] == pytest.approx((75 + 200 / 3) / 2)
 
 
 class Counting(DatasetEvaluator):

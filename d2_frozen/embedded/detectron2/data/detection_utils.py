@@ -15,15 +15,8 @@ import torch
 from PIL import Image, UnidentifiedImageError
 
 from detectron2._outside import outside_subset
-from detectron2.structures import (
-    BitMasks,
-    Boxes,
-    BoxMode,
-    Instances,
-    Keypoints,
-    PolygonMasks,
-    polygons_to_bitmask,
-)
+from detectron2.structures import BitMasks, Boxes, BoxMode, Instances, PolygonMasks, polygons_to_bitmask
+from detectron2.structures.keypoints import Keypoints
 from detectron2.utils.file_io import PathManager
 
 from . import transforms as T
