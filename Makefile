@@ -1,4 +1,5 @@
 # make quickstart   install, generate a small labelled world, train, evaluate, write pictures (minutes, CPU is enough)
+# make quickstart-segmentation   the same world, with a class for every pixel
 # make test         install and run the tests
 # make lint         formatting, lint, types
 #
@@ -11,11 +12,16 @@ OUTPUT ?= output/quickstart_detection
 # Any options of train_net.py, e.g. make quickstart ARGS="SOLVER.MAX_ITER 200"
 ARGS ?=
 
-.PHONY: quickstart test lint format wheel clean
+.PHONY: quickstart quickstart-segmentation test lint format wheel clean
 
 quickstart: $(VENV)/.installed
 	$(BIN)/python -m d2_frozen.data.shapes --output datasets/shapes
 	$(BIN)/python train_net.py --config-file configs/quickstart/detection.yaml OUTPUT_DIR $(OUTPUT) $(ARGS)
+
+quickstart-segmentation: OUTPUT = output/quickstart_segmentation
+quickstart-segmentation: $(VENV)/.installed
+	$(BIN)/python -m d2_frozen.data.shapes --output datasets/shapes
+	$(BIN)/python train_net.py --config-file configs/quickstart/segmentation.yaml OUTPUT_DIR $(OUTPUT) $(ARGS)
 
 test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest tests

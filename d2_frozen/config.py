@@ -153,6 +153,10 @@ def _add_data_keys(cfg: CfgNode) -> None:
 def _add_training_keys(cfg: CfgNode) -> None:
     # "SGD" | "ADAMW". AdamW uses SOLVER.BASE_LR, WEIGHT_DECAY, WEIGHT_DECAY_NORM, WEIGHT_DECAY_BIAS, BIAS_LR_FACTOR.
     cfg.SOLVER.OPTIMIZER = "SGD"
+    # Weight decay of nn.Embedding: the queries of a masked decoder.
+    cfg.SOLVER.WEIGHT_DECAY_EMBED = 0.0
+    # LR_SCHEDULER_NAME may also be "WarmupPolyLR": the rate falls by (1 - progress) ** POLY_LR_POWER.
+    cfg.SOLVER.POLY_LR_POWER = 0.9
     # For a bottom-up network that trains, or part of it (MODEL.BACKBONE.FREEZE other than "all"): its learning rate
     # relative to BASE_LR, and the factor from each of its blocks to the one before (layer-wise decay: layer k of L
     # gets LAYER_DECAY ** (L + 1 - k), the stem being layer 0). 1.0: no difference. Swin and ViT users take 0.7 to 0.9.

@@ -1,6 +1,6 @@
 """What a model is made of: parts, parameters, trainable or frozen, dtype. Printed at the start of every run.
 
-For any config, without memory for its weights and without its data (class counts of -1 become 80):
+For any config, without memory for its weights and without its data (class counts of -1 become those of COCO, ADE20K):
 
     python -m d2_frozen.summary --config-file configs/coco/table2/bifpn_htc_frozen.yaml [KEY VALUE ...]
     python -m d2_frozen.summary --table configs/coco        # one row per yaml: the table of docs/parameter_counts.md
@@ -9,7 +9,7 @@ For any config, without memory for its weights and without its data (class count
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,10 +18,12 @@ from tabulate import tabulate
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
+from d2_frozen import tasks
 from d2_frozen.backbone import FrozenBackbone
 from detectron2.config import CfgNode
 
-_CLASSES_IF_UNKNOWN = 80  # COCO's
+# COCO's and ADE20K's, where the data is to tell.
+_CLASSES_IF_UNKNOWN = {"ROI_HEADS": 80, "SEM_SEG_HEAD": 150}
 
 
 def parts_table(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> str:
@@ -130,15 +132,16 @@ class Counts(NamedTuple):
 def build_weightless(cfg: CfgNode) -> nn.Module:
     """The model of a config on torch's meta device: every shape and no value, so that 3 B parameters fit anywhere.
 
-    MODEL.WEIGHTS and MODEL.TIMM.PRETRAINED are not read; a class count of -1 becomes 80.
+    MODEL.WEIGHTS and MODEL.TIMM.PRETRAINED are not read; a class count of -1 becomes that of COCO or ADE20K.
     """
     from detectron2.modeling import build_model
 
     cfg = cfg.clone()
     cfg.defrost()
     cfg.MODEL.DEVICE, cfg.MODEL.TIMM.PRETRAINED = "meta", ""
-    if cfg.MODEL.ROI_HEADS.NUM_CLASSES < 0:
-        cfg.MODEL.ROI_HEADS.NUM_CLASSES = _CLASSES_IF_UNKNOWN
+    for heads, count in _CLASSES_IF_UNKNOWN.items():
+        if cfg.MODEL[heads].NUM_CLASSES < 0:
+            cfg.MODEL[heads].NUM_CLASSES = count
     with torch.device("meta"), _WithoutInitialValues():
         return build_model(cfg)
 
@@ -156,17 +159,6 @@ class _WithoutInitialValues(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def read_config(path: str | Path, options: Iterable[str] = ()) -> CfgNode:
-    """A yaml file and KEY VALUE options over the defaults."""
-    from d2_frozen.config import add_frozen_config
-    from detectron2.config import get_cfg
-
-    cfg = add_frozen_config(get_cfg())
-    cfg.merge_from_file(str(path))
-    cfg.merge_from_list(list(options))
-    return cfg
-
-
 def is_part(path: Path) -> bool:
     """Is a yaml only there to be the _BASE_ of others?"""
     return path.parent.name == "base" or path.name.startswith("Base-")
@@ -179,7 +171,7 @@ def counts_table(folder: str | Path) -> str:
     for path in sorted(Path(folder).rglob("*.yaml")):
         if is_part(path):
             continue
-        cfg = read_config(path)
+        cfg = tasks.read_config(path)
         model = str(cfg.MODEL)
         if model not in known:
             known[model] = Counts.of(build_weightless(cfg))
@@ -204,7 +196,7 @@ def main() -> None:
     if args.table:
         print(counts_table(args.table))
     else:
-        print(parts_table(build_weightless(read_config(args.config_file, args.options))))
+        print(parts_table(build_weightless(tasks.read_config(args.config_file, args.options))))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Train or evaluate by config, with Detectron2's flags.
+"""Train or evaluate by config, with Detectron2's flags. ``MODEL.META_ARCHITECTURE`` chooses the task (tasks.py).
 
 python train_net.py --config-file configs/quickstart/detection.yaml
 python train_net.py --config-file output/config.yaml --eval-only MODEL.WEIGHTS output/model_final.pth
@@ -15,8 +15,8 @@ import torch
 from tabulate import tabulate
 from torch import nn
 
-from d2_frozen.config import add_frozen_config
-from detectron2.config import CfgNode, get_cfg
+from d2_frozen import tasks
+from detectron2.config import CfgNode
 from detectron2.engine import default_argument_parser, default_setup, launch
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
@@ -31,7 +31,6 @@ def setup(args: argparse.Namespace) -> CfgNode:
         KeyError, AssertionError: unknown key in a file / in KEY VALUE arguments.
         ValueError: bad data (one error listing the problems), or contradicting settings.
     """
-    from d2_frozen.data import prepare_datasets
     from d2_frozen.engine import saved_seed
 
     cfg = read_config(args.config_file, args.opts)
@@ -40,7 +39,7 @@ def setup(args: argparse.Namespace) -> CfgNode:
         cfg.SEED = comm.shared_random_seed() % 2**31 if seed is None else seed
     # Detectron2's default_setup wants the final config; what is found in the data must be logged before.
     setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="d2_frozen")
-    prepare_datasets(cfg, train=not args.eval_only)
+    tasks.task_of(cfg).prepare_datasets(cfg, train=not args.eval_only)
     cfg.freeze()
     default_setup(cfg, args)
     return cfg
@@ -48,10 +47,7 @@ def setup(args: argparse.Namespace) -> CfgNode:
 
 def read_config(config_file: str, options: list[str]) -> CfgNode:
     """File and KEY VALUE options over the defaults; MODEL.DEVICE becomes cpu on a machine without CUDA."""
-    cfg = add_frozen_config(get_cfg())
-    if config_file:
-        cfg.merge_from_file(config_file)
-    cfg.merge_from_list(options)
+    cfg = tasks.read_config(config_file, options)
     if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
         cfg.MODEL.DEVICE = "cpu"
     return cfg
@@ -65,7 +61,6 @@ def main(args: argparse.Namespace) -> dict[str, Any] | None:
         nothing was evaluated.
     """
     cfg = setup(args)
-    from d2_frozen.engine import FrozenTrainer
     from d2_frozen.engine.allocator import keep_freed_memory
 
     if cfg.MODEL.DEVICE == "cpu":
@@ -75,7 +70,7 @@ def main(args: argparse.Namespace) -> dict[str, Any] | None:
         measured = _test(cfg, model)
         finish(cfg, model, measured)
         return measured
-    trainer = FrozenTrainer(cfg)
+    trainer = tasks.task_of(cfg).trainer()(cfg)
     trainer.resume_or_load(resume=args.resume)
     if trainer.start_iter >= trainer.max_iter:
         logger.info("Training is already complete at iteration %d.", trainer.start_iter)
@@ -87,19 +82,18 @@ def main(args: argparse.Namespace) -> dict[str, Any] | None:
 
 
 def _test(cfg: CfgNode, model: nn.Module) -> dict[str, Any]:
-    from d2_frozen.engine import FrozenTrainer
-
-    results = FrozenTrainer.test(cfg, model)
+    trainer = tasks.task_of(cfg).trainer()
+    results = trainer.test(cfg, model)
     if cfg.TEST.AUG.ENABLED and cfg.DATASETS.TEST:
-        results.update(FrozenTrainer.test_with_TTA(cfg, model))
+        results.update(trainer.test_with_TTA(cfg, model))
     return results
 
 
 def evaluation_model(cfg: CfgNode, resume: bool = False) -> nn.Module:
     """The model with MODEL.WEIGHTS (or the last checkpoint of OUTPUT_DIR), every tensor of which must fit."""
-    from d2_frozen.engine import FrozenCheckpointer, FrozenTrainer
+    from d2_frozen.engine import FrozenCheckpointer
 
-    model = FrozenTrainer.build_model(cfg)
+    model = tasks.task_of(cfg).trainer().build_model(cfg)
     FrozenCheckpointer(model, save_dir=cfg.OUTPUT_DIR, strict=True).resume_or_load(
         cfg.MODEL.WEIGHTS, resume=resume
     )
@@ -110,13 +104,11 @@ def finish(cfg: CfgNode, model: nn.Module, results: dict[str, Any] | None) -> No
     """Say what came out and where it lies: table of metrics, pictures, files."""
     if not comm.is_main_process():
         return
-    from d2_frozen.detection.pictures import write_prediction_sheet
-
     lines = []
     if results:
         lines.append(results_table(cfg, results))
     for name in cfg.DATASETS.TEST:
-        sheet = write_prediction_sheet(cfg, model, name, cfg.TEST.PICTURES)
+        sheet = tasks.task_of(cfg).write_pictures(cfg, model, name)
         if sheet:
             lines.append(f"pictures:   {sheet}")
     for label, file in (
@@ -131,11 +123,11 @@ def finish(cfg: CfgNode, model: nn.Module, results: dict[str, Any] | None) -> No
 
 
 def results_table(cfg: CfgNode, results: dict[str, Any]) -> str:
-    """Rows: dataset and task; columns: AP, AP50, ..."""
+    """Rows: dataset and task; columns: AP, AP50, ..., or mIoU, ..."""
     per_dataset = results if len(cfg.DATASETS.TEST) > 1 else {cfg.DATASETS.TEST[0]: results}
     rows, columns = [], []
-    for dataset, tasks in per_dataset.items():
-        for task, metrics in tasks.items():
+    for dataset, of_task in per_dataset.items():
+        for task, metrics in of_task.items():
             main_metrics = {key: value for key, value in metrics.items() if "-" not in key}
             columns += [key for key in main_metrics if key not in columns]
             rows.append({"dataset": dataset, "task": task, **main_metrics})

@@ -15,6 +15,7 @@ ROOT = Path(__file__).resolve().parents[1]
 ORDER = [
     "provider",
     "config",
+    "tasks",
     "data",
     "backbone",
     "neck",
@@ -24,6 +25,7 @@ ORDER = [
     "benchmarks",
     "bench",
 ]
+APPS = {"seg_app", "video_app"}
 
 
 def imports_of(path: Path) -> Iterator[str]:
@@ -59,6 +61,19 @@ def test_the_embedded_engine_knows_nothing_of_this_project() -> None:
     assert files
     assert not [
         str(path) for path in files for module in imports_of(path) if module.split(".")[0] == "d2_frozen"
+    ]
+
+
+@pytest.mark.parametrize(
+    "room, others", [("d2_frozen", APPS), *((app, APPS - {app}) for app in sorted(APPS))]
+)
+def test_apps_use_d2_frozen_and_nothing_uses_apps(room: str, others: set[str]) -> None:
+    """`train_net` finds the app of a config by name, and imports no other."""
+    assert not [
+        f"{path.relative_to(ROOT)} imports {module}"
+        for path in python_files(room)
+        for module in imports_of(path)
+        if module.split(".")[0] in others
     ]
 
 

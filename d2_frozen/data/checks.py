@@ -272,21 +272,9 @@ def _check_image_files(report: CocoReport, image_root: str, level: str) -> None:
 def _image_fault(path: str, width: float, height: float, decode: bool) -> tuple[str, str] | None:
     """(kind, seen) of what is wrong with an image file, or None."""
     try:
-        with PathManager.open(path, "rb") as file, Image.open(file) as image:
-            size = image.size
-            sideways = image.getexif().get(_EXIF_ORIENTATION) in _EXIF_SIDEWAYS
-            if decode:
-                # A JPEG is read to its end, but only an eighth of each side is computed.
-                image.draft(None, (max(1, size[0] // 8), max(1, size[1] // 8)))
-                image.load()
-    except FileNotFoundError:
-        return "missing image file", path
-    except UnidentifiedImageError:
-        return "file is no image", path
-    except Image.DecompressionBombError as err:
-        return "image too large to open", f"{path}: {err}"
-    except (OSError, SyntaxError, ValueError, EOFError) as err:
-        return "broken image file", f"{path}: {err}"
+        size, sideways = image_size(path, decode)
+    except ImageFileError as err:
+        return err.kind, err.seen
     shown = size[::-1] if sideways else size
     if shown == (width, height):
         return None
@@ -294,6 +282,41 @@ def _image_fault(path: str, width: float, height: float, decode: bool) -> tuple[
     if sideways and size == (width, height):
         seen += "; that is its size before its EXIF orientation is applied, which Detectron2 does"
     return "width and height are not the file's", seen
+
+
+class ImageFileError(ValueError):
+    """An image file cannot be used; ``kind`` is equal for equal faults, ``seen`` names the file."""
+
+    def __init__(self, kind: str, seen: str) -> None:
+        self.kind, self.seen = kind, seen
+        super().__init__(f"{kind} ({seen})")
+
+
+def image_size(path: str, decode: bool) -> tuple[tuple[int, int], bool]:
+    """((width, height) as stored, does its EXIF orientation swap them?) of an image file.
+
+    Args:
+        decode: read it to its end too.
+    Raises:
+        ImageFileError: missing, broken, too large, no image.
+    """
+    try:
+        with PathManager.open(path, "rb") as file, Image.open(file) as image:
+            size = image.size
+            sideways = image.getexif().get(_EXIF_ORIENTATION) in _EXIF_SIDEWAYS
+            if decode:
+                # A JPEG is read to its end, but only an eighth of each side is computed.
+                image.draft(None, (max(1, size[0] // 8), max(1, size[1] // 8)))
+                image.load()
+    except FileNotFoundError as err:
+        raise ImageFileError("missing image file", path) from err
+    except UnidentifiedImageError as err:
+        raise ImageFileError("file is no image", path) from err
+    except Image.DecompressionBombError as err:
+        raise ImageFileError("image too large to open", f"{path}: {err}") from err
+    except (OSError, SyntaxError, ValueError, EOFError) as err:
+        raise ImageFileError("broken image file", f"{path}: {err}") from err
+    return size, sideways
 
 
 # ---------------------------------------------------------------------------------------------- annotations

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from d2_frozen.data.checks import CocoReport, across, check_coco
@@ -50,7 +50,7 @@ def prepare_datasets(cfg: CfgNode, train: bool = True) -> None:
     for name in names:
         if name in _cleaned:
             _point_to(name, _cleaned.pop(name)[0])
-    error, moved = _on_first_process(lambda: _check(cfg, names, train))
+    error, moved = on_first_process(lambda: _check(cfg, names, train))
     if error is not None:
         raise error
     for name, (original, json_file) in moved.items():
@@ -165,9 +165,9 @@ def _point_to(name: str, json_file: str) -> None:
     MetadataCatalog.get(name).set(**facts)
 
 
-def _on_first_process(work: Any) -> tuple[Exception | None, dict[str, tuple[str, str]]]:
+def on_first_process(work: Callable[[], dict[str, Any]]) -> tuple[Exception | None, dict[str, Any]]:
     """(error, result) of ``work()``, done by the first process and known to all."""
-    outcome: tuple[Exception | None, dict[str, tuple[str, str]]] = (None, {})
+    outcome: tuple[Exception | None, dict[str, Any]] = (None, {})
     if comm.is_main_process():
         try:
             outcome = (None, work())

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import logging
 import os
+from collections.abc import Callable, Iterable
 from itertools import zip_longest
 from pathlib import Path
 
@@ -18,8 +18,6 @@ from detectron2.data import DatasetCatalog, Metadata, MetadataCatalog
 from detectron2.data import detection_utils as utils
 from detectron2.structures import Instances
 from detectron2.utils.visualizer import Visualizer
-
-logger = logging.getLogger(__name__)
 
 _ROW_HEIGHT_PX = 320
 _COLUMNS = 3
@@ -39,24 +37,50 @@ def write_prediction_sheet(
     Returns:
         Path of ``OUTPUT_DIR/inference/predictions_NAME.jpg``, or None.
     """
-    records = DatasetCatalog.get(dataset_name)
-    if count <= 0 or not records:
-        return None
-    wanted = {int(i) for i in np.linspace(0, len(records) - 1, min(count, len(records)))}
     metadata = MetadataCatalog.get(dataset_name)
-    truth = {record["file_name"]: record for record in records}
-    pairs = []
+    truth = {record["file_name"]: record for record in DatasetCatalog.get(dataset_name)}
+
+    def pair(item: dict, result: dict) -> np.ndarray:
+        found = result["instances"].to("cpu")
+        return _pair(truth[item["file_name"]], found[found.scores >= score_threshold], metadata)
+
+    pairs = predicted_pairs(
+        model, len(truth), count, lambda indices: build_test_loader(cfg, dataset_name, indices=indices), pair
+    )
+    return write_sheet(cfg, dataset_name, pairs)
+
+
+def predicted_pairs(
+    model: nn.Module,
+    images: int,
+    count: int,
+    loader: Callable[[list[int]], Iterable[list[dict]]],
+    pair: Callable[[dict, dict], np.ndarray],
+) -> list[np.ndarray]:
+    """Pictures of truth and prediction, of ``count`` images spread over a dataset.
+
+    Args:
+        model: in any mode; it is left in the mode it came in.
+        images: how many there are.
+        loader: of the images with these indices, one per batch.
+        pair: (input of the model, its result) -> (h, w, 3) uint8 RGB.
+    """
+    if count <= 0 or not images:
+        return []
+    wanted = sorted({int(i) for i in np.linspace(0, images - 1, min(count, images))})
     was_training = model.training
     model.eval()
     try:
         with torch.no_grad():
-            for index, batch in enumerate(build_test_loader(cfg, dataset_name, indices=sorted(wanted))):
-                logger.debug("picture %d of %d", index + 1, len(wanted))
-                found = model(batch)[0]["instances"].to("cpu")
-                record = truth[batch[0]["file_name"]]
-                pairs.append(_pair(record, found[found.scores >= score_threshold], metadata))
+            return [pair(batch[0], model(batch)[0]) for batch in loader(wanted)]
     finally:
         model.train(was_training)
+
+
+def write_sheet(cfg: CfgNode, dataset_name: str, pairs: list[np.ndarray]) -> Path | None:
+    """All pairs in one picture, ``OUTPUT_DIR/inference/predictions_NAME.jpg``; None where there are none."""
+    if not pairs:
+        return None
     folder = Path(cfg.OUTPUT_DIR, "inference")
     os.makedirs(folder, exist_ok=True)
     path = folder / f"predictions_{dataset_name}.jpg"
@@ -69,6 +93,11 @@ def _pair(record: dict, instances: Instances, metadata: Metadata) -> np.ndarray:
     image = utils.read_image(record["file_name"], format="RGB")
     left = Visualizer(image, metadata).draw_dataset_dict(record).get_image()
     right = Visualizer(image, metadata).draw_instance_predictions(instances).get_image()
+    return beside(left, right)
+
+
+def beside(left: np.ndarray, right: np.ndarray) -> np.ndarray:
+    """Two pictures of one image, (h, w, 3) uint8 RGB, with the captions "labelled" and "predicted"."""
     halves = [_captioned(_scaled(left), "labelled"), _captioned(_scaled(right), "predicted")]
     gap = np.full((halves[0].shape[0], 4, 3), 255, np.uint8)
     return np.hstack([halves[0], gap, halves[1]])

@@ -1,14 +1,17 @@
-"""The optimiser by config: SGD or AdamW over Detectron2's parameter groups, gradient clipping included."""
+"""Optimiser and schedule by config: SGD or AdamW over Detectron2's parameter groups, gradient clipping included."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
+from fvcore.common.param_scheduler import PolynomialDecayParamScheduler
 from torch import nn
 
 from d2_frozen.engine.backbone_rates import own_settings
 from detectron2.config import CfgNode
+from detectron2.solver import LRMultiplier, WarmupParamScheduler
+from detectron2.solver import build_lr_scheduler as build_detectron2_scheduler
 from detectron2.solver.build import (
     get_default_optimizer_params,
     maybe_add_gradient_clipping,
@@ -44,9 +47,15 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
         weight_decay_bias=solver.WEIGHT_DECAY_BIAS,
         bias_lr_factor=solver.BIAS_LR_FACTOR,
     )
+    groups += [
+        {"params": [parameter], "weight_decay": solver.WEIGHT_DECAY_EMBED}
+        for module in model.modules()
+        if isinstance(module, nn.Embedding)
+        for parameter in module.parameters()
+        if parameter.requires_grad
+    ]
     own = own_settings(cfg, model, groups)
-    if own:
-        groups = reduce_param_groups([*groups, *own])
+    groups = reduce_param_groups([*groups, *own])
     if all(p.device.type == "cpu" for group in groups for p in group["params"]):
         # On CPU one fused loop per parameter instead of some ten operations: six times faster with small heads.
         # Not on GPU, where AMP would hand a fused optimiser gradients that are still scaled, and clipping is here.
@@ -68,3 +77,20 @@ def _clipping_class(cfg: CfgNode, optimizer_class: Any) -> Any:
             return super().step(closure)
 
     return ClipsWholeModel
+
+
+def build_lr_scheduler(
+    cfg: CfgNode, optimizer: torch.optim.Optimizer
+) -> torch.optim.lr_scheduler.LRScheduler:
+    """Detectron2's schedules, and "WarmupPolyLR" of its DeepLab project, (1 - progress) ** SOLVER.POLY_LR_POWER."""
+    solver = cfg.SOLVER
+    if solver.LR_SCHEDULER_NAME != "WarmupPolyLR":
+        return build_detectron2_scheduler(cfg, optimizer)
+    schedule = WarmupParamScheduler(
+        PolynomialDecayParamScheduler(1.0, solver.POLY_LR_POWER),
+        solver.WARMUP_FACTOR,
+        min(solver.WARMUP_ITERS / solver.MAX_ITER, 1.0),
+        solver.WARMUP_METHOD,
+        solver.RESCALE_INTERVAL,
+    )
+    return LRMultiplier(optimizer, multiplier=schedule, max_iter=solver.MAX_ITER)

@@ -20,7 +20,7 @@ from d2_frozen.data import build_test_loader, build_train_loader
 from d2_frozen.detection import evaluate_with_tta
 from d2_frozen.engine.checkpoint import FrozenCheckpointer
 from d2_frozen.engine.hooks import ProgressPrinter, SaveAndLeaveOnSignal, SeedEachIteration
-from d2_frozen.engine.optimizer import build_optimizer
+from d2_frozen.engine.optimizer import build_lr_scheduler, build_optimizer
 from d2_frozen.summary import parts_table
 from detectron2.config import CfgNode
 from detectron2.engine import AMPTrainer, DefaultTrainer, HookBase, SimpleTrainer, TrainerBase
@@ -112,6 +112,11 @@ class FrozenTrainer(DefaultTrainer):
     def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
         """See :func:`d2_frozen.engine.optimizer.build_optimizer`."""
         return build_optimizer(cfg, model)
+
+    @classmethod
+    def build_lr_scheduler(cls, cfg: CfgNode, optimizer: torch.optim.Optimizer) -> Any:
+        """See :func:`d2_frozen.engine.optimizer.build_lr_scheduler`."""
+        return build_lr_scheduler(cfg, optimizer)
 
     @classmethod
     def build_train_loader(cls, cfg: CfgNode, start_iteration: int = 0) -> Iterable[list[dict[str, Any]]]:

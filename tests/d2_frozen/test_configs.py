@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import timm
 
-from d2_frozen import summary
+from d2_frozen import tasks
 from d2_frozen.neck.build import NECK_NAMES
 from d2_frozen.summary import Counts, build_weightless, is_part
 from detectron2.config import CfgNode
@@ -25,7 +25,7 @@ _known: dict[str, Counts] = {}
 
 @functools.cache
 def _read(path: Path) -> CfgNode:
-    return summary.read_config(path)
+    return tasks.read_config(path)
 
 
 def read_config(path: Path) -> CfgNode:

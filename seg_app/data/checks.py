@@ -1,0 +1,162 @@
+"""Are images and label maps fit to train or evaluate on? Every pair is looked at before anything else starts."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from d2_frozen.data.checks import AUTO_FULL_UP_TO, IMAGE_CHECKS, ImageFileError, image_size
+from d2_frozen.data.problems import Problem
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.utils.file_io import PathManager
+from seg_app.data.ade20k import SPLITS as ADE20K
+from seg_app.data.label_maps import LabelMapError, check_id_mode, read_label_map
+from seg_app.data.register import find_pairs
+
+
+@dataclass
+class LabelMapReport:
+    """What was found in one dataset.
+
+    bad_files: images of records that had better be left out.
+    present: class ids that occur; None if the label maps were not decoded.
+    """
+
+    name: str
+    classes: list[str]
+    problems: list[Problem] = field(default_factory=list)
+    bad_files: list[str] = field(default_factory=list)
+    present: set[int] | None = None
+
+    def add(self, kind: str, where: str, seen: str = "", skippable: bool = True) -> None:
+        self.problems.append(Problem(kind, f"{self.name}: {where}", seen, skippable))
+
+
+def check_label_maps(name: str, *, check_images: str = "auto", training: bool = True) -> LabelMapReport:
+    """Look at every image and label map of a registered dataset.
+
+    Args:
+        check_images: see DATASETS.CHECK_IMAGES; "full" decodes label maps too, and looks at their values.
+        training: label maps must then hold something beside the ignore label.
+    Raises:
+        ValueError: no such check; the dataset has no label maps.
+        FileNotFoundError: a folder is missing.
+    """
+    if check_images not in IMAGE_CHECKS:
+        raise ValueError(
+            f"DATASETS.CHECK_IMAGES is {check_images!r}; choose one of {', '.join(IMAGE_CHECKS)}."
+        )
+    if name not in DatasetCatalog.list():
+        DatasetCatalog.get(name)  # its error says which names there are
+    facts = MetadataCatalog.get(name)
+    report = LabelMapReport(name, list(facts.get("stuff_classes", None) or []))
+    if not _check_folders(report, facts):
+        return report
+    records = DatasetCatalog.get(name)
+    if records and "sem_seg_file_name" not in records[0]:
+        raise ValueError(
+            f"{name} has no label maps (sem_seg_file_name); segmentation needs a dataset of the type sem_seg, see "
+            "DATASETS.REGISTER."
+        )
+    if check_images != "off":
+        decode = check_images == "full" or (check_images == "auto" and len(records) <= AUTO_FULL_UP_TO)
+        _check_files(report, records, facts, decode, training)
+    if records and len(report.bad_files) == len(records):
+        report.add("no usable image is left", name, skippable=False)
+    return report
+
+
+def _check_folders(report: LabelMapReport, facts: Any) -> bool:
+    """Are there pairs? Files without partner are problems."""
+    images, labels = facts.get("image_root", None), facts.get("sem_seg_root", None)
+    if images is None or labels is None:
+        return True  # the dataset's own function knows its files
+    for folder in (images, labels):
+        if not os.path.isdir(folder):
+            hint = " `python -m seg_app.prepare ade20k` makes it from the official release." * (
+                report.name in ADE20K
+            )
+            raise FileNotFoundError(f"{report.name}: there is no folder {folder}.{hint}")
+    suffixes = facts.get("image_suffix", ""), facts.get("label_suffix", "")
+    found = find_pairs(images, labels, *suffixes)
+    for path in found.images_alone:
+        report.add("image without label map", path, f"none of its name in {labels}")
+    for path in found.labels_alone:
+        report.add("label map without image", path, f"none of its name in {images}")
+    for path in found.doubles:
+        report.add("two files of one name", path, "they differ in the extension only", skippable=False)
+    if not found.pairs:
+        counts = f"{len(found.images_alone)} images, {len(found.labels_alone)} label maps"
+        report.add("no image with a label map of its name", f"{images} and {labels}", counts, skippable=False)
+    return bool(found.pairs)
+
+
+def _check_files(
+    report: LabelMapReport, records: Sequence[dict[str, Any]], facts: Any, decode: bool, training: bool
+) -> None:
+    ignore_label, values = facts.get("ignore_label", 255), facts.get("label_values", None)
+    allowed = np.append(np.arange(len(report.classes)), ignore_label) if report.classes else None
+
+    def look(record: dict[str, Any]) -> tuple[tuple[str, str] | None, np.ndarray | None]:
+        try:
+            return None, _look(record, decode, ignore_label, values, allowed)
+        except (ImageFileError, LabelMapError) as err:
+            return (err.kind, err.seen), None
+
+    # Opening a file and decoding it release the interpreter lock.
+    with ThreadPoolExecutor(max_workers=min(32, 4 * (os.cpu_count() or 1))) as pool:
+        results = list(pool.map(look, records))
+    for record, (fault, _) in zip(records, results):
+        if fault:
+            report.add(fault[0], record["file_name"], fault[1])
+            report.bad_files.append(record["file_name"])
+    if decode:
+        seen = [present for _, present in results if present is not None]
+        report.present = set(np.unique(np.concatenate([np.zeros(0, int), *seen])).tolist()) - {ignore_label}
+        if training and not report.present and seen:
+            report.add(
+                "no pixel has a class",
+                report.name,
+                f"all label maps hold the ignore label {ignore_label} only",
+                skippable=False,
+            )
+
+
+def _look(
+    record: dict[str, Any],
+    decode: bool,
+    ignore_label: int,
+    values: Sequence[int] | None,
+    allowed: np.ndarray | None,
+) -> np.ndarray | None:
+    """The numbers that occur in a label map, if it is decoded; raises what is wrong with it or the image."""
+    path = record["sem_seg_file_name"]
+    (width, height), sideways = image_size(record["file_name"], decode)
+    shown = (height, width) if sideways else (width, height)
+    size, _ = image_size(path, decode=False)
+    if shown != size:
+        raise LabelMapError(
+            "label map and image differ in size",
+            f"{path} is {size[0]}x{size[1]}, the image {shown[0]}x{shown[1]}",
+        )
+    if not decode:
+        with PathManager.open(path, "rb") as file, Image.open(file) as image:
+            check_id_mode(path, image.mode)
+        return None
+    try:
+        present = np.flatnonzero(np.bincount(read_label_map(path, values, ignore_label).ravel()))
+    except (OSError, SyntaxError, EOFError) as err:
+        raise LabelMapError("broken label map", f"{path}: {err}") from err
+    if allowed is not None and len(wrong := np.setdiff1d(present, allowed)):
+        raise LabelMapError(
+            "label value out of range",
+            f"{path} has {', '.join(map(str, wrong[:5]))}; the {len(allowed) - 1} classes are 0 to {len(allowed) - 2}, "
+            f"and {allowed[-1]} is ignored",
+        )
+    return present

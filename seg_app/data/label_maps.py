@@ -1,0 +1,72 @@
+"""A file with one class id per pixel -> an array. Ids are 8 or 16 bits wide, palettes are looked through."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from PIL import Image
+
+from detectron2.utils.file_io import PathManager
+
+# PIL's names for one number per pixel; P is an index into a palette, which is what is wanted.
+ID_MODES = ("1", "L", "P", "I;16", "I;16B", "I;16L", "I")
+_HIGHEST = 65535
+
+
+class LabelMapError(ValueError):
+    """A file is no label map; ``kind`` in words that are equal for equal faults, ``seen`` with the file's name."""
+
+    def __init__(self, kind: str, seen: str) -> None:
+        self.kind, self.seen = kind, seen
+        super().__init__(f"{kind} ({seen})")
+
+    def __reduce__(self):
+        return type(self), (self.kind, self.seen)
+
+
+def read_label_map(
+    path: str, label_values: Sequence[int] | None = None, ignore_label: int = 255
+) -> np.ndarray:
+    """
+    Args:
+        path: of a PNG or another lossless image.
+        label_values: the number that stands in the file for each class, in the order of classes; all other numbers
+            become ``ignore_label``. None: the file holds class ids.
+    Returns:
+        (H, W) integers, 0..65535.
+    Raises:
+        LabelMapError: the file holds colours instead of ids, or larger numbers.
+        FileNotFoundError, PIL.UnidentifiedImageError: no such file, no image.
+    """
+    with PathManager.open(path, "rb") as file, Image.open(file) as image:
+        check_id_mode(path, image.mode)
+        numbers = np.array(image)
+    if numbers.dtype == bool:
+        numbers = numbers.astype(np.uint8)
+    lowest, highest = int(numbers.min(initial=0)), int(numbers.max(initial=0))
+    if lowest < 0 or highest > _HIGHEST:
+        raise LabelMapError(
+            "label map holds numbers that are no ids",
+            f"{path} has {lowest} to {highest}; 0 to {_HIGHEST} is possible",
+        )
+    return numbers if label_values is None else _as_classes(numbers, label_values, ignore_label)
+
+
+def check_id_mode(path: str, mode: str) -> None:
+    """Has an image of this PIL mode one number per pixel?
+
+    Raises:
+        LabelMapError: it has not.
+    """
+    if mode not in ID_MODES:
+        raise LabelMapError(
+            "label map holds colours instead of class ids",
+            f"{path} is {mode}; one channel of 8 or 16 bits is wanted",
+        )
+
+
+def _as_classes(numbers: np.ndarray, label_values: Sequence[int], ignore_label: int) -> np.ndarray:
+    class_of = np.full(_HIGHEST + 1, ignore_label, dtype=np.int32)
+    class_of[list(label_values)] = np.arange(len(label_values))
+    return class_of[numbers]

@@ -1,0 +1,140 @@
+"""A record {"file_name", "sem_seg_file_name"} -> what the model takes: image, and in training class ids per pixel."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from detectron2.config import CfgNode
+from detectron2.data import detection_utils
+from detectron2.data import transforms as T
+from seg_app.data.colours import ColorJitter
+from seg_app.data.label_maps import LabelMapError, read_label_map
+
+# Of the label maps that augmentations see: they are uint8, whatever the data's ids and ignore label are.
+_IGNORED = 255
+
+
+class SegmentationMapper:
+    """Reads, augments, converts.
+
+    Args:
+        is_train: labels are read too.
+        augmentations: in the order in which they run; label maps are resized by nearest neighbour.
+        image_format: as Detectron2's ``read_image`` has it.
+        ignore_value: what ignored pixels are for the model; the data's own number may be another one.
+    """
+
+    def __init__(
+        self,
+        is_train: bool,
+        *,
+        augmentations: Sequence[T.Augmentation],
+        image_format: str = "RGB",
+        ignore_value: int = 255,
+    ) -> None:
+        self.is_train = is_train
+        self.augmentations = T.AugmentationList(list(augmentations))
+        self.image_format = image_format
+        self.ignore_value = ignore_value
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode, is_train: bool) -> SegmentationMapper:
+        return cls(
+            is_train,
+            augmentations=build_augmentations(cfg, is_train),
+            image_format=cfg.INPUT.FORMAT,
+            ignore_value=cfg.MODEL.SEM_SEG_HEAD.IGNORE_VALUE,
+        )
+
+    def __call__(self, record: dict[str, Any]) -> dict[str, Any]:
+        """
+        Returns:
+            The record with "height", "width" of the file, "image" (3, h, w) uint8, in training "sem_seg" (h, w) int64.
+        Raises:
+            LabelMapError: image and label map differ in size, or the latter holds no ids.
+        """
+        record = dict(record)
+        image = detection_utils.read_image(record["file_name"], format=self.image_format)
+        detection_utils.check_image_size(record, image)
+        labels, class_of = self._labels(record, image) if self.is_train else (None, None)
+        inputs = T.AugInput(image, sem_seg=labels)
+        self.augmentations(inputs)
+        record["image"] = torch.from_numpy(np.ascontiguousarray(inputs.image.transpose(2, 0, 1)))
+        if class_of is not None:
+            record["sem_seg"] = torch.from_numpy(class_of[inputs.sem_seg.astype(np.int64)])
+        return record
+
+    def _labels(self, record: dict[str, Any], image: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(H, W) numbers of the classes of this image, and the class id for each number, int64."""
+        path = record["sem_seg_file_name"]
+        ignore_label = record.get("ignore_label", 255)
+        labels = read_label_map(path, record.get("label_values"), ignore_label)
+        if labels.shape != image.shape[:2]:
+            raise LabelMapError(
+                "label map and image differ in size",
+                f"{path} is {labels.shape[1]}x{labels.shape[0]}, "
+                f"{record['file_name']} is {image.shape[1]}x{image.shape[0]}",
+            )
+        present = np.flatnonzero(np.bincount(labels.ravel()))
+        present = present[present != ignore_label]
+        # Numbers 0, 1, ... without 255, which stands for ignored.
+        numbers = np.arange(len(present)) + (np.arange(len(present)) >= _IGNORED)
+        class_of = np.full(max(_IGNORED, len(present)) + 1, self.ignore_value, dtype=np.int64)
+        class_of[numbers] = present
+        number_of = np.full(int(labels.max(initial=0)) + 1, _IGNORED, dtype=np.int64)
+        number_of[present] = numbers
+        # Detectron2 resizes 8-bit label maps by pixel centres, and others in floating point.
+        dtype = np.uint8 if len(present) <= _IGNORED else np.float32
+        return number_of.astype(dtype)[labels], class_of
+
+
+def build_augmentations(cfg: CfgNode, is_train: bool) -> list[T.Augmentation]:
+    """By Detectron2's keys INPUT.MIN_SIZE_*, MAX_SIZE_*, CROP, RANDOM_FLIP and this app's.
+
+    Raises:
+        ValueError: values out of range, or another augmentation than this task has.
+    """
+    settings = cfg.INPUT
+    if settings.AUGMENTATION != "resize_shortest_edge":
+        raise ValueError(
+            f"INPUT.AUGMENTATION is {settings.AUGMENTATION!r}; segmentation has resize_shortest_edge only. Random "
+            "scale and crop are INPUT.MIN_SIZE_TRAIN and INPUT.CROP."
+        )
+    if not is_train:
+        return [ResizeShortEdge(settings.MIN_SIZE_TEST, settings.MAX_SIZE_TEST, "choice")]
+    augmentations: list[T.Augmentation] = [
+        ResizeShortEdge(settings.MIN_SIZE_TRAIN, settings.MAX_SIZE_TRAIN, settings.MIN_SIZE_TRAIN_SAMPLING)
+    ]
+    if settings.CROP.ENABLED:
+        share = settings.CROP.SINGLE_CATEGORY_MAX_AREA
+        if not 0 < share <= 1:
+            raise ValueError(
+                f"INPUT.CROP.SINGLE_CATEGORY_MAX_AREA is {share}; it is a share above 0, up to 1."
+            )
+        augmentations.append(
+            T.RandomCrop_CategoryAreaConstraint(settings.CROP.TYPE, settings.CROP.SIZE, share, _IGNORED)
+        )
+    if settings.COLOR_AUG_SSD:
+        augmentations.append(ColorJitter(settings.FORMAT))
+    flip = settings.RANDOM_FLIP
+    if flip not in ("none", "horizontal", "vertical"):
+        raise ValueError(f"INPUT.RANDOM_FLIP is {flip!r}; choose none, horizontal or vertical.")
+    if flip != "none":
+        augmentations.append(T.RandomFlip(horizontal=flip == "horizontal", vertical=flip == "vertical"))
+    return augmentations
+
+
+class ResizeShortEdge(T.ResizeShortestEdge):
+    """Detectron2's, for sides of any ratio: where it would leave no pixel of the short side, one stays."""
+
+    def get_transform(self, image: np.ndarray) -> T.Transform:
+        resize = super().get_transform(image)
+        if isinstance(resize, T.ResizeTransform) and min(resize.new_h, resize.new_w) < 1:
+            return T.ResizeTransform(
+                resize.h, resize.w, max(1, resize.new_h), max(1, resize.new_w), resize.interp
+            )
+        return resize

@@ -1,0 +1,132 @@
+"""Pictures of label maps: truth and prediction laid over the image, and the confusion matrix."""
+
+from __future__ import annotations
+
+import colorsys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+from torch import nn
+
+from d2_frozen.data import build_test_loader
+from d2_frozen.detection.pictures import beside, predicted_pairs, write_sheet
+from detectron2.config import CfgNode
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data import detection_utils as utils
+from seg_app.data.label_maps import read_label_map
+from seg_app.data.mapper import SegmentationMapper
+from seg_app.evaluation.inference import sliding_window_of
+
+_OPACITY = 0.6
+_LEGEND_CLASSES = 8
+_CELL_PX = (2, 24)  # of the confusion matrix, with many classes and with few
+_NAMED_CLASSES = 60
+
+
+def write_prediction_sheet(cfg: CfgNode, model: nn.Module, dataset_name: str, count: int) -> Path | None:
+    """Predict ``count`` images spread over a dataset and write one picture beside the ground truth.
+
+    Returns:
+        Path of ``OUTPUT_DIR/inference/predictions_NAME.jpg``, or None for a count of 0.
+    """
+    records = {record["file_name"]: record for record in DatasetCatalog.get(dataset_name)}
+    facts = MetadataCatalog.get(dataset_name)
+    colours = class_colours(facts.stuff_classes, facts.get("stuff_colors", None))
+
+    def pair(item: dict[str, Any], result: dict[str, Any]) -> np.ndarray:
+        record = records[item["file_name"]]
+        image = utils.read_image(record["file_name"], format="RGB")
+        ignore_label = record.get("ignore_label", facts.get("ignore_label", 255))
+        truth = read_label_map(record["sem_seg_file_name"], record.get("label_values"), ignore_label)
+        found = result["sem_seg"].argmax(dim=0).cpu().numpy()
+        halves = beside(overlay(image, truth, colours), overlay(image, found, colours))
+        return np.vstack([halves, _legend(facts.stuff_classes, colours, truth, found, halves.shape[1])])
+
+    mapper = SegmentationMapper.from_config(cfg, is_train=False)
+    pairs = predicted_pairs(
+        sliding_window_of(cfg, model),
+        len(records),
+        count,
+        lambda indices: build_test_loader(cfg, dataset_name, mapper=mapper, indices=indices),
+        pair,
+    )
+    return write_sheet(cfg, dataset_name, pairs)
+
+
+def class_colours(classes: Sequence[str], given: Sequence[Sequence[int]] | None = None) -> np.ndarray:
+    """(K, 3) uint8 RGB, the data's own or clearly different hues."""
+    if given is not None:
+        return np.array(given, dtype=np.uint8)
+    # Steps of the golden ratio spread any number of hues; lightness tells neighbours apart.
+    hues = (np.arange(len(classes)) * 0.618034) % 1.0
+    rgb = [colorsys.hls_to_rgb(hue, (0.5, 0.65, 0.35)[k % 3], 0.85) for k, hue in enumerate(hues)]
+    return (np.array(rgb) * 255).round().astype(np.uint8)
+
+
+def overlay(image: np.ndarray, labels: np.ndarray, colours: np.ndarray) -> np.ndarray:
+    """Class colours over an image, (H, W, 3) uint8 RGB; what is no class stays as it is."""
+    known = (labels >= 0) & (labels < len(colours))
+    painted = image.astype(np.float32)
+    painted[known] += _OPACITY * (colours[labels[known]] - painted[known])
+    return painted.round().astype(np.uint8)
+
+
+def _legend(
+    classes: Sequence[str], colours: np.ndarray, truth: np.ndarray, found: np.ndarray, width: int
+) -> np.ndarray:
+    """The most frequent classes of the two maps, by name: (20, width, 3)."""
+    both = np.concatenate([truth.ravel(), found.ravel()])
+    counts = np.bincount(both[(both >= 0) & (both < len(classes))], minlength=len(classes))
+    band = np.full((20, width, 3), 255, np.uint8)
+    x = 4
+    for k in np.argsort(-counts, kind="stable")[:_LEGEND_CLASSES]:
+        name = str(classes[k]).split(",")[0].strip()
+        x1 = x + 22 + 7 * len(name)
+        if counts[k] == 0 or x1 > width:
+            break
+        cv2.rectangle(band, (x, 5), (x + 10, 15), colours[k].tolist(), -1)
+        cv2.putText(band, name, (x + 14, 14), cv2.FONT_HERSHEY_SIMPLEX, 0.38, (60, 60, 60), 1, cv2.LINE_AA)
+        x = x1
+    return band
+
+
+def confusion_picture(classes: Sequence[str], counts: np.ndarray) -> np.ndarray:
+    """(H, W, 3) uint8 RGB: a row per true class, dark where much of it is predicted as the class of the column.
+
+    Args:
+        counts: (K, K) pixels; rows are the truth. Rows without pixels are hatched grey.
+    """
+    K = len(classes)
+    named = K <= _NAMED_CLASSES
+    cell = _CELL_PX[1] if named else max(_CELL_PX[0], 1200 // K)
+    truth = counts.sum(axis=1, keepdims=True)
+    share = counts / np.maximum(truth, 1)
+    light, dark = np.array([247.0, 251.0, 255.0]), np.array([8.0, 48.0, 107.0])
+    cells = light + (dark - light) * np.sqrt(share)[..., None]  # the root shows small confusions
+    cells[truth[:, 0] == 0] = 200
+    matrix = np.kron(cells.round().astype(np.uint8), np.ones((cell, cell, 1), np.uint8))
+    margin = 8 + (7 * max(len(_short(name)) for name in classes) if named else 0)
+    picture = np.full(
+        (matrix.shape[0] + margin + 30, max(matrix.shape[1] + margin + 8, 230), 3), 255, np.uint8
+    )
+    picture[30 : 30 + matrix.shape[0], margin : margin + matrix.shape[1]] = matrix
+    grey = (60, 60, 60)
+    for y, line in ((12, "row: truth, column: prediction"), (25, "dark: large share of the row")):
+        cv2.putText(picture, line, (4, y), cv2.FONT_HERSHEY_SIMPLEX, 0.38, grey, 1, cv2.LINE_AA)
+    if named:
+        below = np.full((margin, matrix.shape[1], 3), 255, np.uint8)
+        sideways = np.ascontiguousarray(np.rot90(below, -1))
+        for k, name in enumerate(classes):
+            y = k * cell + cell // 2 + 4
+            place = (4, 30 + y)
+            cv2.putText(picture, _short(name), place, cv2.FONT_HERSHEY_SIMPLEX, 0.38, grey, 1, cv2.LINE_AA)
+            cv2.putText(sideways, _short(name), (4, y), cv2.FONT_HERSHEY_SIMPLEX, 0.38, grey, 1, cv2.LINE_AA)
+        picture[30 + matrix.shape[0] :, margin : margin + matrix.shape[1]] = np.rot90(sideways)
+    return picture
+
+
+def _short(name: str) -> str:
+    return str(name).split(",")[0].strip()[:18]

@@ -1,0 +1,69 @@
+"""Training and evaluation of semantic segmentation: d2_frozen's trainer with this app's data and metrics."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterable
+from typing import Any
+
+from torch import nn
+
+from d2_frozen.data import build_test_loader, build_train_loader
+from d2_frozen.engine import FrozenTrainer
+from detectron2.config import CfgNode
+from detectron2.evaluation import DatasetEvaluator, inference_on_dataset, print_csv_format
+from detectron2.utils import comm
+from seg_app.data import SegmentationMapper
+from seg_app.evaluation import LabelMapEvaluator, MultiScaleModel, sliding_window_of
+
+logger = logging.getLogger(__name__)
+
+
+class SegmentationTrainer(FrozenTrainer):
+    """Args: see :class:`d2_frozen.engine.FrozenTrainer`."""
+
+    @classmethod
+    def build_train_loader(cls, cfg: CfgNode, start_iteration: int = 0) -> Iterable[list[dict[str, Any]]]:
+        """Batches from iteration ``start_iteration`` on, by the contract of ``d2_frozen.data.draws``."""
+        mapper = SegmentationMapper.from_config(cfg, is_train=True)
+        return build_train_loader(cfg, start_iteration=start_iteration, mapper=mapper)
+
+    @classmethod
+    def build_test_loader(cls, cfg: CfgNode, dataset_name: str) -> Iterable[list[dict[str, Any]]]:
+        """One image per batch, in dataset order; labels are read by the evaluator."""
+        return build_test_loader(
+            cfg, dataset_name, mapper=SegmentationMapper.from_config(cfg, is_train=False)
+        )
+
+    @classmethod
+    def build_evaluator(
+        cls, cfg: CfgNode, dataset_name: str, output_folder: str | None = None
+    ) -> DatasetEvaluator:
+        """mIoU and so on; files go to ``OUTPUT_DIR/inference``."""
+        folder = output_folder or os.path.join(cfg.OUTPUT_DIR, "inference")
+        return LabelMapEvaluator(dataset_name, output_dir=folder, write_predictions=cfg.TEST.SAVE_PREDICTIONS)
+
+    @classmethod
+    def test(cls, cfg: CfgNode, model: nn.Module, evaluators: Any = None) -> Any:
+        """At one size; TEST.SLIDING_WINDOW holds."""
+        return super().test(cfg, sliding_window_of(cfg, model), evaluators)
+
+    @classmethod
+    def test_with_TTA(cls, cfg: CfgNode, model: nn.Module) -> dict[str, Any]:
+        """Evaluate with TEST.AUG: several sizes, mirrored too; keys and files as :class:`FrozenTrainer` has them."""
+        augmented = MultiScaleModel.from_config(cfg, model)
+        folder = os.path.join(cfg.OUTPUT_DIR, "inference_TTA")
+        results: dict[str, Any] = {}
+        for name in cfg.DATASETS.TEST:
+            # Every copy is resized once, from the file's own resolution.
+            mapper = SegmentationMapper(False, augmentations=[], image_format=cfg.INPUT.FORMAT)
+            loader = build_test_loader(cfg, name, mapper=mapper)
+            evaluator = cls.build_evaluator(cfg, name, output_folder=folder)
+            results[name] = inference_on_dataset(augmented, loader, evaluator) or {}
+            if comm.is_main_process():
+                logger.info("%s at several sizes:", name)
+                print_csv_format(results[name])
+        if len(results) == 1:
+            (results,) = results.values()
+        return {f"{key}_TTA": value for key, value in results.items()}
