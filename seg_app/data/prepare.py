@@ -124,7 +124,8 @@ def _resolve_classes(cfg: CfgNode, names: Sequence[str]) -> None:
             raise ValueError(
                 "MODEL.SEM_SEG_HEAD.NUM_CLASSES is -1 (take it from the data), but no dataset of DATASETS.TRAIN and "
                 f"TEST ({', '.join(names) or 'both are empty'}) names its classes: give `classes` in its "
-                "DATASETS.REGISTER entry, put classes.txt (one name per line) or classes.json beside the label maps, or set the number."
+                "DATASETS.REGISTER entry, put classes.txt (one name per line) or classes.json beside the label maps, "
+                "or set the number."
             )
         return
     name, facts = named[0]
