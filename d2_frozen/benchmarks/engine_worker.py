@@ -85,7 +85,7 @@ def inference_task(settings: dict[str, Any], now: Clock) -> Task:
     # An untrained classifier is sure of nothing, and nothing would pass the score threshold. Sharpened, it finds
     # the full number of objects per image.
     with torch.no_grad():
-        model.roi_heads.box_predictor.cls_score.weight.mul_(_SHARPNESS)
+        model.get_parameter("roi_heads.box_predictor.cls_score.weight").mul_(_SHARPNESS)
     batch = _generated_batch(settings["size"], settings["batch"], cfg.MODEL.ROI_HEADS.NUM_CLASSES)
 
     def run(turn: int) -> Run:
