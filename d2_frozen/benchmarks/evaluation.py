@@ -65,7 +65,7 @@ def generated_truth(images: int) -> dict[str, Any]:
     draw = np.random.default_rng(_SEED)
     annotations: list[dict[str, Any]] = []
     for image_id in range(1, images + 1):
-        for box in _boxes(draw, min(draw.geometric(1 / _OBJECTS), _MOST_OBJECTS)):
+        for box in _boxes(draw, min(int(draw.geometric(1 / _OBJECTS)), _MOST_OBJECTS)):
             outline = _outline(draw, box)
             (x0, y0), (x1, y1) = outline.min(axis=0), outline.max(axis=0)
             x, y = outline.T
@@ -101,7 +101,7 @@ def generated_detections(objects: list[dict[str, Any]], seed: tuple[int, ...]) -
             scores.append(draw.beta(4, 2))
     lowest, most = _DETECTIONS
     present = [annotation["category_id"] - 1 for annotation in objects]
-    for box in _boxes(draw, max(0, draw.integers(lowest, most + 1) - len(boxes))):
+    for box in _boxes(draw, max(0, int(draw.integers(lowest, most + 1)) - len(boxes))):
         boxes.append(box)
         # A network mistakes background for what is in the image anyway.
         classes.append(

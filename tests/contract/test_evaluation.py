@@ -171,8 +171,11 @@ def test_classes_that_the_dataset_has_not_are_refused(tmp_path: Path):
         evaluated(registered(tmp_path), {1: instances([[0, 0, 9, 9]], [0.5], [2])})
 
 
+@pytest.mark.parametrize(
+    "changed", [{}, {"maxDets": [1, 2, 5]}, {"useCats": 0}, {"iouThrs": np.array([0.3])}]
+)
 @pytest.mark.parametrize("iou_type", ["bbox", "segm"])
-def test_the_compiled_evaluation_takes_what_pycocotools_takes(tmp_path: Path, iou_type: str):
+def test_the_compiled_evaluation_takes_what_pycocotools_takes(tmp_path: Path, iou_type: str, changed: dict):
     """``COCOeval_opt`` in the place of ``COCOeval``, with pycocotools' objects and changed parameters."""
     file = tmp_path / "truth.json"
     file.write_text(json.dumps({"info": {}, **coco_content()}))
@@ -192,13 +195,26 @@ def test_the_compiled_evaluation_takes_what_pycocotools_takes(tmp_path: Path, io
         with contextlib.redirect_stdout(io.StringIO()):
             truth = COCO(str(file))
             evaluation = implementation(truth, truth.loadRes(copy.deepcopy(rows)), iou_type)
-            evaluation.params.maxDets = [1, 2, 5]
+            for name, value in changed.items():
+                setattr(evaluation.params, name, value)
             evaluation.evaluate()
             evaluation.accumulate()
         measured.append(evaluation.eval)
     assert (measured[0]["precision"] > 0.5).any()
     for curve in ("precision", "recall"):
         assert np.allclose(measured[0][curve], measured[1][curve], atol=1e-9)
+
+
+def test_the_compiled_evaluation_fails_as_pycocotools_does(tmp_path: Path):
+    content = {"info": {}, **coco_content()}
+    del content["annotations"][0]["area"]
+    (tmp_path / "truth.json").write_text(json.dumps(content))
+    with contextlib.redirect_stdout(io.StringIO()):
+        truth = COCO(str(tmp_path / "truth.json"))
+        row = {"image_id": 1, "category_id": 3, "bbox": [0, 0, 9, 9], "score": 0.5}
+        for implementation in (COCOeval, COCOeval_opt):
+            with pytest.raises(KeyError, match="area"):
+                implementation(truth, truth.loadRes([dict(row)]), "bbox").evaluate()
 
 
 def test_files_hold_categories_of_the_json(tmp_path: Path):
