@@ -1,7 +1,7 @@
 """Which files cannot be read? ``OUTPUT_DIR/bad_clips.txt``: one line per file, path, tab, what the readers said.
 
-Loader workers and ranks append to the same file, a line at a time. A file that is listed is not tried again, also after
-a resume: waiting for a hanging file in every epoch would cost its time limit each time. Delete the line to try it again.
+Loader workers and ranks append to the same file, a line at a time. A file that is listed is not tried again, also
+after a resume: a hanging file would cost its time limit in every epoch. Delete the line to try it again.
 """
 
 from __future__ import annotations

@@ -3,8 +3,9 @@
     decoder = ClipDecoder(VideoReading(reader="auto", timeout_s=30))
     clip = decoder.read("a.mp4", SamplingPlan(frames=16, stride=4))     # clip.frames: (K, T, H, W, 3) uint8
 
-The process is a plain child with pipes, not multiprocessing: loader workers are daemons, which may not have children of
-that kind. It is started at the first video, lives as long as the worker, and is replaced after ``recycle_after`` videos.
+The process is a plain child with pipes, not multiprocessing: loader workers are daemons, which may not have children
+of that kind. It is started at the first video, lives as long as the worker, and is replaced after ``recycle_after``
+videos.
 """
 
 from __future__ import annotations

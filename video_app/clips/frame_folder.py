@@ -39,6 +39,9 @@ class FrameFolder(Clip):
             pictures[index] = resize(picture, *first.shape[:2])
         return np.stack([pictures[index] for index in asked])
 
+    def close(self) -> None:
+        pass  # pictures are opened one by one
+
 
 def picture_names(folder: str) -> list[str]:
     names = (entry.name for entry in os.scandir(folder) if entry.name.lower().endswith(PICTURES))

@@ -82,6 +82,7 @@ class Clip(ABC):
         """To the end of the last frame, which is taken to be shown as long as the median frame."""
         return float(self.times_s[-1] + np.median(np.diff(self.times_s))) if len(self) > 1 else 0.0
 
+    @abstractmethod
     def close(self) -> None:
         """Let go of the file."""
 

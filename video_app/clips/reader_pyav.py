@@ -133,10 +133,8 @@ class PyAVClip(Clip):
         except (av.FFmpegError, OSError):
             self._file.seek(0)
         self._stream.codec_context.flush_buffers()
-        count = 0
-        for frame in self._decoded():
+        for count, frame in enumerate(self._decoded()):
             yield (frame.pts if self._timed and frame.pts is not None else count), frame
-            count += 1
 
     def _decoded(self) -> Iterator[av.VideoFrame]:
         """Packets that do not decode are left out."""

@@ -3,8 +3,8 @@
 Dense: T frames at a fixed step from one start. Uniform: the video in T equal parts, one frame of each (TSN,
 arXiv:1608.00859). Training takes one clip at a random place; testing takes clips that are spread evenly.
 
-Without ``fps``, steps count coded frames, as the published Kinetics protocols do, whatever the video's rate is, constant
-or not. With ``fps``, they count frames of a video at this rate: at each moment, the frame that is shown then.
+Without ``fps``, steps count coded frames, as the published Kinetics protocols do, whatever the video's rate is,
+constant or not. With ``fps``, they count frames of a video at this rate: at each moment, the frame that is shown then.
 A video that is too short shows its last frame on.
 """
 

@@ -1,0 +1,182 @@
+"""Hanging and crashing files cost their time limit and nothing else."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from video_app.clips import decoder as decoder_module
+from video_app.clips.bad_clips import BadClips, read_bad_clips
+from video_app.clips.crops import TrainCrop
+from video_app.clips.decoder import BadClip, ClipDecoder, VideoReading
+from video_app.clips.mapper import ClipMapper
+from video_app.clips.reader import installed_readers
+from video_app.clips.sampling import SamplingPlan
+
+PLAN = SamplingPlan("uniform", frames=4)
+needs_two_readers = pytest.mark.skipif(len(installed_readers()) < 2, reason="one reader is installed")
+
+
+def pid_of(decoder: ClipDecoder) -> int:
+    assert decoder._child is not None
+    return decoder._child._process.pid
+
+
+def gone(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return True
+    return False
+
+
+@needs_two_readers
+@pytest.mark.parametrize(
+    "blow, told", [(signal.SIGSTOP, "took longer than 1 s"), (signal.SIGSEGV, "by signal 11")]
+)
+def test_the_other_reader_steps_in(video: Path, blow: signal.Signals, told: str) -> None:
+    """A stopped process stands for a hang in C code, a signal for a crash."""
+    decoder = ClipDecoder(VideoReading(timeout_s=1))
+    expected = decoder.read(str(video), PLAN).frames
+    first = pid_of(decoder)
+    os.kill(first, blow)
+    clip = decoder.read(str(video), PLAN)
+    assert clip.reader == decoder.readers[1] and told in clip.fault
+    assert np.array_equal(clip.frames, expected)
+    assert gone(first)
+    assert decoder.read(str(video), PLAN).fault == ""
+    decoder.close()
+
+
+def test_a_file_that_hangs_every_reader(video: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decoder_module, "_START_S", 0.0)
+    monkeypatch.setattr(
+        decoder_module._Child,
+        "_receive",
+        lambda self, *a: (_ for _ in ()).throw(decoder_module._Died("slow")),
+    )
+    decoder = ClipDecoder(VideoReading())
+    with pytest.raises(BadClip, match=f"{decoder.readers[-1]}: slow"):
+        decoder.read(str(video), PLAN)
+    assert decoder._child is None
+
+
+def test_one_process_serves_until_it_is_recycled(video: Path) -> None:
+    decoder = ClipDecoder(VideoReading("pyav", recycle_after=2))
+    pids = []
+    for _ in range(4):
+        decoder.read(str(video), PLAN)
+        pids.append(pid_of(decoder))
+    assert pids[0] == pids[1] != pids[2] == pids[3]
+    assert pickle.loads(pickle.dumps(decoder))._child is None
+    decoder.close()
+    assert gone(pids[-1])
+
+
+def test_the_process_ends_with_its_parent(video: Path) -> None:
+    """Also if the parent is killed and can close nothing."""
+    code = (
+        "import os, signal\n"
+        "from video_app.clips.decoder import *\n"
+        "d = ClipDecoder(VideoReading('pyav'))\n"
+        f"d.read({str(video)!r}, SamplingPlan())\n"
+        "print(d._child._process.pid, flush=True)\n"
+        "os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=decoder_module._ROOT
+    )
+    pid = int(done.stdout)
+    for _ in range(100):
+        # Without a parent that collects it, it may stay in the table of processes as a zombie.
+        if gone(pid) or "Z" in Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]:
+            return
+        time.sleep(0.05)
+    raise AssertionError("the decoding process outlived its parent")
+
+
+def test_the_process_does_not_load_torch() -> None:
+    """It would cost seconds and hundreds of megabytes per loader worker."""
+    code = "import sys, video_app.clips.decoder_process; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=decoder_module._ROOT).returncode == 0
+
+
+def make_mapper(tmp_path: Path, train: bool = True, **options: object) -> ClipMapper:
+    return ClipMapper(
+        VideoReading("pyav", short_side_px=48),
+        SamplingPlan("dense", 4, 2, clips=1 if train else 2),
+        BadClips(str(tmp_path)),
+        size_px=32,
+        train_crop=TrainCrop("random_resized", 32) if train else None,
+        num_crops=3,
+        **options,  # type: ignore[arg-type]
+    )
+
+
+def record(path: Path | str, video_id: int = 0) -> dict:
+    return {"file_name": str(path), "label": 5, "video_id": video_id}
+
+
+class Seeded(Dataset):
+    """As the loader of d2_frozen does: numpy's state is a function of the position."""
+
+    def __init__(self, mapper: ClipMapper, path: Path):
+        self.mapper, self.path = mapper, path
+
+    def __len__(self) -> int:
+        return 4
+
+    def __getitem__(self, position: int) -> torch.Tensor:
+        np.random.seed(position)
+        sample = self.mapper(record(self.path))
+        assert sample is not None
+        return sample["video"]
+
+
+def test_samples_do_not_depend_on_workers(video: Path, tmp_path: Path) -> None:
+    """And decoding works inside loader workers, which are daemons."""
+    data = Seeded(make_mapper(tmp_path), video)
+    alone, shared = (list(DataLoader(data, num_workers=n, batch_size=None)) for n in (0, 2))
+    assert all(torch.equal(a, b) for a, b in zip(alone, shared))
+    assert not torch.equal(alone[0], alone[1])
+    assert alone[0].shape == (1, 4, 3, 32, 32) and alone[0].dtype == torch.uint8
+    data.mapper.decoder.close()
+
+
+def test_views_at_test(video: Path, tmp_path: Path) -> None:
+    """Clips x crops, the crops of a clip side by side; no draws."""
+    mapper = make_mapper(tmp_path, train=False)
+    sample = mapper(record(video, 7))
+    assert sample is not None
+    assert sample["video"].shape == (6, 4, 3, 32, 32)
+    assert sample["frame_indices"] == [[8, 10, 12, 14], [25, 27, 29, 31]]
+    assert (sample["label"], sample["video_id"]) == (5, 7)
+    bgr = make_mapper(tmp_path, train=False, bgr=True)(record(video))
+    assert bgr is not None and torch.equal(bgr["video"], sample["video"].flip(2))
+
+
+def test_bad_clips_are_noted_once_and_replaced(tmp_path: Path) -> None:
+    broken = tmp_path / "with space.mp4"
+    broken.write_text("not a video")
+    train, test = make_mapper(tmp_path), make_mapper(tmp_path, train=False)
+    assert train(record(broken)) is None
+    assert train(record(broken)) is None
+    listed = read_bad_clips(tmp_path / "bad_clips.txt")
+    assert list(listed) == [str(broken)] and "Invalid data" in listed[str(broken)]
+    # The test mapper began before; a resumed run reads the list, and does not try again.
+    sample = test(record(broken))
+    assert sample is not None and "video" not in sample and "Invalid data" in sample["bad"]
+    again = make_mapper(tmp_path)
+    assert len(again.bad_clips) == 1 and again(record(broken)) is None and again.decoder._child is None
+    with pytest.raises(BadClip, match="VIDEO.STRICT"):
+        make_mapper(tmp_path, strict=True)(record(broken))
