@@ -1,6 +1,7 @@
 """Which models the zoo has: config name -> published weights, from Detectron2's MODEL_ZOO.md.
 
-The models of the subset only: R-CNN, and semantic FPN. The address is PREFIX/NAME/ID/FILE; "" where only the config is published.
+The models of the subset only: R-CNN, and semantic FPN. The address is PREFIX/NAME/ID/FILE; "" where only the
+config is published.
 """
 
 PREFIX = "https://dl.fbaipublicfiles.com/detectron2/"
