@@ -50,7 +50,7 @@ def read_config(config_file: str | Path, options: Iterable[str] = ()) -> CfgNode
         KeyError, AssertionError: unknown key in the file / in the options.
     """
     options = list(options)
-    cfg = _load(APPS.get(_meta_architecture(config_file, options), DETECTION)).add_config(get_cfg())
+    cfg = _load(APPS.get(_meta_architecture(config_file, options) or "", DETECTION)).add_config(get_cfg())
     if config_file:
         cfg.merge_from_file(str(config_file))
     cfg.merge_from_list(options)
