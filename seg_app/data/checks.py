@@ -68,7 +68,7 @@ def check_label_maps(name: str, *, check_images: str = "auto", training: bool = 
         decode = check_images == "full" or (check_images == "auto" and len(records) <= AUTO_FULL_UP_TO)
         _check_files(report, records, facts, decode, training)
     if records and len(report.bad_files) == len(records):
-        report.add("no usable image is left", name, skippable=False)
+        report.add("no usable image is left", f"{len(records)} images", skippable=False)
     return report
 
 
@@ -122,7 +122,7 @@ def _check_files(
         if training and not report.present and seen:
             report.add(
                 "no pixel has a class",
-                report.name,
+                f"{len(records)} images",
                 f"all label maps hold the ignore label {ignore_label} only",
                 skippable=False,
             )

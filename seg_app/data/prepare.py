@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from d2_frozen.data import register_from_config
@@ -17,9 +18,6 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from seg_app.data.checks import LabelMapReport, check_label_maps
 
 logger = logging.getLogger("d2_frozen.seg_app.data")
-
-# Datasets from which DATASETS.SKIP_BAD took records: name -> the function that loads all of them.
-_whole: dict[str, Callable[[], list[dict[str, Any]]]] = {}
 
 
 def prepare_datasets(cfg: CfgNode, train: bool = True) -> None:
@@ -44,13 +42,15 @@ def prepare_datasets(cfg: CfgNode, train: bool = True) -> None:
         )
     register_from_config(cfg, used=names)
     for name in names:
-        if name in _whole:
-            _replace(name, _whole.pop(name))
+        # What another config left out comes back.
+        load = DatasetCatalog[name] if name in DatasetCatalog.list() else None
+        if isinstance(load, _Without):
+            _replace(name, load.load)
     error, bad = on_first_process(lambda: _check(cfg, names, train))
     if error is not None:
         raise error
     for name, files in bad.items():
-        _leave_out(name, set(files))
+        _replace(name, _Without(DatasetCatalog[name], frozenset(files)))
     _resolve_classes(cfg, names)
 
 
@@ -104,10 +104,15 @@ def _tell_absent_classes(report: LabelMapReport) -> None:
         )  # fmt: skip
 
 
-def _leave_out(name: str, files: set[str]) -> None:
-    load = DatasetCatalog[name]
-    _whole[name] = load
-    _replace(name, lambda: [record for record in load() if record["file_name"] not in files])
+@dataclass(frozen=True)
+class _Without:
+    """A dataset's function that leaves records out (DATASETS.SKIP_BAD)."""
+
+    load: Callable[[], list[dict[str, Any]]]
+    files: frozenset[str]
+
+    def __call__(self) -> list[dict[str, Any]]:
+        return [record for record in self.load() if record["file_name"] not in self.files]
 
 
 def _replace(name: str, load: Callable[[], list[dict[str, Any]]]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import re
 from pathlib import Path
 
@@ -19,13 +20,15 @@ ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = ROOT / "configs"
 COCO = CONFIGS / "coco"
 EVERY = sorted(CONFIGS.rglob("*.yaml"))
-CELLS = sorted(COCO.glob("table*/*.yaml"))
+CELLS = sorted([*COCO.glob("table*/*.yaml"), *(CONFIGS / "ade20k").glob("table*/*.yaml")])
 _known: dict[str, Counts] = {}
 
 
 @functools.cache
 def _read(path: Path) -> CfgNode:
-    return tasks.read_config(path)
+    # A part of a config does not name its task; the folder does.
+    segmentation = is_part(path) and "ade20k" in path.parts
+    return tasks.read_config(path, ["MODEL.META_ARCHITECTURE", "FrozenSegmentor"] if segmentation else [])
 
 
 def read_config(path: Path) -> CfgNode:
@@ -67,7 +70,9 @@ def test_parameter_counts_in_docs() -> None:
         path: Counts(*(int(n.replace(",", "")) for n in numbers)) for path, *numbers in row.findall(text)
     }
     built = {path.relative_to(ROOT).as_posix(): counts_of(read_config(path)) for path in CELLS}
-    assert stated == built, "its table is what `python -m d2_frozen.summary --table configs/coco` prints"
+    assert stated == built, (
+        "its tables are what `python -m d2_frozen.summary --table configs/coco` and configs/ade20k print"
+    )
 
 
 @pytest.mark.parametrize("path", CELLS, ids=name_of)
@@ -90,6 +95,15 @@ def test_every_cell_of_table_2_is_there() -> None:
         for mode in ("frozen", "full")
     }
     assert {path.stem for path in (COCO / "table2").iterdir()} == expected
+
+
+def test_every_cell_of_table_3_is_there() -> None:
+    folder = CONFIGS / "ade20k/table3"
+    for encoder, decoder, mode in itertools.product((1, 6), (3, 9), ("frozen", "full")):
+        cfg = read_config(folder / f"encoder_{encoder}_decoder_{decoder}_{mode}.yaml")
+        assert encoder == cfg.MODEL.SEM_SEG_HEAD.TRANSFORMER_ENC_LAYERS
+        assert decoder + 1 == cfg.MODEL.MASK_FORMER.DEC_LAYERS
+    assert len(list(folder.iterdir())) == 8
 
 
 @pytest.mark.parametrize("mode", ["frozen", "full"])

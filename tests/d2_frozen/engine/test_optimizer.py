@@ -1,0 +1,54 @@
+"""Schedule and weight decay that Detectron2 itself does not have."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+import d2_frozen
+from d2_frozen.engine.optimizer import build_lr_scheduler, build_optimizer
+from detectron2.config import CfgNode, get_cfg
+
+
+def config(*pairs: object) -> CfgNode:
+    cfg = d2_frozen.add_frozen_config(get_cfg())
+    cfg.merge_from_list(
+        ["SOLVER.OPTIMIZER", "ADAMW", "SOLVER.BASE_LR", 0.1, "SOLVER.WEIGHT_DECAY", 0.05, *pairs]
+    )
+    return cfg
+
+
+@pytest.mark.parametrize("warmup", [0, 2])
+def test_poly_schedule(warmup: int) -> None:
+    """(1 - i / n) ** power, after a warm-up that ends on that curve."""
+    options = [
+        "SOLVER.LR_SCHEDULER_NAME",
+        "WarmupPolyLR",
+        "SOLVER.MAX_ITER",
+        8,
+        "SOLVER.WARMUP_ITERS",
+        warmup,
+    ]
+    cfg = config(*options, "SOLVER.POLY_LR_POWER", 0.9, "SOLVER.WARMUP_FACTOR", 0.5)
+    optimizer = build_optimizer(cfg, nn.Linear(2, 2))
+    scheduler = build_lr_scheduler(cfg, optimizer)
+    rates = []
+    for _ in range(8):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        scheduler.step()
+    expected = [0.1 * (1 - i / 8) ** 0.9 for i in range(8)]
+    assert rates[warmup:] == pytest.approx(expected[warmup:])
+    assert rates[0] == pytest.approx(0.05 if warmup else 0.1)
+
+
+def test_embeddings_do_not_decay() -> None:
+    model = nn.ModuleDict({"queries": nn.Embedding(3, 2), "head": nn.Linear(2, 2)})
+    decay = {
+        id(p): group["weight_decay"]
+        for group in build_optimizer(config(), model).param_groups
+        for p in group["params"]
+    }
+    assert decay[id(model["queries"].weight)] == 0.0 and decay[id(model["head"].weight)] == 0.05
+    assert isinstance(build_optimizer(config(), model), torch.optim.AdamW)

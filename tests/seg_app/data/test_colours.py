@@ -1,0 +1,42 @@
+"""Each change of colours does what its name says, in 0..255."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from seg_app.data.colours import ColorChange, ColorJitter
+
+PIXELS = np.uint8([[[200, 100, 50], [10, 20, 30]]])
+
+
+def test_nothing_drawn_changes_nothing() -> None:
+    assert (ColorChange()(PIXELS) == PIXELS).all()
+
+
+def test_brightness_is_added_and_contrast_multiplied_within_0_and_255() -> None:
+    assert ColorChange(brightness=60)(PIXELS).tolist() == [[[255, 160, 110], [70, 80, 90]]]
+    assert ColorChange(contrast=1.5)(PIXELS).tolist() == [[[255, 150, 75], [15, 30, 45]]]
+
+
+def test_no_saturation_is_grey() -> None:
+    grey = ColorChange(saturation=0.0)(PIXELS)
+    assert (grey == grey[..., :1]).all()
+
+
+def test_a_third_of_the_circle_turns_red_into_green() -> None:
+    red = np.uint8([[[255, 0, 0]]])
+    assert ColorChange(hue=60)(red).tolist() == [[[0, 255, 0]]]
+    assert ColorChange(hue=60, rgb=False)(red[..., ::-1]).tolist() == [[[0, 255, 0]]]
+
+
+def test_draws_repeat_and_transform_is_fixed() -> None:
+    image = np.random.RandomState(0).randint(0, 255, (5, 6, 3)).astype(np.uint8)
+    np.random.seed(3)
+    first = ColorJitter("RGB").get_transform(image)
+    np.random.seed(3)
+    second = ColorJitter("RGB").get_transform(image)
+    assert (first.apply_image(image) == second.apply_image(image)).all()
+    assert first.apply_segmentation(image[..., 0]) is not None
+    with pytest.raises(ValueError, match="INPUT.FORMAT"):
+        ColorJitter("L")

@@ -1,0 +1,161 @@
+"""Entries of the type sem_seg, and what is found before training: each fault with its file name."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from d2_frozen import tasks
+from d2_frozen.data import BadDataError
+from detectron2.config import CfgNode
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from seg_app.data import prepare_datasets
+
+GOOD = np.uint8([[0, 1, 2], [2, 1, 255]])
+
+
+@pytest.fixture(autouse=True)
+def forget():
+    yield
+    for name in [n for n in DatasetCatalog.list() if n.startswith("mine_")]:
+        DatasetCatalog.remove(name)
+        MetadataCatalog.remove(name)
+
+
+def config_of(images: Path, labels: Path, tmp_path: Path, **fields: object) -> CfgNode:
+    cfg = tasks.read_config("", ["MODEL.META_ARCHITECTURE", "FrozenSegmentor"])
+    entry = {"name": "mine_train", "type": "sem_seg", "images": str(images), "labels": str(labels), **fields}
+    cfg.DATASETS.REGISTER, cfg.DATASETS.TRAIN, cfg.DATASETS.TEST = [entry], ("mine_train",), ()
+    cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES = -1
+    cfg.OUTPUT_DIR = str(tmp_path / "out")
+    return cfg
+
+
+def test_class_count_comes_from_the_entry_or_a_file_beside(label_folders, tmp_path: Path) -> None:
+    folders = label_folders({"a": GOOD})
+    cfg = config_of(*folders, tmp_path, classes=["sky", "sea", "land"])
+    prepare_datasets(cfg)
+    assert cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES == 3
+    (tmp_path / "classes.txt").write_text("sky\nsea\nland\nship\n")
+    cfg = config_of(*folders, tmp_path, name="mine_other")
+    cfg.DATASETS.TRAIN = ("mine_other",)
+    prepare_datasets(cfg)
+    assert cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES == 4
+
+
+def test_another_class_count_or_none_at_all_is_an_error(label_folders, tmp_path: Path) -> None:
+    folders = label_folders({"a": GOOD})
+    with pytest.raises(ValueError, match=r"NUM_CLASSES is -1.*names its classes"):
+        prepare_datasets(config_of(*folders, tmp_path))
+    cfg = config_of(*folders, tmp_path, name="mine_3", classes=["a", "b", "c"])
+    cfg.DATASETS.TRAIN, cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES = ("mine_3",), 150
+    with pytest.raises(ValueError, match=r"NUM_CLASSES is 150, but dataset mine_3 has 3"):
+        prepare_datasets(cfg)
+
+
+def test_more_than_255_classes(label_folders, tmp_path: Path) -> None:
+    folders = label_folders({"a": np.uint16([[0, 299], [65535, 256]])})
+    cfg = config_of(*folders, tmp_path, classes=[f"c{i}" for i in range(300)])
+    prepare_datasets(cfg)
+    assert (cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES, cfg.MODEL.SEM_SEG_HEAD.IGNORE_VALUE) == (300, 65535)
+
+
+def _no_label(images: Path, labels: Path) -> None:
+    (labels / "bad.png").unlink()
+
+
+def _no_image(images: Path, labels: Path) -> None:
+    (images / "bad.png").unlink()
+
+
+def _out_of_range(images: Path, labels: Path) -> None:
+    Image.fromarray(np.uint8([[0, 1, 7], [2, 1, 255]])).save(labels / "bad.png")
+
+
+def _other_size(images: Path, labels: Path) -> None:
+    Image.fromarray(np.zeros((5, 3), np.uint8)).save(labels / "bad.png")
+
+
+def _colours(images: Path, labels: Path) -> None:
+    Image.new("RGB", (3, 2)).save(labels / "bad.png")
+
+
+def _cut_off(images: Path, labels: Path) -> None:
+    data = (images / "bad.png").read_bytes()
+    (images / "bad.png").write_bytes(data[:45])
+
+
+def _no_png(images: Path, labels: Path) -> None:
+    (labels / "bad.png").write_text("sky")
+
+
+@pytest.mark.parametrize(
+    "spoil, text",
+    [
+        (_no_label, r"bad.png: image without label map"),
+        (_no_image, r"bad.png: label map without image"),
+        (
+            _out_of_range,
+            r"label value out of range .*bad.png has 7; the 3 classes are 0 to 2, and 255 is ignored",
+        ),
+        (_other_size, r"differ in size .*bad.png is 3x5, the image 3x2"),
+        (_colours, r"colours instead of class ids .*bad.png is RGB"),
+        (_cut_off, r"bad.png: broken image file"),
+        (_no_png, r"file is no image .*bad.png"),
+    ],
+)
+def test_faults_are_named_and_can_be_left_out(spoil, text: str, label_folders, tmp_path: Path) -> None:
+    folders = label_folders({"bad": GOOD, "good": GOOD})
+    spoil(*folders)
+    cfg = config_of(*folders, tmp_path, classes=["a", "b", "c"])
+    with pytest.raises(BadDataError, match=text):
+        prepare_datasets(cfg)
+    cfg.DATASETS.SKIP_BAD = True
+    prepare_datasets(cfg)
+    assert [Path(record["file_name"]).name for record in DatasetCatalog.get("mine_train")] == ["good.png"]
+
+
+def test_empty_folders_and_maps_without_any_class_stop_even_with_skip_bad(
+    label_folders, tmp_path: Path
+) -> None:
+    folders = label_folders({"a": np.full((4, 4), 255, np.uint8)})
+    cfg = config_of(*folders, tmp_path, classes=["a"])
+    cfg.DATASETS.SKIP_BAD = True
+    with pytest.raises(BadDataError, match="no pixel has a class"):
+        prepare_datasets(cfg)
+    for folder in folders:
+        (folder / "a.png").unlink()
+    with pytest.raises(BadDataError, match=r"images.*no image with a label map of its name \(0 images"):
+        prepare_datasets(cfg)
+
+
+def test_cityscapes_layout(label_folders, tmp_path: Path) -> None:
+    images, labels = label_folders({"ulm/u_01": np.uint8([[7, 0], [26, 7]])})
+    (images / "ulm/u_01.png").rename(images / "ulm/u_01_leftImg8bit.png")
+    (labels / "ulm/u_01.png").rename(labels / "ulm/u_01_gtFine_labelIds.png")
+    Image.new("RGB", (2, 2)).save(labels / "ulm/u_01_gtFine_color.png")
+    fields = {
+        "classes": ["road", "car"],
+        "label_values": [7, 26],
+        "image_suffix": "_leftImg8bit.png",
+        "label_suffix": "_gtFine_labelIds.png",
+    }
+    prepare_datasets(config_of(images, labels, tmp_path, **fields))
+    (record,) = DatasetCatalog.get("mine_train")
+    assert record["sem_seg_file_name"].endswith("u_01_gtFine_labelIds.png")
+
+
+def test_ade20k_is_known_and_its_absence_explained(tmp_path: Path) -> None:
+    names = MetadataCatalog.get("ade20k_sem_seg_val").stuff_classes
+    assert (
+        len(names) == len(set(names)) == 150
+        and names[:3] == ["wall", "building", "sky"]
+        and names[149] == "flag"
+    )
+    cfg = config_of(tmp_path, tmp_path, tmp_path)
+    cfg.DATASETS.REGISTER, cfg.DATASETS.TRAIN = [], ("ade20k_sem_seg_train",)
+    with pytest.raises(FileNotFoundError, match=r"python -m seg_app.prepare ade20k"):
+        prepare_datasets(cfg)

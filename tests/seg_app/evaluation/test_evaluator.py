@@ -1,0 +1,86 @@
+"""Metrics against an independent computation; what is written."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from seg_app.evaluation import LabelMapEvaluator
+from seg_app.evaluation.evaluator import class_table
+
+K, IGNORED = 5, 200
+NAMES = ["a", "b", "c", "never", "e"]
+
+
+@pytest.fixture
+def random_maps(label_folders):
+    """Six random maps in which class 3 never is, and some pixels are ignored; a dataset of them."""
+    rng = np.random.RandomState(0)
+    truth = {f"x/{i}": rng.choice([0, 1, 2, 4, IGNORED], (9, 11 + i)).astype(np.uint8) for i in range(6)}
+    images, labels = label_folders(truth)
+    records = [
+        {"file_name": str(images / f"{name}.png"), "sem_seg_file_name": str(labels / f"{name}.png")}
+        for name in truth
+    ]
+    DatasetCatalog.register("random_maps", lambda: records)
+    MetadataCatalog.get("random_maps").set(
+        stuff_classes=NAMES, ignore_label=IGNORED, evaluator_type="sem_seg"
+    )
+    predicted = [rng.randint(0, K, t.shape) for t in truth.values()]
+    yield records, list(truth.values()), predicted
+    DatasetCatalog.remove("random_maps")
+    MetadataCatalog.remove("random_maps")
+
+
+def scores_of(labels: np.ndarray) -> torch.Tensor:
+    return torch.nn.functional.one_hot(torch.from_numpy(labels), K).permute(2, 0, 1).float()
+
+
+def evaluated(records, predicted, folder: Path) -> dict:
+    evaluator = LabelMapEvaluator("random_maps", str(folder))
+    evaluator.reset()
+    for record, labels in zip(records, predicted):
+        evaluator.process([record], [{"sem_seg": scores_of(labels)}])
+    return evaluator.evaluate()["sem_seg"]
+
+
+def test_metrics_equal_an_independent_computation(random_maps, tmp_path: Path) -> None:
+    records, truth, predicted = random_maps
+    got = evaluated(records, predicted, tmp_path / "out")
+    t = np.concatenate([x.ravel() for x in truth])
+    p = np.concatenate([x.ravel() for x in predicted])
+    t, p = t[t != IGNORED], p[t != IGNORED]
+    present = [k for k in range(K) if (t == k).any()]
+    iou = {k: ((t == k) & (p == k)).sum() / ((t == k) | (p == k)).sum() for k in present}
+    assert present == [0, 1, 2, 4]
+    assert got["mIoU"] == pytest.approx(100 * np.mean(list(iou.values())))
+    assert got["fwIoU"] == pytest.approx(100 * sum(iou[k] * (t == k).mean() for k in present))
+    assert got["pACC"] == pytest.approx(100 * (t == p).mean())
+    assert got["mACC"] == pytest.approx(100 * np.mean([(p[t == k] == k).mean() for k in present]))
+    assert got["IoU-b"] == pytest.approx(100 * iou[1]) and math.isnan(got["IoU-never"])
+
+
+def test_predictions_are_written_as_label_maps(random_maps, tmp_path: Path) -> None:
+    records, _, predicted = random_maps
+    evaluated(records, predicted, tmp_path / "out")
+    files = sorted((tmp_path / "out/predictions/random_maps").rglob("*.png"))
+    assert len(files) == 6
+    for file, labels in zip(files, predicted):
+        with Image.open(file) as image:
+            assert image.mode == "L" and (np.array(image) == labels).all()
+    with Image.open(tmp_path / "out/confusion_random_maps.png") as image:
+        assert min(image.size) > 100
+
+
+def test_the_table_says_what_is_absent_and_what_is_mistaken() -> None:
+    counts = np.array([[80, 20, 0], [10, 90, 0], [0, 0, 0]])
+    lines = [line.split() for line in class_table(["cat", "dog", "fish"], counts).splitlines()[2:]]
+    assert lines[0] == ["cat", "72.73", "80.00", "50.00", "dog", "20.0", "%"]
+    assert lines[1] == ["dog", "75.00", "90.00", "50.00", "cat", "10.0", "%"]
+    assert " ".join(lines[2]) == "fish - - 0 not in this dataset"

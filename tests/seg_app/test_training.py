@@ -1,0 +1,89 @@
+"""train_net with a segmentation config: what must hold of a run, and what it leaves behind."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from argparse import Namespace
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from d2_frozen import tasks
+from d2_frozen.train_net import main, setup
+from seg_app.trainer import SegmentationTrainer
+
+ROOT = Path(__file__).resolve().parents[2]
+Flags = Callable[..., Namespace]
+
+
+def weights(path: Path) -> dict[str, torch.Tensor]:
+    return torch.load(path, weights_only=True)["model"]
+
+
+def test_run_resume_and_evaluation(flags: Flags, tmp_path: Path) -> None:
+    """Only the head is in the checkpoint; stopped and resumed equals uninterrupted; the files are there."""
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    results = main(flags("OUTPUT_DIR", str(whole)))
+    assert 0 <= results["sem_seg"]["mIoU"] <= 100
+    metrics = [json.loads(line) for line in (whole / "metrics.json").read_text().splitlines()]
+    assert "sem_seg/mIoU" in metrics[-1]
+    assert len(list((whole / "inference/predictions/tiny_seg_val").glob("*.png"))) == 3
+    for file in ("confusion_tiny_seg_val.png", "predictions_tiny_seg_val.jpg"):
+        assert (whole / "inference" / file).stat().st_size > 0
+    final = weights(whole / "model_final.pth")
+    assert {key.split(".")[0] for key in final} == {"sem_seg_head", "criterion"}
+
+    cfg = setup(flags("OUTPUT_DIR", str(parts)))
+    trainer = SegmentationTrainer(cfg)
+    trainer.resume_or_load(resume=False)
+    before = {key: value.clone() for key, value in trainer.model.backbone.state_dict().items()}
+    trainer.max_iter = 2
+    trainer.train()
+    after = trainer.model.backbone.state_dict()
+    assert before and all(torch.equal(before[key], after[key]) for key in before)
+    (parts / "model_final.pth").unlink(missing_ok=True)
+    (parts / "last_checkpoint").write_text("model_0000001.pth")
+    main(flags("--resume", "OUTPUT_DIR", str(parts)))
+    resumed = weights(parts / "model_final.pth")
+    assert final.keys() == resumed.keys() and all(torch.equal(final[key], resumed[key]) for key in final)
+
+    again = main(
+        flags("--eval-only", "OUTPUT_DIR", str(whole), "MODEL.WEIGHTS", str(whole / "model_final.pth"))
+    )
+    assert np.allclose(again["sem_seg"]["mIoU"], results["sem_seg"]["mIoU"])
+
+
+def test_test_time_augmentation_and_windows(flags: Flags) -> None:
+    results = main(
+        flags(
+            *("SOLVER.MAX_ITER", "1", "TEST.AUG.ENABLED", "True", "TEST.AUG.MIN_SIZES", "(32, 48)"),
+            *("TEST.SLIDING_WINDOW.SIZE", "40", "TEST.PICTURES", "0"),
+        )
+    )
+    assert results.keys() == {"sem_seg", "sem_seg_TTA"}
+
+
+@pytest.mark.parametrize("head", ["LinearSegHead", "UPerNetHead"])
+def test_baseline_heads_train(head: str, flags: Flags) -> None:
+    norm = "LN" if head == "LinearSegHead" else "GN"
+    options = ["MODEL.SEM_SEG_HEAD.NAME", head, "MODEL.SEM_SEG_HEAD.NORM", norm, "SOLVER.MAX_ITER", "1"]
+    options += ["MODEL.SEM_SEG_HEAD.CONVS_DIM", "64"]
+    assert main(flags(*options, "TEST.PICTURES", "0"))["sem_seg"]["pACC"] >= 0
+
+
+def test_the_meta_architecture_says_the_task(tiny_config: Path) -> None:
+    assert tasks.task_of(tasks.read_config(tiny_config)).name == "semantic segmentation"
+    assert tasks.task_of(tasks.read_config("")).name == "detection"
+    with_option = tasks.read_config("", ["MODEL.META_ARCHITECTURE", "FrozenSegmentor"])
+    assert "MASK_FORMER" in with_option.MODEL
+
+
+def test_python_m_seg_app() -> None:
+    command = [sys.executable, "-m", "seg_app", "--config-file", "configs/quickstart/detection.yaml"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 1 and "is a config of detection" in done.stderr
