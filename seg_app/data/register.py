@@ -7,6 +7,7 @@ DATASETS:
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,9 +29,10 @@ _CLASS_FILES = ("classes.txt", "classes.json")
     path_fields=("images", "labels"),
 )
 def _register_sem_seg(name: str, fields: dict[str, Any]) -> None:
-    classes = fields.get("classes") or _classes_beside(fields["labels"], name)
+    beside = {} if fields.get("classes") else _facts_beside(fields["labels"], name)
+    classes = fields.get("classes") or beside.get("stuff_classes")
     facts: dict[str, Any] = {"stuff_classes": classes} if classes else {}
-    ignore_label = _ignore_label(fields.get("ignore_label"), classes, name)
+    ignore_label = _ignore_label(fields.get("ignore_label", beside.get("ignore_label")), classes, name)
     label_values = _label_values(fields.get("label_values"), classes, name)
     folders = {
         "image_root": fields["images"],
@@ -96,14 +98,26 @@ def _by_stem(folder: str, suffixes: Sequence[str], doubles: list[str]) -> dict[s
     return found
 
 
-def _classes_beside(labels: str, name: str) -> list[str] | None:
-    """Of a class file in the folder of label maps or in one of the two above it."""
-    folder = Path(labels)
-    for place in (folder, folder.parent, folder.parent.parent):
-        for file in _CLASS_FILES:
-            if (place / file).is_file():
-                return read_class_list(str(place / file), f"DATASETS.REGISTER ({name})")
-    return None
+def _facts_beside(labels: str, name: str) -> dict[str, Any]:
+    """ "stuff_classes" of a class file in the folder of label maps or in one of the two above it.
+
+    A JSON file may also be an object with Detectron2's names, {"stuff_classes": [...], "ignore_label": 255}.
+    """
+    folder, place = Path(labels), f"DATASETS.REGISTER ({name})"
+    files = (
+        parent / file for parent in (folder, folder.parent, folder.parent.parent) for file in _CLASS_FILES
+    )
+    path = next((file for file in files if file.is_file()), None)
+    if path is None:
+        return {}
+    if path.suffix == ".json":
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as err:
+            raise ValueError(f"{place}: class file {path} is not JSON: {err}") from err
+        if isinstance(content, dict) and "stuff_classes" in content:
+            return {**content, "stuff_classes": read_class_list(content["stuff_classes"], f"{place}, {path}")}
+    return {"stuff_classes": read_class_list(str(path), place)}
 
 
 def _ignore_label(given: Any, classes: list[str] | None, name: str) -> int:

@@ -44,6 +44,12 @@ def test_class_count_comes_from_the_entry_or_a_file_beside(label_folders, tmp_pa
     cfg.DATASETS.TRAIN = ("mine_other",)
     prepare_datasets(cfg)
     assert cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES == 4
+    (tmp_path / "classes.txt").unlink()
+    (tmp_path / "classes.json").write_text('{"stuff_classes": ["sky", "sea", "land"], "ignore_label": 255}')
+    cfg = config_of(*folders, tmp_path, name="mine_third")
+    cfg.DATASETS.TRAIN = ("mine_third",)
+    prepare_datasets(cfg)
+    assert cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES == 3
 
 
 def test_another_class_count_or_none_at_all_is_an_error(label_folders, tmp_path: Path) -> None:
