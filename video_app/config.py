@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+
 from detectron2.config import CfgNode
 
 
@@ -11,6 +13,8 @@ def add_video_config(cfg: CfgNode) -> CfgNode:
     Returns:
         The same ``cfg``, for chaining.
     """
+    # Makes the video types of DATASETS.REGISTER known.
+    importlib.import_module("video_app.data")
     cfg.VIDEO = CfgNode()
     _add_reading_keys(cfg.VIDEO)
     _add_clip_keys(cfg.VIDEO)

@@ -1,0 +1,170 @@
+"""Lists say what they say, and preparing them finds every bad file once."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from d2_frozen import add_frozen_config
+from d2_frozen.data import build_train_loader, register_from_config
+from detectron2.config import CfgNode, get_cfg
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from video_app.clips.bad_clips import read_bad_clips
+from video_app.clips.mapper import ClipMapper
+from video_app.config import add_video_config
+from video_app.data import load_video_folder, load_video_list
+from video_app.data.lists import read_kinetics_csv, read_list
+from video_app.prepare import main
+
+
+@pytest.fixture
+def cfg() -> CfgNode:
+    return add_video_config(add_frozen_config(get_cfg()))
+
+
+def test_paths_may_hold_blanks(tmp_path: Path) -> None:
+    (tmp_path / "list.txt").write_text("# a remark\na b/c d.mp4 3\n\nx.mp4\t10\n")
+    assert read_list(tmp_path / "list.txt") == [("a b/c d.mp4", 3), ("x.mp4", 10)]
+    for wrong in ("a.mp4\n", "a.mp4 -1\n", "a.mp4 dog\n", "7\n", ""):
+        (tmp_path / "wrong.txt").write_text(wrong)
+        with pytest.raises(ValueError, match="path label"):
+            read_list(tmp_path / "wrong.txt")
+
+
+def test_entries_of_the_register(cfg: CfgNode, tmp_path: Path, video: Path) -> None:
+    for name in ("run/a b.mp4", "jump/c.mp4", "jump/deep/d.mp4"):
+        (tmp_path / "videos" / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(video, tmp_path / "videos" / name)
+    (tmp_path / "list.txt").write_text("run/a b.mp4 1\njump/c.mp4 0\n")
+    cfg.DATASETS.REGISTER = [
+        {"name": "t_video_list", "type": "video_list", "list": str(tmp_path / "list.txt")}
+        | {"root": str(tmp_path / "videos"), "classes": ["jump", "run"]},
+        {"name": "t_video_folder", "type": "video_folder", "root": str(tmp_path / "videos")},
+    ]
+    register_from_config(cfg, used=["t_video_list", "t_video_folder"])
+    listed, found = DatasetCatalog.get("t_video_list"), DatasetCatalog.get("t_video_folder")
+    root = str(tmp_path / "videos")
+    assert listed[0] == {
+        "file_name": f"{root}/run/a b.mp4",
+        "label": 1,
+        "video_id": 0,
+        "image_id": "run/a b.mp4",
+    }
+    assert [(r["file_name"][len(root) + 1 :], r["label"]) for r in found] == [
+        *[("jump/c.mp4", 0), ("jump/deep/d.mp4", 0)],
+        ("run/a b.mp4", 1),
+    ]
+    for name in ("t_video_list", "t_video_folder"):
+        assert MetadataCatalog.get(name).classes == ["jump", "run"]
+        assert MetadataCatalog.get(name).evaluator_type == "video"
+
+
+def test_wrong_labels_and_roots_are_told(tmp_path: Path, video: Path) -> None:
+    (tmp_path / "list.txt").write_text(f"{video} 2\n")
+    assert load_video_list(str(tmp_path / "list.txt"))[0]["label"] == 2
+    (tmp_path / "classes.txt").write_text("jump\nrun\n")
+    with pytest.raises(ValueError, match="label 2, but there are 2 classes"):
+        load_video_list(str(tmp_path / "list.txt"))
+    (tmp_path / "list.txt").write_text("nowhere.mp4 1\n")
+    with pytest.raises(FileNotFoundError, match="relative to root"):
+        load_video_list(str(tmp_path / "list.txt"))
+    with pytest.raises(ValueError, match="no subfolders"):
+        load_video_folder(str(tmp_path))
+
+
+def test_the_mapper_reads_the_config(cfg: CfgNode, tmp_path: Path, video: Path) -> None:
+    cfg.OUTPUT_DIR = str(tmp_path)
+    cfg.merge_from_list(["VIDEO.NUM_FRAMES", 2, "VIDEO.CROP_SIZE", 32, "VIDEO.SHORT_SIDE", 40])
+    cfg.merge_from_list(["VIDEO.READER", "pyav", "INPUT.FORMAT", "RGB"])
+    record = {"file_name": str(video), "label": 0, "video_id": 0}
+    for is_train, views in ((True, 1), (False, 12)):
+        mapper = ClipMapper.from_config(cfg, is_train)
+        sample = mapper(record)
+        assert sample is not None and sample["video"].shape == (views, 2, 3, 32, 32)
+        mapper.decoder.close()
+    cfg.VIDEO.TRAIN_CROP = "corner"
+    with pytest.raises(ValueError, match="VIDEO.TRAIN_CROP"):
+        ClipMapper.from_config(cfg, True)
+
+
+def test_the_training_loader_replaces_bad_files(cfg: CfgNode, tmp_path: Path, video: Path) -> None:
+    """The loader of d2_frozen serves videos; workers make no difference, and a broken file costs its own sample only."""
+    (tmp_path / "broken.mp4").write_text("not a video")
+    (tmp_path / "list.txt").write_text(f"{video} 0\nbroken.mp4 1\n")
+    cfg.DATASETS.REGISTER = [{"name": "t_loader", "type": "video_list", "list": str(tmp_path / "list.txt")}]
+    cfg.OUTPUT_DIR, cfg.DATASETS.TRAIN, cfg.SEED = str(tmp_path), ["t_loader"], 1
+    cfg.DATALOADER.ASPECT_RATIO_GROUPING = False
+    cfg.merge_from_list(
+        ["VIDEO.NUM_FRAMES", 2, "VIDEO.CROP_SIZE", 16, "VIDEO.SHORT_SIDE", 20, "SOLVER.IMS_PER_BATCH", 4]
+    )
+    register_from_config(cfg)
+    batches = []
+    for workers in (0, 1):
+        cfg.DATALOADER.NUM_WORKERS = workers
+        mapper = ClipMapper.from_config(cfg, True)
+        batches.append(next(iter(build_train_loader(cfg, mapper=mapper))))
+        mapper.decoder.close()
+    for alone, worked in zip(*batches):
+        assert alone["label"] == worked["label"] == 0 and torch.equal(alone["video"], worked["video"])
+    assert list(read_bad_clips(tmp_path / "bad_clips.txt")) == [str(tmp_path / "broken.mp4")]
+
+
+CSV = """label,youtube_id,time_start,time_end,split
+riding a bike,AbCdEfGhIjK,12,22,train
+abseiling,-_xYz012345,0,10,train
+abseiling,gone0000000,5,15,train
+riding a bike,broken00000,1,11,train
+"""
+
+
+def test_kinetics_is_prepared_and_resumed(
+    tmp_path: Path, video: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Names as two downloaders write them; one file is missing, one is broken."""
+    videos, output = tmp_path / "videos", tmp_path / "lists"
+    (tmp_path / "train.csv").write_text(CSV)
+    (videos / "riding a bike").mkdir(parents=True)
+    shutil.copy(video, videos / "riding a bike/AbCdEfGhIjK_000012_000022.mp4")
+    shutil.copy(video, videos / "-_xYz012345.mp4")
+    (videos / "broken00000_000001_000011.mp4").write_text("not a video")
+    command = [
+        "kinetics",
+        "--csv",
+        str(tmp_path / "train.csv"),
+        "--videos",
+        str(videos),
+        "--output",
+        str(output),
+    ]
+    command += ["--workers", "2", "--reader", "pyav"]
+    main(command)
+    assert "2 videos" in (said := capsys.readouterr().out) and "1 bad, 1 of the csv missing" in said
+    assert (output / "classes.txt").read_text() == "abseiling\nriding a bike\n"
+    assert read_list(output / "train.txt") == [
+        ("riding a bike/AbCdEfGhIjK_000012_000022.mp4", 1),
+        ("-_xYz012345.mp4", 0),
+    ]
+    assert "Invalid data" in (output / "train_bad.txt").read_text()
+    assert (output / "train_missing.txt").read_text() == "gone0000000_000005_000015\n"
+    # Killed in the middle of a line: what is whole counts, and only a file that changed is looked at again.
+    journal = output / "train_checked.jsonl"
+    lines = journal.read_text().splitlines()
+    journal.write_text("\n".join(lines) + '\n{"path": "half')
+    shutil.copy(video, videos / "broken00000_000001_000011.mp4")
+    seen: list[str] = []
+    look = __import__("video_app.prepare", fromlist=["_look"])._look
+    monkeypatch.setattr("video_app.prepare._look", lambda d, r, path: seen.append(path) or look(d, r, path))
+    main(command)
+    assert seen == ["broken00000_000001_000011.mp4"]
+    assert len(read_list(output / "train.txt")) == 3
+    assert all(json.loads(line) for line in journal.read_text().splitlines())
+
+
+def test_a_csv_without_labels_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "test.csv").write_text("youtube_id,time_start,time_end,split\n")
+    with pytest.raises(ValueError, match="no column label"):
+        read_kinetics_csv(tmp_path / "test.csv")
