@@ -14,6 +14,7 @@ from tabulate import tabulate
 from torch import nn
 
 from d2_frozen.benchmarks.measuring import Clock, Seconds, alternate, machine_facts, phase_table, with_ratio
+from d2_frozen.engine.allocator import keep_freed_memory
 from d2_frozen.engine.hooks import peak_memory_mib
 from d2_frozen.train_net import read_config
 from detectron2.config import CfgNode
@@ -28,7 +29,10 @@ def compare(
     config_file: str, options: list[str], rounds: int, warmup: int, cpu_time: bool = False
 ) -> dict[str, Any]:
     """Both models in one run, in turns; their memory in a process of its own each."""
+    if not torch.cuda.is_available():
+        keep_freed_memory()  # as train_net.py does
     result: dict[str, Any] = {"machine": machine_facts(), "config": config_file, "options": options}
+    result["unit"] = "CPU seconds" if cpu_time else "seconds"
     now = Clock(cpu_time)
     subjects = {
         name: _Subject(_config(config_file, options, freeze), now) for name, freeze in _SUBJECTS.items()
@@ -47,7 +51,7 @@ def report(result: dict[str, Any]) -> str:
     blocks = [f"{result['config']}  " + "  ".join(f"{k}: {v}" for k, v in result["machine"].items())]
     for title in ("training step", "evaluation image"):
         phases = [phase for phase in _PHASES if phase in result[title]["frozen"]]
-        blocks.append(phase_table(f"{title}, seconds", result[title], phases))
+        blocks.append(phase_table(f"{title}, {result['unit']}", result[title], phases))
     memory = result["peak memory MiB"]
     rows = [[name, f"{value:.2f}" if "/" in name else f"{value:.0f}"] for name, value in memory.items()]
     blocks.append(tabulate(rows, headers=["training step", "peak memory, MiB"]))
@@ -56,6 +60,8 @@ def report(result: dict[str, Any]) -> str:
 
 def print_memory(config_file: str, options: list[str], freeze: str, steps: int) -> None:
     """Train some steps and print {"peak": MiB}; the body of the processes that measure memory."""
+    if not torch.cuda.is_available():
+        keep_freed_memory()
     subject = _Subject(_config(config_file, options, freeze), Clock())
     for _ in range(steps):
         subject.train_step()
