@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 from collections.abc import Iterable
 from typing import Any
@@ -10,14 +9,12 @@ from typing import Any
 from torch import nn
 
 from d2_frozen.data import build_test_loader, build_train_loader
+from d2_frozen.detection.test_time_augmentation import evaluate_augmented
 from d2_frozen.engine import FrozenTrainer
 from detectron2.config import CfgNode
-from detectron2.evaluation import DatasetEvaluator, inference_on_dataset, print_csv_format
-from detectron2.utils import comm
+from detectron2.evaluation import DatasetEvaluator
 from seg_app.data import SegmentationMapper
 from seg_app.evaluation import LabelMapEvaluator, MultiScaleModel, sliding_window_of
-
-logger = logging.getLogger(__name__)
 
 
 class SegmentationTrainer(FrozenTrainer):
@@ -52,18 +49,7 @@ class SegmentationTrainer(FrozenTrainer):
     @classmethod
     def test_with_TTA(cls, cfg: CfgNode, model: nn.Module) -> dict[str, Any]:
         """Evaluate with TEST.AUG: several sizes, mirrored too; keys and files as :class:`FrozenTrainer` has them."""
-        augmented = MultiScaleModel.from_config(cfg, model)
         folder = os.path.join(cfg.OUTPUT_DIR, "inference_TTA")
-        results: dict[str, Any] = {}
-        for name in cfg.DATASETS.TEST:
-            # Every copy is resized once, from the file's own resolution.
-            mapper = SegmentationMapper(False, augmentations=[], image_format=cfg.INPUT.FORMAT)
-            loader = build_test_loader(cfg, name, mapper=mapper)
-            evaluator = cls.build_evaluator(cfg, name, output_folder=folder)
-            results[name] = inference_on_dataset(augmented, loader, evaluator) or {}
-            if comm.is_main_process():
-                logger.info("%s at several sizes:", name)
-                print_csv_format(results[name])
-        if len(results) == 1:
-            (results,) = results.values()
-        return {f"{key}_TTA": value for key, value in results.items()}
+        evaluators = [cls.build_evaluator(cfg, name, output_folder=folder) for name in cfg.DATASETS.TEST]
+        mapper = SegmentationMapper(False, augmentations=[], image_format=cfg.INPUT.FORMAT)
+        return evaluate_augmented(cfg, MultiScaleModel.from_config(cfg, model), mapper, evaluators)

@@ -108,9 +108,10 @@ def _report(cfg: CfgNode, name: str, part: Sequence[Record], of: int) -> None:
         "ids": [record.get("image_id", record.get("file_name")) for record in part],
     }
     path = write_about(cfg, name, document, suffix=".subset.json")
+    has_objects = any("annotations" in record for record in part)  # label maps are not counted
     logger.info(
-        "DATASETS.SUBSET: %s trains on %d of %d images (%g %%, seed %d) with %d objects; ids in %s.",
-        name, len(part), of, subset.PERCENT, subset.SEED, objects, path,
+        "DATASETS.SUBSET: %s trains on %d of %d images (%g %%, seed %d)%s; ids in %s.",
+        name, len(part), of, subset.PERCENT, subset.SEED, f" with {objects} objects" * has_objects, path,
     )  # fmt: skip
     if absent:
         logger.warning(

@@ -12,7 +12,7 @@ Lin et al., arXiv 2211.02043, Table 5, mark the rows that were tested on several
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -48,11 +48,21 @@ def evaluate_with_tta(
     Returns:
         As DefaultTrainer.test, its keys (task, or dataset where there are several) with the suffix ``_TTA``.
     """
-    augmented = FrozenRCNNWithTTA(cfg, model)
+    mapper = DatasetMapper(False, augmentations=[], image_format=cfg.INPUT.FORMAT)
+    return evaluate_augmented(cfg, FrozenRCNNWithTTA(cfg, model), mapper, evaluators)
+
+
+def evaluate_augmented(
+    cfg: CfgNode, augmented: nn.Module, mapper: Callable[[dict], dict], evaluators: Sequence[DatasetEvaluator]
+) -> dict[str, Any]:
+    """The same for a wrapper of any model.
+
+    Args:
+        mapper: gives images as they are in the files, so that every copy is resized once: not from an image that was
+            resized for the plain test.
+    """
     results: dict[str, Any] = {}
     for name, evaluator in zip(cfg.DATASETS.TEST, evaluators, strict=True):
-        # Every copy is resized once, from the file: not from an image that was resized for the plain test.
-        mapper = DatasetMapper(False, augmentations=[], image_format=cfg.INPUT.FORMAT)
         loader = build_test_loader(cfg, name, mapper=mapper)
         results[name] = inference_on_dataset(augmented, loader, evaluator) or {}
         if comm.is_main_process():
