@@ -18,6 +18,7 @@ from pathlib import Path
 
 import av
 import numpy as np
+from av.video.stream import VideoStream
 
 from video_app.moving_shapes_render import CLASSES, render
 
@@ -85,6 +86,7 @@ def encode(path: Path, pictures: Sequence[np.ndarray], fps: int = FPS) -> None:
     height, width = pictures[0].shape[:2]
     with av.open(str(partial), "w", format="mp4") as file:
         stream = file.add_stream(_codec(), rate=fps)
+        assert isinstance(stream, VideoStream)
         stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
         # Several threads would cut the picture into slices, and the bytes would depend on the machine.
         stream.codec_context.thread_count = 1

@@ -20,8 +20,9 @@ from video_app.clips.reader import ClipError, FewerFrames, ReaderMissing, open_c
 from video_app.clips.sampling import SamplingPlan
 
 HEADER = struct.Struct("<II")
-# A decoder whose parent is gone and which hangs ends itself this much after the time limit.
-_GRACE_S = 10
+# A decoder whose parent is gone and which hangs ends itself this much after the time limit; loading a reader may take
+# that long.
+_GRACE_S = 90
 
 
 def main() -> None:
@@ -58,12 +59,12 @@ def _read(request: dict[str, Any]) -> tuple[dict[str, Any], np.ndarray]:
         held = len(clip)
         indices = plan.indices(clip.times_s)
         try:
-            frames = clip.read(indices.ravel(), request["short_side_px"])
+            frames = clip.read(indices.ravel().tolist(), request["short_side_px"])
         except FewerFrames as fewer:
             # The container claims too much: the clip is placed anew in what there is.
             held = fewer.held
             indices = plan.indices(clip.times_s[:held])
-            frames = clip.read(indices.ravel(), request["short_side_px"])
+            frames = clip.read(indices.ravel().tolist(), request["short_side_px"])
         answer = {
             "shape": [*indices.shape, *frames.shape[1:]],
             "indices": indices.tolist(),
@@ -81,7 +82,7 @@ def _send(answers: BinaryIO, answer: dict[str, Any], pixels: np.ndarray | None) 
     text = json.dumps(answer).encode()
     answers.write(HEADER.pack(len(text), 0 if pixels is None else pixels.nbytes) + text)
     if pixels is not None:
-        answers.write(memoryview(pixels).cast("B"))
+        answers.write(pixels.reshape(-1).data)
     answers.flush()
 
 

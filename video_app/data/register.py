@@ -66,7 +66,7 @@ def load_video_folder(root: str, classes: list[str] | None = None, name: str = "
 def _records(
     pairs: list[tuple[str, int]], root: str, classes: list[str], name: str, place: str
 ) -> list[dict[str, Any]]:
-    records = [
+    records: list[dict[str, Any]] = [
         {"file_name": os.path.join(root, path), "label": label, "video_id": number, "image_id": path}
         for number, (path, label) in enumerate(pairs)
     ]

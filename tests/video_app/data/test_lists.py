@@ -92,7 +92,7 @@ def test_the_mapper_reads_the_config(cfg: CfgNode, tmp_path: Path, video: Path) 
 
 
 def test_the_training_loader_replaces_bad_files(cfg: CfgNode, tmp_path: Path, video: Path) -> None:
-    """The loader of d2_frozen serves videos; workers make no difference, and a broken file costs its own sample only."""
+    """The loader of d2_frozen serves videos, with equal batches from workers, and without broken files."""
     (tmp_path / "broken.mp4").write_text("not a video")
     (tmp_path / "list.txt").write_text(f"{video} 0\nbroken.mp4 1\n")
     cfg.DATASETS.REGISTER = [{"name": "t_loader", "type": "video_list", "list": str(tmp_path / "list.txt")}]
