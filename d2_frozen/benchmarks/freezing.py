@@ -37,9 +37,10 @@ def compare(
     subjects = {
         name: _Subject(_config(config_file, options, freeze), now) for name, freeze in _SUBJECTS.items()
     }
+    # Evaluation first: while both have the same weights they find the same objects, and do the same work.
     for title, runs in (
-        ("training step", {name: s.train_step for name, s in subjects.items()}),
         ("evaluation image", {name: s.test_image for name, s in subjects.items()}),
+        ("training step", {name: s.train_step for name, s in subjects.items()}),
     ):
         result[title] = with_ratio(alternate(runs, rounds, warmup))
     result["peak memory MiB"] = _memory_in_children(config_file, options)
@@ -76,6 +77,7 @@ class _Subject:
         from d2_frozen.engine import FrozenTrainer
 
         self.now = now
+        torch.manual_seed(cfg.SEED)
         self.model = FrozenTrainer.build_model(cfg)
         self.optimizer = FrozenTrainer.build_optimizer(cfg, self.model)
         self.batches = iter(build_train_loader(cfg))
