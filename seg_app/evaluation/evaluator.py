@@ -17,10 +17,10 @@ import numpy as np
 from PIL import Image
 from tabulate import tabulate
 
+from d2_frozen.confusion import confusion_picture, mostly_taken_for
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.evaluation import SemSegEvaluator
 from seg_app.data.label_maps import read_label_map
-from seg_app.evaluation.pictures import confusion_picture
 
 logger = logging.getLogger("d2_frozen.seg_app.evaluation")
 
@@ -94,16 +94,13 @@ def class_table(classes: Sequence[str], counts: np.ndarray) -> str:
             rows.append([name, "-", "-", "0", "not in this dataset"])
             continue
         union = truth + int(counts[:, k].sum()) - hits
-        wrong = counts[k].copy()
-        wrong[k] = 0
-        mostly = f"{classes[int(wrong.argmax())]} {100 * wrong.max() / truth:.1f} %" if wrong.any() else "-"
         rows.append(
             [
                 name,
                 f"{100 * hits / union:.2f}",
                 f"{100 * hits / truth:.2f}",
                 f"{100 * truth / total:.2f}",
-                mostly,
+                mostly_taken_for(classes, counts, k),
             ]
         )
     return tabulate(

@@ -1,4 +1,4 @@
-"""Pictures of label maps: truth and prediction laid over the image, and the confusion matrix."""
+"""Pictures of label maps: truth and prediction laid over the image."""
 
 from __future__ import annotations
 
@@ -22,8 +22,6 @@ from seg_app.evaluation.inference import sliding_window_of
 
 _OPACITY = 0.6
 _LEGEND_CLASSES = 8
-_CELL_PX = (2, 24)  # of the confusion matrix, with many classes and with few
-_NAMED_CLASSES = 60
 
 
 def write_prediction_sheet(cfg: CfgNode, model: nn.Module, dataset_name: str, count: int) -> Path | None:
@@ -91,42 +89,3 @@ def _legend(
         cv2.putText(band, name, (x + 14, 14), cv2.FONT_HERSHEY_SIMPLEX, 0.38, (60, 60, 60), 1, cv2.LINE_AA)
         x = x1
     return band
-
-
-def confusion_picture(classes: Sequence[str], counts: np.ndarray) -> np.ndarray:
-    """(H, W, 3) uint8 RGB: a row per true class, dark where much of it is predicted as the class of the column.
-
-    Args:
-        counts: (K, K) pixels; rows are the truth. Rows without pixels are hatched grey.
-    """
-    K = len(classes)
-    named = K <= _NAMED_CLASSES
-    cell = _CELL_PX[1] if named else max(_CELL_PX[0], 1200 // K)
-    truth = counts.sum(axis=1, keepdims=True)
-    share = counts / np.maximum(truth, 1)
-    light, dark = np.array([247.0, 251.0, 255.0]), np.array([8.0, 48.0, 107.0])
-    cells = light + (dark - light) * np.sqrt(share)[..., None]  # the root shows small confusions
-    cells[truth[:, 0] == 0] = 200
-    matrix = np.kron(cells.round().astype(np.uint8), np.ones((cell, cell, 1), np.uint8))
-    margin = 8 + (7 * max(len(_short(name)) for name in classes) if named else 0)
-    picture = np.full(
-        (matrix.shape[0] + margin + 30, max(matrix.shape[1] + margin + 8, 230), 3), 255, np.uint8
-    )
-    picture[30 : 30 + matrix.shape[0], margin : margin + matrix.shape[1]] = matrix
-    grey = (60, 60, 60)
-    for y, line in ((12, "row: truth, column: prediction"), (25, "dark: large share of the row")):
-        cv2.putText(picture, line, (4, y), cv2.FONT_HERSHEY_SIMPLEX, 0.38, grey, 1, cv2.LINE_AA)
-    if named:
-        below = np.full((margin, matrix.shape[1], 3), 255, np.uint8)
-        sideways = np.ascontiguousarray(np.rot90(below, -1))
-        for k, name in enumerate(classes):
-            y = k * cell + cell // 2 + 4
-            place = (4, 30 + y)
-            cv2.putText(picture, _short(name), place, cv2.FONT_HERSHEY_SIMPLEX, 0.38, grey, 1, cv2.LINE_AA)
-            cv2.putText(sideways, _short(name), (4, y), cv2.FONT_HERSHEY_SIMPLEX, 0.38, grey, 1, cv2.LINE_AA)
-        picture[30 + matrix.shape[0] :, margin : margin + matrix.shape[1]] = np.rot90(sideways)
-    return picture
-
-
-def _short(name: str) -> str:
-    return str(name).split(",")[0].strip()[:18]

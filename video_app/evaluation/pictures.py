@@ -1,0 +1,103 @@
+"""A contact sheet: frames of test clips, what they are labelled, and what the model says with its scores."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import torch
+from torch import nn
+
+from d2_frozen.data import build_test_loader
+from d2_frozen.detection.pictures import predicted_pairs, write_sheet
+from detectron2.config import CfgNode
+from detectron2.data import DatasetCatalog
+from video_app.clips.mapper import ClipMapper
+from video_app.evaluation.evaluator import class_names
+
+_FRAMES = 6
+_FRAME_PX = 96
+_NAMED = 3
+_GREY, _GREEN, _RED = (60, 60, 60), (20, 120, 40), (180, 30, 30)
+
+
+def write_contact_sheet(cfg: CfgNode, model: nn.Module, dataset_name: str, count: int) -> Path | None:
+    """Test ``count`` videos spread over a dataset, with the views of the evaluation, and write them as one picture.
+
+    Args:
+        model: in any mode; it is left in the mode it came in.
+        count: number of videos; 0 writes nothing.
+    Returns:
+        Path of ``OUTPUT_DIR/inference/predictions_NAME.jpg``, or None.
+    """
+    classes = class_names(dataset_name)
+    mapper = ClipMapper.from_config(cfg, is_train=False)
+
+    def strip(item: dict[str, Any], result: dict[str, Any]) -> np.ndarray:
+        frames = None
+        if "video" in item:
+            # The middle crop of the middle clip; the crops of a clip lie side by side.
+            crops = mapper.num_crops
+            view = item["video"][mapper.plan.clips // 2 * crops + crops // 2]
+            frames = view.flip(1) if mapper.bgr else view
+        return clip_strip(classes, item["label"], frames, result["scores"], item.get("bad", ""))
+
+    try:
+        strips = predicted_pairs(
+            model,
+            len(DatasetCatalog.get(dataset_name)),
+            count,
+            lambda indices: build_test_loader(cfg, dataset_name, mapper=mapper, indices=indices),
+            strip,
+        )
+    finally:
+        mapper.decoder.close()
+    return write_sheet(cfg, dataset_name, strips)
+
+
+def clip_strip(
+    classes: Sequence[str],
+    label: int,
+    frames: torch.Tensor | None,
+    scores: torch.Tensor | None,
+    bad: str = "",
+) -> np.ndarray:
+    """One clip: up to six frames side by side, above them its label and the most likely classes.
+
+    Args:
+        frames: (T, 3, S, S) uint8 RGB; None for a bad video.
+        scores: (K,) probabilities; None for a bad video.
+        bad: why there are none.
+    Returns:
+        (h, w, 3) uint8 RGB; green text where the most likely class is the label, red where not.
+    """
+    width = _FRAMES * _FRAME_PX
+    row = np.full((_FRAME_PX, width, 3), 225, np.uint8)
+    if frames is not None:
+        shown = sorted({int(i) for i in np.linspace(0, len(frames) - 1, min(_FRAMES, len(frames)))})
+        for place, index in enumerate(shown):
+            picture = np.ascontiguousarray(frames[index].permute(1, 2, 0).cpu().numpy())
+            small = cv2.resize(picture, (_FRAME_PX, _FRAME_PX), interpolation=cv2.INTER_AREA)
+            row[:, place * _FRAME_PX : (place + 1) * _FRAME_PX] = small
+    band = np.full((40, width, 3), 255, np.uint8)
+    _text(band, 15, f"labelled: {_short(classes[label])}", _GREY)
+    if scores is None:
+        _text(band, 33, f"cannot be read: {bad or 'no scores'}", _RED)
+    else:
+        best = scores.float().cpu().sort(descending=True, stable=True)
+        named = [f"{_short(classes[k])} {p:.2f}" for p, k in zip(*(x[:_NAMED].tolist() for x in best))]
+        _text(band, 33, f"predicted: {', '.join(named)}", _GREEN if int(best.indices[0]) == label else _RED)
+    return np.vstack([band, row])
+
+
+def _text(band: np.ndarray, y: int, text: str, colour: tuple[int, int, int]) -> None:
+    # OpenCV's fonts have no letters beyond ASCII.
+    text = text.encode("ascii", "replace").decode()
+    cv2.putText(band, text, (4, y), cv2.FONT_HERSHEY_SIMPLEX, 0.42, colour, 1, cv2.LINE_AA)
+
+
+def _short(name: str) -> str:
+    return name if len(name) <= 26 else f"{name[:24]}.."
