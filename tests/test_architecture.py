@@ -23,6 +23,7 @@ ORDER = [
     "engine",
     "train_net",
     "benchmarks",
+    "study",
     "bench",
 ]
 APPS = {"seg_app", "video_app"}

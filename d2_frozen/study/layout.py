@@ -1,0 +1,124 @@
+"""Results of a table's jobs -> the table: rows, frozen beside full fine-tuning, mean and deviation over seeds.
+
+Out: markdown for people, csv for programs, a picture.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tabulate import tabulate
+
+from d2_frozen.study.tables import METRICS, SETTINGS, TITLES, Cell
+
+Results = dict[Cell, list[dict[str, Any]]]
+
+
+@dataclass
+class Score:
+    """One metric of one cell over its seeds."""
+
+    values: list[float] = field(default_factory=list)
+
+    @property
+    def mean(self) -> float:
+        return statistics.fmean(self.values) if self.values else math.nan
+
+    @property
+    def deviation(self) -> float:
+        """Sample standard deviation; NaN with fewer than two seeds."""
+        return statistics.stdev(self.values) if len(self.values) > 1 else math.nan
+
+    def __str__(self) -> str:
+        if not self.values:
+            return ""
+        return f"{self.mean:.1f}" + (f" ± {self.deviation:.1f}" if len(self.values) > 1 else "")
+
+
+def scores(cell: Cell, results: Sequence[dict[str, Any]]) -> dict[str, Score]:
+    """Heading of a column -> its values over the seeds."""
+    table: dict[str, Score] = {}
+    for (task, metric), heading in cell.metrics.items():
+        values = [r["metrics"][task][metric] for r in results if task in r["metrics"]]
+        table[heading] = Score([float(value) for value in values])
+    return table
+
+
+def markdown(results: Results, number: int) -> str:
+    """The table in the paper's layout, one block per task."""
+    blocks = [f"### Table {number}. {TITLES[number]}"]
+    for task in dict.fromkeys(cell.task for cell in results):
+        blocks.append(_block({cell: r for cell, r in results.items() if cell.task == task}, task))
+    return "\n\n".join(blocks) + "\n"
+
+
+def _block(results: Results, task: str) -> str:
+    headings = list(METRICS[task].values())
+    columns = [f"{setting} {heading}" for heading in headings for setting in SETTINGS]
+    rows = []
+    for row in dict.fromkeys(cell.row for cell in results):
+        of_setting = {cell.setting: (cell, results[cell]) for cell in results if cell.row == row}
+        line: list[str] = [row.replace("_", " ")]
+        for heading in headings:
+            for setting in SETTINGS:
+                cell_results = of_setting.get(setting)
+                line.append(str(scores(*cell_results)[heading]) if cell_results else "")
+        sizes = [
+            f"{r[1][0]['trainable'] / 1e6:.2f} M" if r and r[1] else ""
+            for r in (of_setting.get(setting) for setting in SETTINGS)
+        ]
+        runs = [str(len(of_setting[s][1])) for s in SETTINGS if s in of_setting]
+        rows.append([*line, *sizes, " / ".join(runs)])
+    headers = [task, *columns, *(f"{setting} trainable" for setting in SETTINGS), "runs"]
+    return tabulate(rows, headers=headers, tablefmt="github", disable_numparse=True)
+
+
+def csv_text(results: Results) -> str:
+    """One line per run and metric."""
+    file = io.StringIO()
+    writer = csv.writer(file, lineterminator="\n")
+    fields = ("trainable", "parameters", "iterations", "device", "torch", "engine", "commit")
+    writer.writerow(["table", "task", "cell", "row", "setting", "seed", "metric", "value", *fields])
+    for cell, runs in results.items():
+        for run in runs:
+            for (task, metric), _ in cell.metrics.items():
+                value = run["metrics"].get(task, {}).get(metric, "")
+                about = [run.get(name, "") for name in fields]
+                writer.writerow(
+                    [
+                        cell.table,
+                        cell.task,
+                        cell.name,
+                        cell.row,
+                        cell.setting,
+                        run["seed"],
+                        f"{task}/{metric}",
+                        value,
+                        *about,
+                    ]
+                )
+    return file.getvalue()
+
+
+def write_table(results: Results, number: int, folder: str | Path) -> Path:
+    """``tableN.md``, ``tableN.csv`` and ``tableN.png`` in ``folder``.
+
+    Returns:
+        The markdown file.
+    """
+    from d2_frozen.study.charts import bar_chart
+
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"table{number}.csv").write_text(csv_text(results))
+    bar_chart(results, number, folder / f"table{number}.png")
+    path = folder / f"table{number}.md"
+    path.write_text(markdown(results, number))
+    return path

@@ -1,0 +1,163 @@
+"""Run many jobs, several at a time, each in a process of its own; a failed one does not stop the others.
+
+Which jobs have finished is read from their folders: a queue that was killed goes on when it is started again.
+"""
+
+from __future__ import annotations
+
+import logging
+import multiprocessing
+import os
+import signal
+import time
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+from multiprocessing.connection import wait
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from types import FrameType
+
+from d2_frozen.study.jobs import Job
+from d2_frozen.study.worker import run_job_in_process
+
+logger = logging.getLogger(__name__)
+
+
+class LocalQueue:
+    """Jobs on this machine.
+
+    Args:
+        root: folder of the study.
+        parallel: jobs at a time.
+        threads: of CPU arithmetic, per job.
+        gpus: numbers of the GPUs to share between the jobs; empty for none, or whatever is visible.
+        num_gpus: GPUs per job.
+    """
+
+    def __init__(
+        self,
+        root: str | Path,
+        parallel: int = 1,
+        threads: int = 0,
+        gpus: Sequence[int] = (),
+        num_gpus: int = 1,
+    ) -> None:
+        self.root = str(root)
+        self.parallel = parallel
+        self.threads = threads
+        self.gpus = list(gpus)
+        self.num_gpus = num_gpus
+        self._stopped_by = 0
+
+    def run(self, jobs: Sequence[Job]) -> list[Job]:
+        """Run what has not finished yet. On SIGTERM and Ctrl-C running jobs save and leave, then so does this.
+
+        Returns:
+            The jobs that have not finished.
+        Raises:
+            ValueError: a finished job is that of another config.
+        """
+        left = [job for job in jobs if job.result(self.root) is None]
+        done, total, begun = len(jobs) - len(left), len(jobs), time.monotonic()
+        logger.info("%d of %d jobs have finished.", done, total)
+        if not left:
+            return []
+        open_names = {job.name for job in left}
+        waiting, first = list(left), done
+        running: dict[int, tuple[Job, BaseProcess]] = {}
+        context = _context()
+        free = list(range(self.parallel))
+        with _Signals(self._stop):
+            while (waiting or running) and not (self._stopped_by and not running):
+                while free and not self._stopped_by:
+                    job = _next(waiting, open_names)
+                    if job is None:
+                        break
+                    slot = free.pop(0)
+                    running[slot] = job, self._start(context, job, slot)
+                if not running:
+                    break  # what is left waits for jobs that failed
+                if self._stopped_by:
+                    self._pass_on(running)
+                for slot in _ended(running):
+                    job, process = running.pop(slot)
+                    free.append(slot)
+                    if self._outcome(job, process):
+                        open_names.discard(job.name)
+                        done += 1
+                        rate = (time.monotonic() - begun) / (done - first)
+                        eta = timedelta(seconds=int(rate * (total - done)))
+                        logger.info("%d/%d  %s finished  eta: %s", done, total, job.name, eta)
+        return [job for job in left if job.name in open_names]
+
+    def _start(self, context: multiprocessing.context.BaseContext, job: Job, slot: int) -> BaseProcess:
+        gpu = self.gpus[slot % len(self.gpus)] if self.gpus else None
+        process = context.Process(  # type: ignore[attr-defined]
+            target=run_job_in_process,
+            args=(job, self.root, self.threads, gpu, self.num_gpus),
+            name=job.name,
+        )
+        process.start()
+        logger.debug("%s started", job.name)
+        return process
+
+    def _outcome(self, job: Job, process: BaseProcess) -> bool:
+        process.join()
+        if job.result(self.root) is not None:
+            return True
+        if self._stopped_by:
+            return False
+        failure = job.failure(self.root) if process.exitcode == 1 else None
+        reason = failure["error"] if failure else f"exit code {process.exitcode}"
+        logger.error("%s failed: %s (%s)", job.name, reason, job.folder(self.root) / "output.txt")
+        return False
+
+    def _stop(self, number: int) -> None:
+        self._stopped_by = number
+        logger.warning(
+            "%s: running jobs save and leave; the same command goes on.", signal.Signals(number).name
+        )
+
+    def _pass_on(self, running: dict[int, tuple[Job, BaseProcess]]) -> None:
+        for _, process in running.values():
+            if process.pid and not getattr(process, "told", False):
+                os.kill(process.pid, signal.SIGTERM)
+                process.told = True  # type: ignore[attr-defined]
+
+
+class _Signals:
+    """Calls a function with the number on SIGTERM and SIGINT, instead of what they do otherwise."""
+
+    def __init__(self, call: Callable[[int], None]) -> None:
+        self._call = call
+
+    def __enter__(self) -> None:
+        def receive(number: int, frame: FrameType | None) -> None:
+            self._call(number)
+
+        self._before = {n: signal.signal(n, receive) for n in (signal.SIGTERM, signal.SIGINT)}
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+
+def _context() -> multiprocessing.context.BaseContext:
+    if "forkserver" not in multiprocessing.get_all_start_methods():
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["d2_frozen.study.preloaded"])
+    return context
+
+
+def _next(waiting: list[Job], unfinished: set[str]) -> Job | None:
+    """Take the first job that need not wait for another; None if there is none."""
+    for index, job in enumerate(waiting):
+        if job.evaluates not in unfinished:
+            return waiting.pop(index)
+    return None
+
+
+def _ended(running: dict[int, tuple[Job, BaseProcess]]) -> list[int]:
+    ended = set(wait([process.sentinel for _, process in running.values()], timeout=0.5))
+    return [slot for slot, (_, process) in running.items() if process.sentinel in ended]

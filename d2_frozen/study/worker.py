@@ -1,0 +1,141 @@
+"""Run one job in this process: ``train_net`` in the job's folder, then ``result.json``.
+
+A job that was interrupted goes on from its last checkpoint, and ends as an uninterrupted one would.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from d2_frozen.study.jobs import Job, write_json
+
+
+def run_job(job: Job, root: str | Path, threads: int = 0, gpu: int | None = None, num_gpus: int = 1) -> bool:
+    """
+    Args:
+        root: folder of the study.
+        threads: of CPU arithmetic in this process; 0 leaves them as they are.
+        gpu: number of the GPU to use; None for whatever is visible.
+        num_gpus: processes of the run, one per GPU.
+    Returns:
+        Has it finished? If not, ``failed.json`` says why.
+    """
+    folder = job.folder(root)
+    folder.mkdir(parents=True, exist_ok=True)
+    with _to_itself(folder):
+        if job.result(root) is not None:
+            return True
+        if gpu is not None:
+            os.environ["CUDA_VISIBLE_DEVICES"] = str(gpu)
+        try:
+            _run(job, Path(root), threads, num_gpus)
+        except Exception as err:
+            write_json(
+                folder / "failed.json",
+                {"error": f"{type(err).__name__}: {err}", "traceback": traceback.format_exc()},
+            )
+            return False
+        (folder / "failed.json").unlink(missing_ok=True)
+        return True
+
+
+def run_job_in_process(job: Job, root: str, threads: int, gpu: int | None, num_gpus: int) -> None:
+    """As :func:`run_job`, for a process of its own: what it prints goes to ``output.txt``, and the exit code tells."""
+    signal.signal(
+        signal.SIGINT, signal.SIG_IGN
+    )  # Ctrl-C reaches the queue, which asks its jobs to save and leave
+    folder = job.folder(root)
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "output.txt", "ab", buffering=0) as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    sys.exit(0 if run_job(job, root, threads, gpu, num_gpus) else 1)
+
+
+def _run(job: Job, root: Path, threads: int, num_gpus: int) -> None:
+    from d2_frozen import train_net
+    from detectron2.engine import launch
+
+    folder = job.folder(root)
+    options = [*job.options, "OUTPUT_DIR", str(folder)]
+    flags = ["--config-file", job.config_file, "--num-gpus", str(num_gpus)]
+    if job.evaluates is None:
+        flags += ["--resume"]
+    else:
+        flags += ["--eval-only"]
+        options += ["MODEL.WEIGHTS", str(root / job.evaluates / "model_final.pth")]
+    args = train_net.argument_parser().parse_args([*flags, *options])
+    launch(_train_and_record, num_gpus, dist_url=args.dist_url, args=(args, job, str(folder), threads))
+
+
+def _train_and_record(args: argparse.Namespace, job: Job, folder: str, threads: int) -> None:
+    import torch
+
+    from d2_frozen import train_net
+    from detectron2.utils import comm
+
+    if threads:
+        import cv2
+
+        torch.set_num_threads(threads)
+        cv2.setNumThreads(threads)
+    begun = time.monotonic()
+    metrics = train_net.main(args)
+    if not comm.is_main_process():
+        return
+    if not metrics:
+        raise ValueError(f"{job.config_file} evaluates nothing: DATASETS.TEST is empty.")
+    about = about_run(Path(folder))
+    write_json(
+        Path(folder) / "result.json",
+        {
+            "job": job.name,
+            "config_file": job.config_file,
+            "options": list(job.options),
+            "config_sha256": job.config_sha256(),
+            "metrics": metrics,
+            "seconds_of_last_start": time.monotonic() - begun,
+            **about,
+        },
+    )
+
+
+def about_run(folder: Path) -> dict[str, Any]:
+    """What a reported figure must name: parameters, iterations, machine, commit."""
+    from d2_frozen import tasks
+    from d2_frozen.benchmarks.measuring import machine_facts
+    from d2_frozen.engine.hooks import peak_memory_mib
+    from d2_frozen.summary import Counts, build_weightless
+
+    cfg = tasks.read_config(folder / "config.yaml")
+    counts = Counts.of(build_weightless(cfg))
+    return {
+        "trainable": counts.trainable,
+        "parameters": counts.total,
+        "iterations": cfg.SOLVER.MAX_ITER,
+        "seed": cfg.SEED,
+        "peak_memory_mib": peak_memory_mib(),
+        **machine_facts(),
+    }
+
+
+@contextlib.contextmanager
+def _to_itself(folder: Path) -> Iterator[None]:
+    """One process per job: another waits here until the first has ended. The system frees the lock of a dead one."""
+    try:
+        import fcntl
+    except ImportError:  # Windows: one queue per study there
+        yield
+        return
+    with open(folder / ".lock", "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield

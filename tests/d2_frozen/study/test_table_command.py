@@ -1,0 +1,101 @@
+"""``study table``: a killed queue continues, a finished job never runs twice, a failed one does not stop the rest."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from d2_frozen.study.__main__ import main
+from d2_frozen.study.jobs import Job
+
+CELLS = ("percent_10_frozen", "percent_10_full")
+
+
+def command(configs: Path, output: Path, *more: str) -> list[str]:
+    flags = ["table", "6", "--scale", "full", "--configs", str(configs), "--output", str(output)]
+    return [*flags, "--threads", "1", *more]
+
+
+def start(configs: Path, output: Path) -> subprocess.Popen:
+    whole = [sys.executable, "-m", "d2_frozen.study", *command(configs, output, "--cells", *CELLS)]
+    return subprocess.Popen(whole, start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+
+
+def wait_for(path: Path, process: subprocess.Popen) -> None:
+    while not path.exists():
+        assert process.poll() is None, process.communicate()[0].decode()
+        time.sleep(0.02)
+
+
+def values(folder: Path) -> list[dict[str, str]]:
+    with open(folder / "full" / "table6.csv") as file:
+        return [
+            {key: line[key] for key in ("cell", "seed", "metric", "value", "trainable")}
+            for line in csv.DictReader(file)
+        ]
+
+
+def test_killed_at_three_points_it_ends_with_the_table_of_an_uninterrupted_one(
+    configs: Path, tmp_path: Path
+) -> None:
+    whole = start(configs, tmp_path / "whole")
+    printed = whole.communicate()[0].decode()
+    assert whole.returncode == 0, printed
+    broken = tmp_path / "broken" / "full" / "table6" / "detection"
+    kills = (
+        "percent_10_frozen/seed1/model_0000001.pth",  # in the first training
+        "percent_10_frozen/seed1/result.json",  # between the two
+        "percent_10_full/seed1/model_0000003.pth",  # in the second
+    )
+    for file in kills:
+        process = start(configs, tmp_path / "broken")
+        wait_for(broken / file, process)
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    first = (broken / "percent_10_frozen/seed1/result.json").stat().st_mtime_ns
+    assert main(command(configs, tmp_path / "broken", "--cells", *CELLS)) == 0
+    assert values(tmp_path / "broken") == values(tmp_path / "whole") != []
+    assert (broken / "percent_10_frozen/seed1/result.json").stat().st_mtime_ns == first
+
+
+def test_a_failed_cell_is_reported_and_the_others_run(
+    configs: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    wanted = ("percent_10_frozen", "percent_100_frozen")
+    assert main(command(configs, tmp_path / "out", "--cells", *wanted, "--parallel", "2")) == 1
+    out, err = capsys.readouterr()
+    assert "percent_100_frozen/seed1: ValueError: MODEL.ROI_HEADS.NUM_CLASSES is 2" in err
+    assert {line["cell"] for line in values(tmp_path / "out")} == {"percent_10_frozen"}
+    assert "percent 100" in out and (tmp_path / "out/full/table6.png").stat().st_size > 1000
+    job = Job("table6/detection/percent_100_frozen/seed1", "")
+    assert "NUM_CLASSES" in (job.failure(tmp_path / "out/full") or {})["traceback"]
+
+
+def test_a_result_of_another_config_is_not_taken_for_this_ones(configs: Path, tmp_path: Path) -> None:
+    config = str(configs / "coco/table6/percent_10_frozen.yaml")
+    job = Job("one", config, ("SEED", "1"))
+    folder = job.folder(tmp_path)
+    folder.mkdir()
+    (folder / "result.json").write_text(json.dumps({"config_sha256": job.config_sha256()}))
+    assert job.result(tmp_path) is not None
+    elsewhere = Job("one", config, ("SEED", "1", "MODEL.DEVICE", "cuda", "DATALOADER.NUM_WORKERS", "9"))
+    assert elsewhere.result(tmp_path) is not None  # where and how fast does not matter
+    with pytest.raises(ValueError, match=r"holds the result of another config.*Remove that folder"):
+        Job("one", config, ("SEED", "2")).result(tmp_path)
+
+
+def test_a_cell_without_config_is_an_error_with_the_nearest_names(
+    configs: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    assert main(command(configs, tmp_path / "out", "--cells", "percent_11_frozen")) == 2
+    assert "no cell percent_11_frozen" in (err := capsys.readouterr().err) and "percent_10_frozen" in err
+    assert main(["table", "3", "--configs", str(tmp_path), "--output", str(tmp_path / "out")]) == 2
+    assert "no configs of table 3" in capsys.readouterr().err
