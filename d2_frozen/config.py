@@ -53,6 +53,10 @@ def _add_model_keys(cfg: CfgNode) -> None:
     cfg.MODEL.TIMM.PRETRAINED = ""
     # Feature maps to expose: res2..res5 have strides 4, 8, 16, 32 pixels.
     cfg.MODEL.TIMM.OUT_FEATURES = ["res2", "res3", "res4", "res5"]
+    # True: res5 passes through the network's own pretrained final norm (that in front of its classifier), where it has
+    # one, cell by cell. The norm is then a part of the bottom-up network: frozen with it, and in its fingerprint.
+    # Detection and segmentation take maps without it; video's heads have it. A plain ViT's map always has it.
+    cfg.MODEL.TIMM.FINAL_NORM = False
     # Stochastic depth rate of the bottom-up network; acts on its trained part only.
     cfg.MODEL.TIMM.DROP_PATH_RATE = 0.0
     # Further arguments of timm.create_model, by timm's names, in a yaml: {embed_dim: 64, depths: [2, 2, 6, 2]}.
@@ -62,6 +66,7 @@ def _add_model_keys(cfg: CfgNode) -> None:
     # Neck on top of the bottom-up network: "FPN" | "ResidualFPN" | "BiFPN" | "SimpleFeaturePyramid" (ViTDet's, for
     # plain ViTs; the other necks on a plain ViT get res2..res5 from the same trained branches).
     # "none" gives the head res2..res5 (seg_app's heads have a neck inside).
+    # MODEL.BACKBONE.NAME: build_frozen_bottom_up reads none of it: the network's own maps, a plain ViT's "plain" too.
     # MODEL.FPN.{IN_FEATURES, OUT_CHANNELS, NORM} hold for each neck, FUSE_TYPE for the two FPNs.
     # BiFPN needs a norm (GN, BN, SyncBN): without one, the signal fades from layer to layer.
     cfg.MODEL.NECK.NAME = "BiFPN"

@@ -1,6 +1,7 @@
 """What a model is made of: parts, parameters, trainable or frozen, dtype. Printed at the start of every run.
 
-For any config, without memory for its weights and without its data (class counts of -1 become those of COCO, ADE20K):
+For any config, without memory for its weights and without its data (class counts of -1 become those of COCO, ADE20K
+and Kinetics-400):
 
     python -m d2_frozen.summary --config-file configs/coco/table2/bifpn_htc_frozen.yaml [KEY VALUE ...]
     python -m d2_frozen.summary --table configs/coco        # one row per yaml: the table of docs/parameter_counts.md
@@ -22,8 +23,8 @@ from d2_frozen import tasks
 from d2_frozen.backbone import FrozenBackbone
 from detectron2.config import CfgNode
 
-# COCO's and ADE20K's, where the data is to tell.
-_CLASSES_IF_UNKNOWN = {"ROI_HEADS": 80, "SEM_SEG_HEAD": 150}
+# COCO's, ADE20K's and Kinetics-400's, where the data is to tell.
+_CLASSES_IF_UNKNOWN = {"ROI_HEADS": 80, "SEM_SEG_HEAD": 150, "VIDEO_HEAD": 400}
 
 
 def parts_table(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> str:
@@ -132,7 +133,8 @@ class Counts(NamedTuple):
 def build_weightless(cfg: CfgNode) -> nn.Module:
     """The model of a config on torch's meta device: every shape and no value, so that 3 B parameters fit anywhere.
 
-    MODEL.WEIGHTS and MODEL.TIMM.PRETRAINED are not read; a class count of -1 becomes that of COCO or ADE20K.
+    MODEL.WEIGHTS and MODEL.TIMM.PRETRAINED are not read; a class count of -1 becomes that of COCO, ADE20K or
+    Kinetics-400.
     """
     from detectron2.modeling import build_model
 
@@ -140,7 +142,7 @@ def build_weightless(cfg: CfgNode) -> nn.Module:
     cfg.defrost()
     cfg.MODEL.DEVICE, cfg.MODEL.TIMM.PRETRAINED = "meta", ""
     for heads, count in _CLASSES_IF_UNKNOWN.items():
-        if cfg.MODEL[heads].NUM_CLASSES < 0:
+        if heads in cfg.MODEL and cfg.MODEL[heads].NUM_CLASSES < 0:
             cfg.MODEL[heads].NUM_CLASSES = count
     with torch.device("meta"), _WithoutInitialValues():
         return build_model(cfg)

@@ -15,7 +15,10 @@ from torch import nn
 from detectron2.config import CfgNode, get_cfg
 
 # Meta-architecture -> package of the app. All others are detection's (R-CNNs, Detectron2's own models).
-APPS = {"FrozenSegmentor": "seg_app"}
+APPS = {
+    "FrozenSegmentor": "seg_app",
+    "FrozenVideoClassifier": "video_app",
+}
 DETECTION = "d2_frozen.detection"
 
 

@@ -12,9 +12,10 @@ def main() -> None:
     args = argument_parser().parse_args()
     task = tasks.task_of(tasks.read_config(args.config_file, args.opts))
     if task.name != "semantic segmentation":
+        own = ", ".join(name for name, app in tasks.APPS.items() if app == "seg_app")
         sys.exit(
             f"python -m seg_app: {args.config_file or 'the default config'} is a config of {task.name}: its "
-            f"MODEL.META_ARCHITECTURE is none of {', '.join(tasks.APPS)}. train_net.py runs any task."
+            f"MODEL.META_ARCHITECTURE is none of {own}. train_net.py runs any task."
         )
     console_main()
 

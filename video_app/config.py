@@ -1,20 +1,25 @@
-"""Every config key that video adds to this project's, its meaning above its default."""
+"""Every config key of video beside those of the heads (models/config.py) and of d2_frozen."""
 
 from __future__ import annotations
 
-import importlib
-
+from d2_frozen.config import add_frozen_config
 from detectron2.config import CfgNode
 
 
 def add_video_config(cfg: CfgNode) -> CfgNode:
-    """Add the keys of video to a config, in place. Needs ``add_frozen_config``'s before it.
+    """Add the keys of d2_frozen, of the heads and of this app, in place; register models, datasets, entry types.
 
     Returns:
         The same ``cfg``, for chaining.
     """
-    # Makes the video types of DATASETS.REGISTER known.
-    importlib.import_module("video_app.data")
+    # Imported here: a config of another task must not load video.
+    import video_app.data  # noqa: F401
+    from video_app.models import add_video_head_config
+
+    add_video_head_config(add_frozen_config(cfg))
+    cfg.MODEL.META_ARCHITECTURE = "FrozenVideoClassifier"
+    # Videos do not tell their sizes before they are read.
+    cfg.DATALOADER.ASPECT_RATIO_GROUPING = False
     cfg.VIDEO = CfgNode()
     _add_reading_keys(cfg.VIDEO)
     _add_clip_keys(cfg.VIDEO)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -27,6 +28,9 @@ from detectron2.modeling import BACKBONE_REGISTRY, Backbone
 
 # Detectron2's name of the map at each stride, in pixels per cell.
 STRIDE_NAMES = {4: "res2", 8: "res3", 16: "res4", 32: "res5"}
+# Where timm's networks have the norm in front of their classifier.
+_FINAL_NORMS = ("norm", "head_norm", "head.norm")
+logger = logging.getLogger(__name__)
 
 
 class TimmBackbone(Backbone):
@@ -39,11 +43,14 @@ class TimmBackbone(Backbone):
         out_features: of res2, res3, res4, res5 (strides 4, 8, 16, 32 pixels).
         name: what :meth:`FrozenBackbone.fingerprint` and messages call it.
         size_divisibility: height and width of images must be multiples of this, in pixels.
+        final_norm: res5 passes through the network's own norm (see :func:`final_norm_of`), kept as ``final_norm``,
+            where it has one.
     Raises:
         ValueError: the network has no map at the stride of a feature, or a feature's name is not known.
     """
 
     network: Any  # nn.Module does not declare what timm's models have beside forward
+    final_norm: nn.Module | None
 
     def __init__(
         self,
@@ -51,6 +58,7 @@ class TimmBackbone(Backbone):
         out_features: Sequence[str] = tuple(STRIDE_NAMES.values()),
         name: str = "",
         size_divisibility: int = 32,
+        final_norm: bool = False,
     ) -> None:
         super().__init__()
         self.name = name or type(network).__name__
@@ -68,8 +76,17 @@ class TimmBackbone(Backbone):
         self._indices = [index_of[f] for f in self._out_features]
         self._stage_names = _grouped_parameters(network, by_block=False)
         self._layer_names = _grouped_parameters(network, by_block=True)
+        if final_norm and "res5" not in out_features:
+            raise ValueError(
+                f"MODEL.TIMM.FINAL_NORM is for res5, but MODEL.TIMM.OUT_FEATURES is {list(out_features)}. Set it to "
+                "False."
+            )
+        found = final_norm_of(network, channels["res5"])[1] if final_norm else None
+        if final_norm and found is None:
+            logger.info("MODEL.TIMM.FINAL_NORM: %s has none; res5 is taken as it is.", self.name)
         self.network = network
         self.network.prune_intermediate_layers(self._indices, prune_norm=True, prune_head=True)
+        self.final_norm = found
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         """(B, 3, H, W) normalised images -> {name: (B, C, H / stride, W / stride)}."""
@@ -81,6 +98,8 @@ class TimmBackbone(Backbone):
             output_fmt="NCHW",
             intermediates_only=True,
         )
+        if self.final_norm is not None:
+            maps = [*maps[:-1], _normalised(maps[-1], self.final_norm)]
         return dict(zip(self._out_features, maps))
 
     @property
@@ -123,6 +142,7 @@ def create_timm_backbone(
     drop_path_rate: float = 0.0,
     in_channels: int = 3,
     arguments: Mapping[str, Any] | None = None,
+    final_norm: bool = False,
 ) -> TimmBackbone | PlainViT:
     """Build a timm network by name, load its weights, and take its feature pyramid, or the last map of a plain ViT.
 
@@ -131,6 +151,7 @@ def create_timm_backbone(
         pretrained: "" (random), "hub" (timm's weights, downloaded), or files as in :class:`WeightFiles`.
         drop_path_rate: stochastic depth; acts in training mode only, so never in a frozen part.
         arguments: more of ``timm.create_model``, such as ``embed_dim``.
+        final_norm: see :class:`TimmBackbone`; a plain ViT always has its own.
     Raises:
         ValueError: unknown name (the nearest ones are listed), no pyramid, or weights that do not fit.
         FileNotFoundError: no weights at ``pretrained``.
@@ -171,8 +192,12 @@ def create_timm_backbone(
         _pyramid(network, name)
         pad_before_shift(network)
     if files is not None:
-        load_weights(network, files, ignore=_head_prefixes(network, final_norm=not plain))
-    backbone = PlainViT(network, name) if plain else TimmBackbone(network, out_features, name=name)
+        load_weights(network, files, ignore=_head_prefixes(network, final_norm=not (plain or final_norm)))
+    backbone = (
+        PlainViT(network, name)
+        if plain
+        else TimmBackbone(network, out_features, name=name, final_norm=final_norm)
+    )
     assert not sharded or not any(p.is_meta for p in backbone.parameters())
     return backbone
 
@@ -188,7 +213,32 @@ def build_timm_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> TimmBackbone | 
         options.DROP_PATH_RATE,
         input_shape.channels,
         options.ARGS,
+        options.FINAL_NORM,
     )
+
+
+def final_norm_of(network: nn.Module, channels: int) -> tuple[str, nn.Module | None]:
+    """(name, module) of a timm network's norm in front of its classifier, if it is for maps of so many channels.
+
+    Some apply it before pooling (Swin), some after (ConvNeXt); either way it acts on vectors of channels, so on cells.
+    ``("", None)`` where there is none (ResNet, RegNet), or where it is a part of the last stage (PVT).
+    """
+    modules = dict(network.named_modules())
+    for name in _FINAL_NORMS:
+        norm = modules.get(name)
+        weight = getattr(norm, "weight", None)
+        if weight is not None and tuple(weight.shape) == (channels,):
+            return name, norm
+    return "", None
+
+
+def _normalised(feature: Tensor, norm: nn.Module) -> Tensor:
+    """(B, C, h, w) -> the same shape."""
+    if isinstance(norm, nn.GroupNorm) or type(norm).__name__.endswith(
+        "2d"
+    ):  # timm's, too: LayerNorm2d, RmsNorm2d
+        return norm(feature)
+    return norm(feature.permute(0, 2, 3, 1)).permute(0, 3, 1, 2).contiguous()
 
 
 def _pyramid(network: nn.Module, name: str) -> tuple[dict[str, int], dict[str, int]]:
@@ -229,11 +279,16 @@ def _checked_arguments(arguments: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _head_prefixes(network: nn.Module, final_norm: bool = True) -> tuple[str, ...]:
-    """Names of what is not used: the classifier, and for a pyramid the norm in front of it."""
+    """Names of what is not used: the classifier, and with ``final_norm`` the norm in front of it."""
     classifier = (getattr(network, "pretrained_cfg", None) or {}).get("classifier") or ()
     classifiers = [classifier] if isinstance(classifier, str) else list(classifier)
     norms = ("norm.", "head_norm.") if final_norm else ()
-    return tuple({*(f"{c}." for c in classifiers), "head.", "fc.", *norms})
+    head = getattr(network, "head", None)
+    heads = {"head."}
+    if not final_norm and isinstance(getattr(head, "norm", None), nn.Module):
+        assert isinstance(head, nn.Module)
+        heads = {f"head.{name}." for name, _ in head.named_children() if name != "norm"}
+    return tuple({*(f"{c}." for c in classifiers), *heads, "fc.", *norms})
 
 
 def _grouped_parameters(network: Any, by_block: bool) -> list[list[str]]:

@@ -26,16 +26,23 @@ def build_frozen_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> Backbone:
         ValueError: a neck, freeze or precision value that does not exist, or input features that do not.
         KeyError: no backbone is registered under MODEL.FROZEN.BOTTOM_UP.
     """
+    return build_neck(cfg, build_frozen_bottom_up(cfg, input_shape))
+
+
+@BACKBONE_REGISTRY.register()
+def build_frozen_bottom_up(cfg: CfgNode, input_shape: ShapeSpec) -> Backbone:
+    """MODEL.FROZEN.BOTTOM_UP, frozen by MODEL.BACKBONE.FREEZE: the network's own maps, nothing added.
+
+    Raises:
+        As :func:`build_frozen_backbone`.
+    """
     bottom_up = BACKBONE_REGISTRY.get(cfg.MODEL.FROZEN.BOTTOM_UP)(cfg, input_shape)
     if cfg.MODEL.BACKBONE.FREEZE == "all" and cfg.MODEL.TIMM.DROP_PATH_RATE:
         logging.getLogger(__name__).warning(
             "MODEL.TIMM.DROP_PATH_RATE is %s, but MODEL.BACKBONE.FREEZE: all leaves nothing for it to act on.",
             cfg.MODEL.TIMM.DROP_PATH_RATE,
         )
-    bottom_up = freeze_backbone(
-        bottom_up, freeze=cfg.MODEL.BACKBONE.FREEZE, precision=cfg.MODEL.FROZEN.PRECISION
-    )
-    return build_neck(cfg, bottom_up)
+    return freeze_backbone(bottom_up, freeze=cfg.MODEL.BACKBONE.FREEZE, precision=cfg.MODEL.FROZEN.PRECISION)
 
 
 def build_neck(cfg: CfgNode, bottom_up: Backbone) -> Backbone:

@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from d2_frozen import add_frozen_config
 from d2_frozen.data import build_train_loader, register_from_config
 from detectron2.config import CfgNode, get_cfg
 from detectron2.data import DatasetCatalog, MetadataCatalog
@@ -23,7 +22,7 @@ from video_app.prepare import main
 
 @pytest.fixture
 def cfg() -> CfgNode:
-    return add_video_config(add_frozen_config(get_cfg()))
+    return add_video_config(get_cfg())
 
 
 def test_paths_may_hold_blanks(tmp_path: Path) -> None:

@@ -1,0 +1,25 @@
+"""Video models. Importing registers FrozenVideoClassifier and the heads."""
+
+from video_app.models.classifier import FrozenVideoClassifier
+from video_app.models.config import add_video_head_config
+from video_app.models.heads import (
+    VIDEO_HEADS_REGISTRY,
+    AttentiveProbe,
+    GlobalVideoHead,
+    LinearVideoHead,
+    SpatialTemporalVideoHead,
+    TemporalVideoHead,
+    build_video_head,
+)
+
+__all__ = [
+    "VIDEO_HEADS_REGISTRY",
+    "AttentiveProbe",
+    "FrozenVideoClassifier",
+    "GlobalVideoHead",
+    "LinearVideoHead",
+    "SpatialTemporalVideoHead",
+    "TemporalVideoHead",
+    "add_video_head_config",
+    "build_video_head",
+]

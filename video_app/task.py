@@ -1,0 +1,38 @@
+"""What ``train_net`` needs to know of video."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from detectron2.config import CfgNode
+from video_app.config import add_video_config
+
+
+class VideoTask:
+    """See :class:`d2_frozen.tasks.Task`."""
+
+    name = "action recognition"
+
+    def add_config(self, cfg: CfgNode) -> CfgNode:
+        return add_video_config(cfg)
+
+    def prepare_datasets(self, cfg: CfgNode, train: bool) -> None:
+        from video_app.data.prepare import prepare_datasets
+
+        prepare_datasets(cfg, train=train)
+
+    def trainer(self) -> Any:
+        from video_app.trainer import VideoTrainer
+
+        return VideoTrainer
+
+    def write_pictures(self, cfg: CfgNode, model: nn.Module, dataset_name: str) -> Path | None:
+        from video_app.evaluation.pictures import write_contact_sheet
+
+        return write_contact_sheet(cfg, model, dataset_name, cfg.TEST.PICTURES)
+
+
+TASK = VideoTask()

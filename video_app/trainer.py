@@ -1,0 +1,38 @@
+"""Training and evaluation of video heads: d2_frozen's trainer with this app's clips and metrics."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from typing import Any
+
+from d2_frozen.data import build_test_loader, build_train_loader
+from d2_frozen.engine import FrozenTrainer
+from detectron2.config import CfgNode
+from detectron2.evaluation import DatasetEvaluator
+from video_app.clips.mapper import ClipMapper
+
+
+class VideoTrainer(FrozenTrainer):
+    """Args: see :class:`d2_frozen.engine.FrozenTrainer`."""
+
+    @classmethod
+    def build_train_loader(cls, cfg: CfgNode, start_iteration: int = 0) -> Iterable[list[dict[str, Any]]]:
+        """Batches of clips from iteration ``start_iteration`` on, by the contract of ``d2_frozen.data.draws``."""
+        mapper = ClipMapper.from_config(cfg, is_train=True)
+        return build_train_loader(cfg, start_iteration=start_iteration, mapper=mapper)
+
+    @classmethod
+    def build_test_loader(cls, cfg: CfgNode, dataset_name: str) -> Iterable[list[dict[str, Any]]]:
+        """One video per batch, with all of its views, in dataset order."""
+        return build_test_loader(cfg, dataset_name, mapper=ClipMapper.from_config(cfg, is_train=False))
+
+    @classmethod
+    def build_evaluator(
+        cls, cfg: CfgNode, dataset_name: str, output_folder: str | None = None
+    ) -> DatasetEvaluator:
+        """Top-1, top-5 and so on; files go to ``OUTPUT_DIR/inference``."""
+        from video_app.evaluation import TopKEvaluator
+
+        folder = output_folder or os.path.join(cfg.OUTPUT_DIR, "inference")
+        return TopKEvaluator(dataset_name, output_dir=folder)
