@@ -1,7 +1,10 @@
 """The paper's experiments as commands.
 
-python -m d2_frozen.study table 2 --scale mini --seeds 3 --parallel 2
-python -m d2_frozen.study table 6 --scale mini --cells percent_1_frozen percent_1_full
+    python -m d2_frozen.study table 2 --scale mini --seeds 3 --parallel 2
+    python -m d2_frozen.study table 6 --scale mini --cells percent_1_frozen percent_1_full
+    python -m d2_frozen.study sweep bifpn_layers --scale mini --seeds 3
+
+The same command goes on where it was stopped; ``--dry-run`` says what it would do.
 """
 
 from __future__ import annotations
@@ -10,22 +13,28 @@ import argparse
 import logging
 import subprocess
 import sys
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
+import yaml
 from tabulate import tabulate
 
 from d2_frozen.study.jobs import Job
-from d2_frozen.study.layout import Results, write_table
+from d2_frozen.study.layout import write_sweep, write_table
+from d2_frozen.study.probe import Estimate, disk_free_mib, probe
 from d2_frozen.study.queue import LocalQueue
-from d2_frozen.study.tables import TITLES, Cell, cells_of
+from d2_frozen.study.slurm import SlurmQueue
+from d2_frozen.study.sweeps import SWEEPS, points_of
+from d2_frozen.study.tables import TITLES, cells_of
 
 logger = logging.getLogger("d2_frozen.study")
 
 # What the mini scale trains on, by task: commands that generate it, and do nothing where it is complete.
 _WORLDS = {
-    "detection": ["d2_frozen.data.shapes", "--output", "datasets/shapes"],
-    "segmentation": ["d2_frozen.data.shapes", "--output", "datasets/shapes"],
-    "video": ["video_app.moving_shapes", "--output", "datasets/moving_shapes"],
+    "detection": ("d2_frozen.data.shapes", "--output", "datasets/shapes"),
+    "segmentation": ("d2_frozen.data.shapes", "--output", "datasets/shapes"),
+    "video": ("video_app.moving_shapes", "--output", "datasets/moving_shapes"),
 }
 
 
@@ -33,13 +42,13 @@ def main(arguments: list[str] | None = None) -> int:
     """Command line.
 
     Returns:
-        The exit code: 1 if a job has not finished.
+        The exit code: 1 if a job has not finished, 2 for what cannot be asked.
     """
     args = _parser().parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     try:
         return args.run(args)
-    except (FileNotFoundError, ValueError) as err:
+    except (FileNotFoundError, ValueError, ImportError) as err:
         print(f"error: {err}", file=sys.stderr)
         return 2
 
@@ -47,47 +56,108 @@ def main(arguments: list[str] | None = None) -> int:
 def run_table(args: argparse.Namespace) -> int:
     """``table``: run what has not finished of a table, then write the table of what has."""
     cells = cells_of(args.number, args.scale, args.configs, args.cells)
-    seeds = range(1, args.seeds + 1)
-    jobs = {cell: cell.jobs(seeds, args.options) for cell in cells}
-    root = Path(args.output) / args.scale
-    # Seed by seed, so that an early table has a value in every cell.
-    in_order = [job for of_seed in zip(*jobs.values()) for job in of_seed]
-    if args.dry_run:
-        print(_plan(in_order, root))
+    jobs = {cell: cell.jobs(range(1, args.seeds + 1), args.options) for cell in cells}
+    left = _run(args, list(jobs.values()), {cell.task for cell in cells})
+    if left is None:
         return 0
-    if args.scale == "mini":
-        _generate({cell.task for cell in cells})
-    queue = LocalQueue(root, args.parallel, args.threads, args.gpus, args.num_gpus)
-    left = queue.run(in_order)
-    results = _results(jobs, root)
-    path = write_table(results, args.number, root)
+    root = _root(args)
+    path = write_table({cell: _finished(of_cell, root) for cell, of_cell in jobs.items()}, args.number, root)
+    return _report(path, left, root)
+
+
+def run_sweep(args: argparse.Namespace) -> int:
+    """``sweep``: run what has not finished of a sweep, then write its table and curve."""
+    seeds = range(1, args.seeds + 1)
+    points = points_of(args.name, args.scale, args.configs, seeds, args.values, args.options)
+    left = _run(args, [point.jobs for point in points], {point.cell.task for point in points})
+    if left is None:
+        return 0
+    root = _root(args)
+    finished = [(point, _finished(point.jobs, root)) for point in points]
+    return _report(write_sweep(args.name, SWEEPS[args.name].title, finished, root), left, root)
+
+
+def _run(args: argparse.Namespace, groups: Sequence[Sequence[Job]], tasks: set[str]) -> list[Job] | None:
+    """Run the groups seed by seed, so that an early table has a value in every cell.
+
+    Returns:
+        The jobs that have not finished; None with --dry-run.
+    """
+    jobs = [job for of_seed in zip(*groups) for job in of_seed]
+    if args.scale == "mini" and not (args.dry_run and args.no_probe):
+        for command in {_WORLDS[task] for task in tasks}:
+            subprocess.run([sys.executable, "-m", *command], check=True)
+    if args.dry_run:
+        print(_plan(args, jobs, len(groups)))
+        return None
+    queue: LocalQueue | SlurmQueue
+    if args.slurm is None:
+        queue = LocalQueue(_root(args), args.parallel, args.threads, args.gpus, args.num_gpus)
+    else:
+        settings = dict(_setting(text) for text in args.slurm)
+        queue = SlurmQueue(_root(args), args.parallel, args.threads, args.num_gpus, settings)
+    return queue.run(jobs)
+
+
+def _root(args: argparse.Namespace) -> Path:
+    return Path(args.output) / args.scale
+
+
+def _finished(jobs: Iterable[Job], root: Path) -> list[dict[str, Any]]:
+    return [result for job in jobs if (result := job.result(root)) is not None]
+
+
+def _report(path: Path, left: Sequence[Job], root: Path) -> int:
     print(path.read_text())
-    print(f"written to {path}, .csv and .png beside it")
+    print(f"written to {path}; .csv and .png lie beside it")
     for job in left:
         failure = job.failure(root)
-        reason = failure["error"] if failure else "not finished"
-        print(f"{job.name}: {reason}", file=sys.stderr)
+        print(f"{job.name}: {failure['error'] if failure else 'not finished'}", file=sys.stderr)
     return 1 if left else 0
 
 
-def _results(jobs: dict[Cell, list[Job]], root: Path) -> Results:
-    return {
-        cell: [result for job in of_cell if (result := job.result(root)) is not None]
-        for cell, of_cell in jobs.items()
-    }
+def _plan(args: argparse.Namespace, jobs: Sequence[Job], models: int) -> str:
+    """What would run. Each model is probed once: with the first seed."""
+    root = _root(args)
+    states = [
+        "finished" if job.result(root) is not None else "failed" if job.failure(root) else "to do"
+        for job in jobs
+    ]
+    if args.no_probe:
+        listed = [[job.name, job.config_file, state] for job, state in zip(jobs, states)]
+        return tabulate(listed, headers=["job", "config", "state"])
+    estimates = dict(zip(range(models), probe(jobs[:models], args.threads, args.num_gpus)))
+    rows: list[list[Any]] = []
+    hours = disk = 0.0
+    for index, (job, state) in enumerate(zip(jobs, states)):
+        estimate = estimates[index % models]
+        if isinstance(estimate, Estimate) and job.evaluates is None:
+            size = [f"{estimate.trainable / 1e6:.2f} M", str(estimate.iterations)]
+            rows.append([job.name, state, *size, f"{estimate.hours:.2f} h", f"{estimate.disk_mib:.0f} MiB"])
+            if state != "finished":
+                hours, disk = hours + estimate.hours, disk + estimate.disk_mib
+        else:
+            why = "evaluates another job" if job.evaluates else str(estimate)[:60]
+            rows.append([job.name, state, "", "", why, ""])
+    headers = ["job", "state", "trainable", "iterations", "training", "disk"]
+    free = disk_free_mib(root)
+    lines = [
+        tabulate(rows, headers=headers, disable_numparse=True),
+        f"To do: {hours:.1f} h of training without evaluations, {hours / args.parallel:.1f} h with "
+        f"{args.parallel} at a time; {disk:.0f} MiB of {free:.0f} MiB free on the disk.",
+    ]
+    if disk > free:
+        lines.append(
+            "The disk is too small: raise SOLVER.CHECKPOINT_PERIOD with --options, or choose another --output."
+        )
+    return "\n".join(lines)
 
 
-def _plan(jobs: list[Job], root: Path) -> str:
-    rows = []
-    for job in jobs:
-        state = "finished" if job.result(root) is not None else "failed" if job.failure(root) else "to do"
-        rows.append([job.name, job.config_file, state])
-    return tabulate(rows, headers=["job", "config", "state"])
-
-
-def _generate(task_names: set[str]) -> None:
-    for command in {tuple(_WORLDS[task]) for task in task_names}:
-        subprocess.run([sys.executable, "-m", *command], check=True)
+def _setting(text: str) -> tuple[str, Any]:
+    key, sign, value = text.partition("=")
+    if not sign:
+        raise ValueError(f"--slurm takes NAME=VALUE, e.g. slurm_partition=gpu; {text!r} is none.")
+    return key, yaml.safe_load(value)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -100,26 +170,40 @@ def _parser() -> argparse.ArgumentParser:
     table = commands.add_parser("table", help="run the cells of a table, and write it")
     table.add_argument("number", type=int, choices=sorted(TITLES), help="of the paper's table")
     table.add_argument("--cells", nargs="+", default=[], metavar="NAME", help="cells or tasks; default: all")
-    table.add_argument(
-        "--options", nargs="*", default=[], metavar="KEY VALUE", help="over the configs of all cells"
-    )
-    table.add_argument("--dry-run", action="store_true", help="say what would run")
-    _add_common(table)
+    _add_queue_flags(table)
     table.set_defaults(run=run_table)
+    sweep = commands.add_parser("sweep", help="score against trainable parameters")
+    sweep.add_argument("name", choices=sorted(SWEEPS))
+    sweep.add_argument("--values", nargs="+", type=int, default=[], help="instead of the sweep's own")
+    _add_queue_flags(sweep)
+    sweep.set_defaults(run=run_sweep)
     return parser
 
 
-def _add_common(parser: argparse.ArgumentParser) -> None:
+def _add_queue_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--scale", choices=("mini", "full"), default="mini")
-    parser.add_argument("--seeds", type=int, default=1, metavar="K", help="run each cell with seeds 1 to K")
+    parser.add_argument("--seeds", type=int, default=1, metavar="K", help="run each model with seeds 1 to K")
     parser.add_argument("--configs", default="configs", metavar="DIR", help="the repository's configs folder")
+    parser.add_argument("--options", nargs="*", default=[], metavar="KEY VALUE", help="over all configs")
     parser.add_argument("--output", default="output/study", metavar="DIR")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="say what would run, and how long it would take"
+    )
+    parser.add_argument(
+        "--no-probe", action="store_true", help="with --dry-run: without running first iterations"
+    )
     parser.add_argument("--parallel", type=int, default=1, metavar="N", help="jobs at a time")
     parser.add_argument("--threads", type=int, default=0, metavar="N", help="of CPU arithmetic, per job")
     parser.add_argument(
         "--gpus", nargs="*", type=int, default=[], metavar="NUMBER", help="shared between the jobs"
     )
     parser.add_argument("--num-gpus", type=int, default=1, metavar="N", help="per job")
+    parser.add_argument(
+        "--slurm",
+        nargs="*",
+        metavar="NAME=VALUE",
+        help="on a cluster, with submitit's parameters, e.g. slurm_partition=gpu",
+    )
 
 
 if __name__ == "__main__":

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from matplotlib.figure import Figure
 
 from d2_frozen.study.layout import Results, scores
+from d2_frozen.study.sweeps import Point
 from d2_frozen.study.tables import METRICS, SETTINGS, TITLES
 
 _COLOURS = {"frozen": "#2b6cb0", "full": "#c8c8c8"}
@@ -40,4 +43,22 @@ def bar_chart(results: Results, number: int, path: str | Path) -> None:
         axis.spines[["top", "right"]].set_visible(False)
     axes[-1].legend(frameon=False, loc="lower right")
     figure.suptitle(f"Table {number}. {TITLES[number]}", fontsize=10)
+    figure.savefig(path, dpi=120)
+
+
+def curve(title: str, points: Sequence[tuple[Point, list[dict[str, Any]]]], path: str | Path) -> None:
+    """A panel per metric: score over millions of trainable parameters, deviation as a whisker."""
+    headings = list(METRICS[points[0][0].cell.task].values())
+    figure = Figure(figsize=(4.6 * len(headings), 3.4), layout="constrained")
+    for axis, heading in zip(figure.subplots(1, len(headings), squeeze=False)[0], headings):
+        found = [(p.label, r[0]["trainable"] / 1e6, scores(p.cell, r)[heading]) for p, r in points if r]
+        spread = [0.0 if len(score.values) < 2 else score.deviation for _, _, score in found]
+        sizes, means = [size for _, size, _ in found], [score.mean for _, _, score in found]
+        axis.errorbar(sizes, means, yerr=spread, marker="o", capsize=3, color=_COLOURS["frozen"])
+        for label, size, score in found:
+            axis.annotate(label, (size, score.mean), xytext=(4, 6), textcoords="offset points", fontsize=8)
+        axis.set_xlabel("trainable parameters, millions")
+        axis.set_ylabel(heading)
+        axis.spines[["top", "right"]].set_visible(False)
+    figure.suptitle(title, fontsize=10)
     figure.savefig(path, dpi=120)

@@ -16,6 +16,7 @@ from typing import Any
 
 from tabulate import tabulate
 
+from d2_frozen.study.sweeps import Point
 from d2_frozen.study.tables import METRICS, SETTINGS, TITLES, Cell
 
 Results = dict[Cell, list[dict[str, Any]]]
@@ -122,3 +123,53 @@ def write_table(results: Results, number: int, folder: str | Path) -> Path:
     path = folder / f"table{number}.md"
     path.write_text(markdown(results, number))
     return path
+
+
+def sweep_markdown(title: str, points: Sequence[tuple[Point, list[dict[str, Any]]]]) -> str:
+    """A line per point: its label, trainable parameters, and every metric as mean and deviation."""
+    task = points[0][0].cell.task
+    rows = []
+    for point, runs in points:
+        values = scores(point.cell, runs)
+        size = f"{runs[0]['trainable'] / 1e6:.2f} M" if runs else ""
+        rows.append([point.label, size, *(str(score) for score in values.values()), str(len(runs))])
+    headers = [title, "trainable", *METRICS[task].values(), "runs"]
+    return f"### {title}\n\n{tabulate(rows, headers=headers, tablefmt='github', disable_numparse=True)}\n"
+
+
+def write_sweep(
+    name: str, title: str, points: Sequence[tuple[Point, list[dict[str, Any]]]], folder: Path
+) -> Path:
+    """``sweep_NAME.md``, ``.csv`` and ``.png`` in ``folder``.
+
+    Returns:
+        The markdown file.
+    """
+    from d2_frozen.study.charts import curve
+
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = [csv_line for point, runs in points for csv_line in _sweep_lines(point, runs)]
+    with open(folder / f"sweep_{name}.csv", "w", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerows([["point", "seed", "trainable", "metric", "value", "device", "commit"], *lines])
+    curve(title, points, folder / f"sweep_{name}.png")
+    path = folder / f"sweep_{name}.md"
+    path.write_text(sweep_markdown(title, points))
+    return path
+
+
+def _sweep_lines(point: Point, runs: Sequence[dict[str, Any]]) -> list[list[Any]]:
+    return [
+        [
+            point.label,
+            r["seed"],
+            r["trainable"],
+            f"{task}/{metric}",
+            r["metrics"][task][metric],
+            r["device"],
+            r["commit"],
+        ]
+        for r in runs
+        for task, metric in point.cell.metrics
+        if task in r["metrics"]
+    ]
