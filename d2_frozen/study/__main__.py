@@ -3,6 +3,7 @@
     python -m d2_frozen.study table 2 --scale mini --seeds 3 --parallel 2
     python -m d2_frozen.study table 6 --scale mini --cells percent_1_frozen percent_1_full
     python -m d2_frozen.study sweep bifpn_layers --scale mini --seeds 3
+    python -m d2_frozen.study report --scale mini
 
 The same command goes on where it was stopped; ``--dry-run`` says what it would do.
 """
@@ -24,6 +25,7 @@ from d2_frozen.study.jobs import Job
 from d2_frozen.study.layout import write_sweep, write_table
 from d2_frozen.study.probe import Estimate, disk_free_mib, probe
 from d2_frozen.study.queue import LocalQueue
+from d2_frozen.study.report import write_report
 from d2_frozen.study.slurm import SlurmQueue
 from d2_frozen.study.sweeps import SWEEPS, points_of
 from d2_frozen.study.tables import TITLES, cells_of
@@ -75,6 +77,12 @@ def run_sweep(args: argparse.Namespace) -> int:
     root = _root(args)
     finished = [(point, _finished(point.jobs, root)) for point in points]
     return _report(write_sweep(args.name, SWEEPS[args.name].title, finished, root), left, root)
+
+
+def run_report(args: argparse.Namespace) -> int:
+    """``report``: one page of what lies in the folder of the study."""
+    print(f"written to {write_report(_root(args))}, and report.md beside it")
+    return 0
 
 
 def _run(args: argparse.Namespace, groups: Sequence[Sequence[Job]], tasks: set[str]) -> list[Job] | None:
@@ -177,15 +185,22 @@ def _parser() -> argparse.ArgumentParser:
     sweep.add_argument("--values", nargs="+", type=int, default=[], help="instead of the sweep's own")
     _add_queue_flags(sweep)
     sweep.set_defaults(run=run_sweep)
+    report = commands.add_parser("report", help="one page of everything that has run")
+    _add_place_flags(report)
+    report.set_defaults(run=run_report)
     return parser
 
 
-def _add_queue_flags(parser: argparse.ArgumentParser) -> None:
+def _add_place_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--scale", choices=("mini", "full"), default="mini")
+    parser.add_argument("--output", default="output/study", metavar="DIR", help="results go to DIR/SCALE")
+
+
+def _add_queue_flags(parser: argparse.ArgumentParser) -> None:
+    _add_place_flags(parser)
     parser.add_argument("--seeds", type=int, default=1, metavar="K", help="run each model with seeds 1 to K")
     parser.add_argument("--configs", default="configs", metavar="DIR", help="the repository's configs folder")
     parser.add_argument("--options", nargs="*", default=[], metavar="KEY VALUE", help="over all configs")
-    parser.add_argument("--output", default="output/study", metavar="DIR")
     parser.add_argument(
         "--dry-run", action="store_true", help="say what would run, and how long it would take"
     )
