@@ -6,10 +6,11 @@ An app is a package with a module ``task`` in which an object ``TASK`` has the a
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
+import numpy as np
 from torch import nn
 
 from detectron2.config import CfgNode, get_cfg
@@ -22,8 +23,18 @@ APPS = {
 DETECTION = "d2_frozen.detection"
 
 
+class Classes(NamedTuple):
+    """What a head tells apart, in the order of its class ids.
+
+    names: for people. ids: the data's own numbers for them (COCO's category ids, values in label maps).
+    """
+
+    names: list[str]
+    ids: list[int]
+
+
 class Task(Protocol):
-    """What ``train_net`` needs to know of a task. Nothing of it is imported before it is used."""
+    """What ``train_net`` and ``predict`` need to know of a task. Nothing of it is imported before it is used."""
 
     # In words, for messages: "detection".
     name: str
@@ -39,6 +50,83 @@ class Task(Protocol):
 
     def write_pictures(self, cfg: CfgNode, model: nn.Module, dataset_name: str) -> Path | None:
         """Predictions beside the truth, as one picture; None where the config asks for none."""
+
+    def classes(self, cfg: CfgNode) -> Classes | None:
+        """Of the registered data that ``cfg`` trains on; None where it does not name them. Goes into checkpoints."""
+
+    def prediction(self, cfg: CfgNode, classes: Classes | None) -> Prediction | ClipPrediction:
+        """How a head with this config predicts, without its data; lacking ``classes``, they are called by number.
+
+        A class count of -1 is filled in, in place; ValueError where there are no classes to count.
+        """
+
+
+class Prediction(Protocol):
+    """A head that predicts pictures: what it wants of them, and what becomes of its results."""
+
+    def testing_model(self, model: nn.Module) -> nn.Module:
+        """What is called to test: the model, or a wrapper of it."""
+
+    def input_size(self, height: int, width: int) -> tuple[int, int]:
+        """(height, width) in pixels to which a picture of this size is resized."""
+
+    def output_size(self, height: int, width: int) -> tuple[int, int]:
+        """(height, width) of the results that the model is asked for; may be smaller, to save memory."""
+
+    def compact(self, result: dict[str, Any]) -> dict[str, Any]:
+        """The model's result, on the CPU and without what is not needed any more; of a compact one, itself."""
+
+    def record(
+        self, result: dict[str, Any], height: int, width: int, folder: Path, name: str
+    ) -> dict[str, Any]:
+        """What to store of a result, as plain values.
+
+        What is no text goes into files of ``folder``, named by ``name``: the picture's, without suffix, perhaps with /.
+        """
+
+    def draw(self, picture: np.ndarray, result: dict[str, Any], min_score: float) -> np.ndarray:
+        """A result on its picture, (H, W, 3) uint8 RGB, without what scores lower; a new array."""
+
+    def collect(self, records: Iterable[dict[str, Any]], folder: Path) -> Path | None:
+        """All records of a run in the file format of the task; None where the records are all there is.
+
+        Each is what ``record`` gave, with "file", "height", "width", and in videos "frame" and "seconds".
+        """
+
+
+class ClipPrediction(Protocol):
+    """A head that predicts videos, clip by clip."""
+
+    def clips(self, path: Path) -> Iterator[tuple[float, float, dict[str, Any]]]:
+        """(start, end) in seconds and the model's input, of every clip of a video, in order."""
+
+    def record(self, result: dict[str, Any]) -> dict[str, Any]:
+        """What to store of the model's result, as plain values."""
+
+    def draw(self, picture: np.ndarray, record: dict[str, Any], min_score: float) -> np.ndarray:
+        """A clip's record on one of its frames, (H, W, 3) uint8 RGB, without what scores lower; a new array."""
+
+
+def fill_class_count(heads: CfgNode, classes: Classes | None, key: str) -> int:
+    """``heads.NUM_CLASSES``, taken from ``classes`` where it is -1; ``key`` is its full name, for the error.
+
+    Raises:
+        ValueError: -1 and no classes, or another number than there are names.
+    """
+    if heads.NUM_CLASSES < 0 and classes is None:
+        raise ValueError(
+            f"{key} is -1 (take it from the data), and the file of the head does not name its classes. Give the "
+            "config.yaml that training wrote (--config-files), or set the number."
+        )
+    if classes is not None and heads.NUM_CLASSES not in (-1, len(classes.names)):
+        raise ValueError(
+            f"{key} is {heads.NUM_CLASSES}, but the file of the head names {len(classes.names)} classes. Give the "
+            "config it was trained with."
+        )
+    if heads.NUM_CLASSES < 0:
+        assert classes is not None
+        heads.NUM_CLASSES = len(classes.names)
+    return int(heads.NUM_CLASSES)
 
 
 def task_of(cfg: CfgNode) -> Task:

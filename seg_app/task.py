@@ -1,4 +1,4 @@
-"""What ``train_net`` needs to know of semantic segmentation."""
+"""What ``train_net`` and ``predict`` need to know of semantic segmentation."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from d2_frozen.tasks import Classes, Prediction
 from detectron2.config import CfgNode
 from seg_app.config import add_segmentation_config
 
@@ -33,6 +34,16 @@ class SegmentationTask:
         from seg_app.evaluation.pictures import write_prediction_sheet
 
         return write_prediction_sheet(cfg, model, dataset_name, cfg.TEST.PICTURES)
+
+    def classes(self, cfg: CfgNode) -> Classes | None:
+        from seg_app.data.prepare import classes_of
+
+        return next((found for name in cfg.DATASETS.TRAIN if (found := classes_of(name))), None)
+
+    def prediction(self, cfg: CfgNode, classes: Classes | None) -> Prediction:
+        from seg_app.prediction import SegmentationPrediction
+
+        return SegmentationPrediction(cfg, classes)
 
 
 TASK = SegmentationTask()

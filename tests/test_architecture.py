@@ -22,6 +22,8 @@ ORDER = [
     "detection",
     "engine",
     "train_net",
+    "prediction",
+    "predict",
     "benchmarks",
     "study",
     "bench",

@@ -9,6 +9,7 @@ from d2_frozen.backbone.frozen import (
     freeze_stages,
 )
 from d2_frozen.backbone.plain_vit import PLAIN_FEATURE, PlainViT
+from d2_frozen.backbone.shared import PassMemory, frozen_parts, share_equal_backbones
 from d2_frozen.backbone.timm_backbone import TimmBackbone, build_timm_backbone, create_timm_backbone
 from d2_frozen.backbone.weight_files import WeightFiles
 from d2_frozen.backbone.weights import load_weights, read_weights, save_weights
@@ -18,6 +19,7 @@ __all__ = [
     "PRECISIONS",
     "FrozenBackbone",
     "PartlyFrozenBackbone",
+    "PassMemory",
     "PlainViT",
     "TimmBackbone",
     "WeightFiles",
@@ -26,7 +28,9 @@ __all__ = [
     "exclude_frozen_from_ddp",
     "freeze_backbone",
     "freeze_stages",
+    "frozen_parts",
     "load_weights",
     "read_weights",
     "save_weights",
+    "share_equal_backbones",
 ]

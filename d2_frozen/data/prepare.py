@@ -13,6 +13,7 @@ from d2_frozen.data.register import entry_of, load_coco_instances, register_from
 from d2_frozen.data.semantic_maps import check_semantic_maps
 from d2_frozen.data.subset import check_subset
 from d2_frozen.data.written import write_about
+from d2_frozen.tasks import Classes
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.utils import comm
@@ -97,15 +98,23 @@ def resolve_num_classes(cfg: CfgNode, names: Sequence[str] | None = None) -> int
 
 def class_names(name: str) -> list[str] | None:
     """Class names of a registered dataset in the order of class ids; None if it does not tell."""
+    found = classes_of(name)
+    return None if found is None else found.names
+
+
+def classes_of(name: str) -> Classes | None:
+    """Names and the data's own category ids of a registered dataset; None if it does not tell."""
     metadata = MetadataCatalog.get(name)
     known = metadata.get("thing_classes", None)
     if known is not None:
-        return list(known)
+        own_ids = metadata.get("thing_dataset_id_to_contiguous_id", None)
+        numbers = range(len(known)) if own_ids is None else sorted(own_ids, key=own_ids.__getitem__)
+        return Classes(list(known), [int(number) for number in numbers])
     if metadata.get("evaluator_type", None) != "coco" or metadata.get("json_file", None) is None:
         return None
     with PathManager.open(metadata.json_file) as file:
-        categories = json.load(file)["categories"]
-    return [category["name"] for category in sorted(categories, key=lambda category: category["id"])]
+        categories = sorted(json.load(file)["categories"], key=lambda category: category["id"])
+    return Classes([category["name"] for category in categories], [category["id"] for category in categories])
 
 
 def _check(cfg: CfgNode, names: Iterable[str], train: bool) -> dict[str, tuple[str, str]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+from pathlib import Path
 from typing import Any
 
 from detectron2.config import CfgNode
@@ -19,8 +20,23 @@ def write_about(cfg: CfgNode, dataset_name: str, document: Any, suffix: str = ".
     folder = os.path.join(os.path.abspath(cfg.OUTPUT_DIR), "data")
     path = os.path.join(folder, re.sub(r"[^\w.-]", "_", dataset_name) + suffix)
     os.makedirs(folder, exist_ok=True)
-    partial = f"{path}.{os.getpid()}.partial"
-    with open(partial, "w") as file:
-        json.dump(document, file)
-    os.replace(partial, path)
+    return str(write_text(Path(path), json.dumps(document)))
+
+
+def write_text(path: Path, text: str) -> Path:
+    """A whole file or none: written beside its place, flushed to disk, renamed. Returns ``path``."""
+    return write_bytes(path, text.encode())
+
+
+def write_bytes(path: Path, content: bytes) -> Path:
+    """As :func:`write_text`."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        with open(partial, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
     return path

@@ -1,4 +1,4 @@
-"""What ``train_net`` needs to know of detection."""
+"""What ``train_net`` and ``predict`` need to know of detection."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from d2_frozen.config import add_frozen_config
+from d2_frozen.tasks import Classes, Prediction
 from detectron2.config import CfgNode
 
 
@@ -33,6 +34,16 @@ class DetectionTask:
         from d2_frozen.detection.pictures import write_prediction_sheet
 
         return write_prediction_sheet(cfg, model, dataset_name, cfg.TEST.PICTURES)
+
+    def classes(self, cfg: CfgNode) -> Classes | None:
+        from d2_frozen.data.prepare import classes_of
+
+        return next((found for name in cfg.DATASETS.TRAIN if (found := classes_of(name))), None)
+
+    def prediction(self, cfg: CfgNode, classes: Classes | None) -> Prediction:
+        from d2_frozen.detection.prediction import DetectionPrediction
+
+        return DetectionPrediction(cfg, classes)
 
 
 TASK = DetectionTask()

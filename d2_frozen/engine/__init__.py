@@ -1,6 +1,12 @@
 """Training, checkpoints and hooks that all tasks share."""
 
-from d2_frozen.engine.checkpoint import CheckpointMismatchError, FrozenCheckpointer, frozen_parts, saved_seed
+from d2_frozen.engine.checkpoint import (
+    CheckpointMismatchError,
+    FrozenCheckpointer,
+    frozen_parts,
+    read_checkpoint,
+    saved_seed,
+)
 from d2_frozen.engine.optimizer import build_optimizer
 from d2_frozen.engine.trainer import FrozenTrainer
 
@@ -10,5 +16,6 @@ __all__ = [
     "FrozenTrainer",
     "build_optimizer",
     "frozen_parts",
+    "read_checkpoint",
     "saved_seed",
 ]

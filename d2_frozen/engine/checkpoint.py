@@ -1,7 +1,8 @@
 """Checkpoints that hold what was trained, and the fingerprint of the frozen backbone that it belongs to.
 
 A file is ``{"model": tensors, "frozen": [{"prefix", "name", "sha256", "source"}], ...}`` plus what Detectron2 stores
-(optimizer and scheduler inside "trainer", "iteration"). Loading it against another backbone is refused.
+(optimizer and scheduler inside "trainer", "iteration"). Loading it against another backbone is refused. What the
+trainer adds makes the file enough for prediction: "config" (yaml), "classes" and "class_ids" (see tasks.Classes).
 """
 
 from __future__ import annotations
@@ -9,15 +10,16 @@ from __future__ import annotations
 import logging
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
-from d2_frozen.backbone import FrozenBackbone
+from d2_frozen.backbone import FrozenBackbone, frozen_parts
 from d2_frozen.provider import embedded_part
 from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.utils.file_io import PathManager
 
 logger = logging.getLogger(__name__)
 
@@ -38,7 +40,7 @@ class FrozenCheckpointer(DetectionCheckpointer):
         save_dir: folder of the checkpoints.
         save_full_model: also store the frozen tensors, for people who need one file.
         strict: a missing or mis-shaped tensor is an error (evaluation, resuming), not only a warning (fine-tuning).
-        extra: plain values stored with every checkpoint, e.g. ``{"seed": 1}``.
+        extra: plain values stored with every checkpoint, e.g. ``{"seed": 1}``, or a function that gives them.
         checkpointables: as in Detectron2, e.g. ``trainer=...``.
     """
 
@@ -50,13 +52,13 @@ class FrozenCheckpointer(DetectionCheckpointer):
         save_to_disk: bool | None = None,
         save_full_model: bool = False,
         strict: bool = False,
-        extra: Mapping[str, Any] | None = None,
+        extra: Mapping[str, Any] | Callable[[], Mapping[str, Any]] | None = None,
         **checkpointables: Any,
     ) -> None:
         super().__init__(model, save_dir, save_to_disk=save_to_disk, **checkpointables)
         self.save_full_model = save_full_model
         self.strict = strict
-        self.extra = dict(extra or {})
+        self.extra = extra or {}
         # Where frozen weights came from when a checkpoint brought them (a zoo file, say), to find them again.
         self._frozen_source = ""
         self._loading_from = ""
@@ -70,7 +72,10 @@ class FrozenCheckpointer(DetectionCheckpointer):
         """
         if not self.save_dir or not self.save_to_disk:
             return
-        content: dict[str, Any] = {"model": self._model_state(), **self.extra}
+        content: dict[str, Any] = {
+            "model": self._model_state(),
+            **(self.extra() if callable(self.extra) else self.extra),
+        }
         content["frozen"] = self._frozen_facts()
         content.update({key: item.state_dict() for key, item in self.checkpointables.items()})
         content.update(kwargs)
@@ -216,9 +221,18 @@ class FrozenCheckpointer(DetectionCheckpointer):
         self._frozen_source = source
 
 
-def frozen_parts(model: nn.Module) -> dict[str, FrozenBackbone]:
-    """Prefix -> each :class:`FrozenBackbone` inside the model, e.g. ``{"backbone.bottom_up": ...}``."""
-    return {name: part for name, part in model.named_modules() if isinstance(part, FrozenBackbone)}
+def read_checkpoint(path: str) -> dict[str, Any]:
+    """Everything in a file of weights, whatever its format, on the CPU: "model" and what stands beside it.
+
+    Raises:
+        As :meth:`FrozenCheckpointer.load`.
+    """
+    local = _reading.local_copy(_reading.split_query(path)[0], PathManager)
+    if not os.path.isfile(local):
+        raise FileNotFoundError(
+            f"no weights at {path}. Give a checkpoint, such as OUTPUT_DIR/model_final.pth of a training."
+        )
+    return _reading.read_weights(local)
 
 
 def saved_seed(save_dir: str) -> int | None:

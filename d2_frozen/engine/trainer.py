@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from d2_frozen import tasks
 from d2_frozen.backbone import exclude_frozen_from_ddp
 from d2_frozen.data import build_test_loader, build_train_loader
 from d2_frozen.detection import evaluate_with_tta
@@ -59,7 +60,7 @@ class FrozenTrainer(DefaultTrainer):
             model,
             cfg.OUTPUT_DIR,
             save_full_model=cfg.MODEL.FROZEN.SAVE_FULL_MODEL,
-            extra={"seed": int(cfg.SEED)},
+            extra=lambda: {"seed": int(cfg.SEED), **facts_for_prediction(cfg)},
             trainer=weakref.proxy(self),
         )
         self.cfg, self.start_iter, self.max_iter = cfg, 0, cfg.SOLVER.MAX_ITER
@@ -136,6 +137,13 @@ class FrozenTrainer(DefaultTrainer):
         folder = output_folder or os.path.join(cfg.OUTPUT_DIR, "inference")
         tasks = ("bbox", "segm") if cfg.MODEL.MASK_ON else ("bbox",)
         return COCOEvaluator(dataset_name, tasks=tasks, distributed=True, output_dir=folder)
+
+
+def facts_for_prediction(cfg: CfgNode) -> dict[str, Any]:
+    """What a checkpoint holds beside tensors, so that the file alone predicts: config, and classes where known."""
+    classes = tasks.task_of(cfg).classes(cfg)
+    named = {} if classes is None else {"classes": classes.names, "class_ids": classes.ids}
+    return {"config": cfg.dump(), **named}
 
 
 class _ResumableStream:

@@ -13,6 +13,7 @@ from d2_frozen.data.prepare import on_first_process
 from d2_frozen.data.problems import BadDataError, Problem, describe
 from d2_frozen.data.subset import check_subset
 from d2_frozen.data.written import write_about
+from d2_frozen.tasks import Classes
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from seg_app.data.checks import LabelMapReport, check_label_maps
@@ -52,6 +53,16 @@ def prepare_datasets(cfg: CfgNode, train: bool = True) -> None:
     for name, files in bad.items():
         _replace(name, _Without(DatasetCatalog[name], frozenset(files)))
     _resolve_classes(cfg, names)
+
+
+def classes_of(name: str) -> Classes | None:
+    """Names and the values in label maps of a registered dataset's classes; None if it does not name them."""
+    facts = MetadataCatalog.get(name)
+    names = facts.get("stuff_classes", None)
+    if not names:
+        return None
+    values = facts.get("label_values", None)
+    return Classes(list(names), [int(v) for v in (range(len(names)) if values is None else values)])
 
 
 def _check(cfg: CfgNode, names: Sequence[str], train: bool) -> dict[str, list[str]]:

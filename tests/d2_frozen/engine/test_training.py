@@ -60,6 +60,8 @@ def test_backbone_is_bit_identical_after_training_and_not_in_the_checkpoint(
     saved = read(tmp_path / "out" / "model_final.pth")
     assert set(saved["model"]) == set(after) - frozen
     assert saved["frozen"][0]["sha256"] == backbone.fingerprint()["sha256"]
+    assert saved["classes"] == ["disk", "square", "triangle", "star", "ring", "cross"]
+    assert saved["class_ids"] == [1, 2, 3, 4, 5, 6] and "FrozenRCNN" in saved["config"]
 
 
 def test_eval_only_repeats_the_result_to_the_last_digit(flags: Flags, tmp_path: Path) -> None:

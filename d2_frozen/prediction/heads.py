@@ -1,0 +1,184 @@
+"""From files of heads to models ready to predict, those with equal backbones on one of them."""
+
+from __future__ import annotations
+
+import logging
+import re
+import tempfile
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from torch import nn
+
+from d2_frozen import tasks
+from d2_frozen.backbone import share_equal_backbones
+from d2_frozen.data.written import write_text
+from d2_frozen.engine import FrozenCheckpointer, read_checkpoint
+from d2_frozen.tasks import Classes, ClipPrediction, Prediction
+from detectron2.config import CfgNode
+from detectron2.modeling import build_model
+from detectron2.utils.env import seed_all_rng
+
+logger = logging.getLogger(__name__)
+
+# What of a config says how a backbone computes, besides its weights.
+_NO_MATTER = ("PRETRAINED", "DROP_PATH_RATE", "SAVE_FULL_MODEL", "CACHE")
+
+
+@dataclass
+class Head:
+    """One trained head, on its backbone, ready to predict.
+
+    Attributes:
+        name: unique among the heads of a run; names its folder of results.
+        file: it was read from.
+        task: in words: "detection".
+        cfg: complete.
+        classes: names and the data's ids; None for files that do not tell.
+        model: in evaluation mode; ``prediction.testing_model`` of it for pictures.
+        prediction: what to give the model, and what to do with its results.
+    """
+
+    name: str
+    file: str
+    task: str
+    cfg: CfgNode
+    classes: Classes | None
+    model: nn.Module
+    prediction: Prediction | ClipPrediction
+
+    @property
+    def takes_clips(self) -> bool:
+        """Videos instead of pictures?"""
+        return hasattr(self.prediction, "clips")
+
+
+def load_heads(
+    files: Sequence[str | Path],
+    config_files: Sequence[str | Path] = (),
+    device: str | None = None,
+    options: Sequence[str] = (),
+) -> list[Head]:
+    """Read heads, each NAME=FILE or FILE; equal frozen backbones become one.
+
+    Args:
+        files: checkpoints. A name is by default that of the file; of its folder for ``model_final.pth``.
+        config_files: one per file; by default what the checkpoint says, else ``config.yaml`` beside it.
+        device: "cpu", "cuda:0", ...; by default that of the config where it is there, else the CPU.
+        options: KEY VALUE, over the config of every head that has the key.
+    Raises:
+        FileNotFoundError: no such file, or no config for it.
+        ValueError: two heads of one name, another number of configs than of files, or a config without class count.
+        CheckpointMismatchError: file and config do not belong together.
+    """
+    if not files:
+        raise ValueError("no heads: give at least one checkpoint.")
+    if config_files and len(config_files) != len(files):
+        raise ValueError(
+            f"{len(files)} heads, but {len(config_files)} config files: give one for each, or none."
+        )
+    named = [_name_and_file(str(file)) for file in files]
+    names = _distinct([name for name, _ in named])
+    configs = [str(config) for config in config_files] or [""] * len(files)
+    heads = []
+    for name, (_, file), config in zip(names, named, configs):
+        heads.append(_load(name, file, config, device, list(options)))
+        # One after the other, so that never more than two copies of a backbone are in memory.
+        share_equal_backbones([head.model for head in heads], [backbone_settings(head.cfg) for head in heads])
+    return heads
+
+
+def backbone_settings(cfg: CfgNode) -> Hashable:
+    """What of a config, besides the weights, decides what its frozen network computes."""
+    model = cfg.MODEL
+    parts = [model.FROZEN, model.TIMM, model.BACKBONE, model.RESNETS]
+    texts = [str(_without(part)) for part in parts]
+    return tuple(texts)
+
+
+def _without(node: Any) -> Any:
+    if isinstance(node, dict):
+        return {key: _without(value) for key, value in sorted(node.items()) if key not in _NO_MATTER}
+    return node
+
+
+def _load(name: str, file: str, config_file: str, device: str | None, options: list[str]) -> Head:
+    facts = {key: value for key, value in read_checkpoint(file).items() if key != "model"}
+    cfg = _config(file, config_file, facts, options)
+    task = tasks.task_of(cfg)
+    classes = _classes_in(facts)
+    prediction = task.prediction(cfg, classes)
+    if device:
+        cfg.MODEL.DEVICE = device
+    elif cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
+        cfg.MODEL.DEVICE = "cpu"
+    if cfg.INPUT.FORMAT not in ("RGB", "BGR"):
+        raise ValueError(f"{file}: INPUT.FORMAT is {cfg.INPUT.FORMAT!r}; prediction has RGB and BGR.")
+    cfg.MODEL.WEIGHTS = file
+    cfg.freeze()
+    if classes is None:
+        logger.warning("%s does not name its classes; they are called by number.", file)
+    if cfg.SEED >= 0:
+        seed_all_rng(cfg.SEED)  # a backbone of random weights is that of training again
+    model = build_model(cfg)
+    FrozenCheckpointer(model, strict=True).load(file, checkpointables=[])
+    model.eval()
+    return Head(name, file, task.name, cfg, classes, model, prediction)
+
+
+def _config(file: str, config_file: str, facts: dict[str, Any], options: list[str]) -> CfgNode:
+    beside = Path(file).with_name("config.yaml")
+    if not config_file and isinstance(facts.get("config"), str):
+        return _read_text(file, facts["config"], options)
+    if not config_file and not beside.is_file():
+        raise FileNotFoundError(
+            f"no config for {file}: it holds none, and there is no {beside}. Training writes config.yaml into "
+            "OUTPUT_DIR; put it beside the file, or name it with --config-files."
+        )
+    return tasks.read_config(config_file or str(beside), options)
+
+
+def _read_text(file: str, text: str, options: list[str]) -> CfgNode:
+    """A config that was dumped into a checkpoint, perhaps a downloaded one: plain values only, no other files."""
+    try:
+        content = yaml.safe_load(text)
+    except yaml.YAMLError as err:
+        raise ValueError(
+            f"{file} holds a config that is no plain yaml: {err}. Give another with --config-files."
+        ) from err
+    if not isinstance(content, dict) or "_BASE_" in content:
+        raise ValueError(f"{file} holds a config that is not complete. Give another with --config-files.")
+    with tempfile.TemporaryDirectory() as folder:
+        return tasks.read_config(write_text(Path(folder, "config.yaml"), text), options)
+
+
+def _classes_in(facts: dict[str, Any]) -> Classes | None:
+    names = facts.get("classes")
+    if not names:
+        return None
+    return Classes([str(name) for name in names], [int(number) for number in facts["class_ids"]])
+
+
+def _name_and_file(text: str) -> tuple[str, str]:
+    name, equals, file = text.partition("=")
+    if equals and re.fullmatch(r"[\w.-]+", name) and "?" not in name:
+        return name, file
+    path = Path(text.partition("?")[0])
+    plain = re.fullmatch(r"model_(final|\d+)", path.stem)
+    return (path.resolve().parent.name if plain and path.resolve().parent.name else path.stem), text
+
+
+def _distinct(names: Sequence[str]) -> list[str]:
+    """The second "det" becomes "det_2"."""
+    seen: dict[str, int] = {}
+    result = []
+    for name in names:
+        seen[name] = seen.get(name, 0) + 1
+        result.append(name if seen[name] == 1 else f"{name}_{seen[name]}")
+    if len(set(result)) != len(result):
+        raise ValueError(f"names of heads are not distinct: {', '.join(result)}. Name them: NAME=FILE.")
+    return result

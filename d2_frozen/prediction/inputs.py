@@ -1,0 +1,117 @@
+"""What is there to predict? Files, folders -> items with unique names for their results."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from detectron2.data import detection_utils
+
+PICTURES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".ppm", ".pgm", ".gif", ".jfif")
+VIDEOS = (
+    ".mp4",
+    ".avi",
+    ".mov",
+    ".mkv",
+    ".webm",
+    ".m4v",
+    ".mpg",
+    ".mpeg",
+    ".wmv",
+    ".flv",
+    ".ts",
+    ".mts",
+    ".3gp",
+)
+
+
+@dataclass(frozen=True)
+class Item:
+    """One picture or video.
+
+    Attributes:
+        path: where it lies.
+        name: relative to the folder that was given, or the file's own; unique.
+        stem: the name without its suffix, where that is unique too; results are named by it.
+        is_video: read frame by frame.
+    """
+
+    path: Path
+    name: str
+    stem: str
+    is_video: bool
+
+    def stamp(self) -> list[int]:
+        """Size in bytes and time of change: another file under the same name has another."""
+        status = self.path.stat()
+        return [status.st_size, status.st_mtime_ns]
+
+
+def find_items(inputs: Sequence[str | Path]) -> list[Item]:
+    """Pictures and videos, in the order given and by name within a folder, subfolders included.
+
+    Raises:
+        FileNotFoundError: an input that is not there, or a folder without pictures and videos.
+    """
+    found: list[tuple[Path, str]] = []
+    for given in map(Path, inputs):
+        if given.is_dir():
+            inside = sorted(path for path in given.rglob("*") if _is_media(path, given))
+            if not inside:
+                raise FileNotFoundError(
+                    f"{given} has no pictures ({', '.join(PICTURES)}) or videos ({', '.join(VIDEOS)})."
+                )
+            found += [(path, path.relative_to(given).as_posix()) for path in inside]
+        elif given.exists():
+            found.append((given, given.name))
+        else:
+            raise FileNotFoundError(f"no file or folder {given}.")
+    once: dict[Path, tuple[Path, str]] = {}
+    for path, name in found:
+        once.setdefault(path.resolve(), (path, name))
+    return _named(list(once.values()))
+
+
+def read_picture(path: Path) -> np.ndarray:
+    """(H, W, 3) uint8 RGB, turned as EXIF says.
+
+    Raises:
+        OSError, ValueError: it cannot be read.
+    """
+    try:
+        return np.ascontiguousarray(detection_utils.read_image(str(path), format="RGB"))
+    except Image.DecompressionBombError as err:
+        raise ValueError(str(err)) from err
+
+
+def _is_media(path: Path, root: Path) -> bool:
+    hidden = any(part.startswith(".") for part in path.relative_to(root).parts)
+    return not hidden and path.suffix.lower() in PICTURES + VIDEOS and path.is_file()
+
+
+def _named(found: list[tuple[Path, str]]) -> list[Item]:
+    # Two files of one name from different places: the second gets its folder in front, then a number.
+    names: list[str] = []
+    taken: set[str] = set()
+    for path, name in found:
+        if name in taken:
+            name = f"{path.resolve().parent.name}/{name}"
+        stem, suffix = os.path.splitext(name)
+        number = 2
+        while name in taken:
+            name, number = f"{stem}_{number}{suffix}", number + 1
+        taken.add(name)
+        names.append(name)
+    stems = Counter(os.path.splitext(name)[0] for name in names)
+    items = []
+    for (path, _), name in zip(found, names):
+        stem = os.path.splitext(name)[0]
+        is_video = path.suffix.lower() in VIDEOS
+        items.append(Item(path, name, stem if stems[stem] == 1 else name, is_video))
+    return items

@@ -1,0 +1,202 @@
+"""The folder of a prediction run: what is written where, and how a run that was stopped goes on.
+
+    DIR/run.json                        what made it: heads, size
+    DIR/done.jsonl                      a line per finished input, or per failed one with "error"
+    DIR/HEAD/predictions.jsonl          a line per picture, frame or clip
+    DIR/HEAD/coco.json                  detection: all of them in COCO's format
+    DIR/HEAD/labels/NAME.png            segmentation: class ids (of videos: labels/NAME/FRAME.png)
+    DIR/pictures/NAME.jpg, NAME.mp4     all heads drawn
+
+An input counts as finished when its line is in done.jsonl, which is written last; lines of others in predictions.jsonl
+are of a run that was stopped, and are removed when it goes on.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, TextIO
+
+import cv2
+import numpy as np
+
+from d2_frozen.data.written import write_bytes, write_text
+from d2_frozen.prediction.heads import Head
+from d2_frozen.prediction.inputs import Item
+
+logger = logging.getLogger(__name__)
+
+_JPEG_QUALITY = 92
+
+
+class OutputFolder:
+    """Takes what came out, and knows what is there already.
+
+    Args:
+        folder: made if missing.
+        heads: of the run.
+        settings: what else decides the results, as plain values.
+        overwrite: begin anew, whatever is there.
+    Raises:
+        ValueError: the folder holds predictions of other heads or settings.
+    """
+
+    def __init__(
+        self, folder: Path, heads: list[Head], settings: dict[str, Any], overwrite: bool = False
+    ) -> None:
+        self.folder = folder
+        self.heads = {head.name: head for head in heads}
+        folder.mkdir(parents=True, exist_ok=True)
+        made_by = {"heads": {head.name: _facts(head) for head in heads}, **settings}
+        self._claim(made_by, overwrite)
+        done = folder / "done.jsonl"
+        self._done = {line["file"]: line for line in read_lines(done)}
+        # One line per input again, and none that a kill cut off.
+        _write_lines(done, list(self._done.values()))
+        for name in self.heads:
+            (folder / name).mkdir(exist_ok=True)
+            path = self.predictions(name)
+            _write_lines(path, [line for line in read_lines(path) if self._finished(line["file"])])
+        self._files: dict[Path, TextIO] = {}
+
+    def predictions(self, head: str) -> Path:
+        """The JSONL file of a head."""
+        return self.folder / head / "predictions.jsonl"
+
+    def has(self, item: Item) -> bool:
+        """Was this very file finished before? Failed ones are tried again."""
+        line = self._done.get(item.name, {})
+        return "error" not in line and line.get("stamp") == item.stamp()
+
+    def drop_stale(self, items: list[Item]) -> None:
+        """Remove the lines of inputs that will be predicted again, because the file is another one now."""
+        stale = {item.name for item in items if item.name in self._done and not self.has(item)}
+        if not stale:
+            return
+        for name in self.heads:
+            path = self.predictions(name)
+            _write_lines(path, [line for line in read_lines(path) if line["file"] not in stale])
+        for name in stale:
+            del self._done[name]
+        _write_lines(self.folder / "done.jsonl", list(self._done.values()))
+
+    def add(self, head: str, record: dict[str, Any]) -> None:
+        """One line for predictions.jsonl; "file" in it is the item's name."""
+        self._append(self.predictions(head), record)
+
+    def picture_file(self, item: Item) -> Path:
+        """Where the drawn picture or video goes."""
+        return self.folder / "pictures" / f"{item.stem}{'.mp4' if item.is_video else '.jpg'}"
+
+    def add_picture(self, item: Item, picture: np.ndarray) -> None:
+        """(H, W, 3) uint8 RGB, as JPEG."""
+        path = self.picture_file(item)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        done, code = cv2.imencode(".jpg", picture[:, :, ::-1], [cv2.IMWRITE_JPEG_QUALITY, _JPEG_QUALITY])
+        if not done:
+            raise ValueError(
+                f"a picture of {picture.shape[1]}x{picture.shape[0]} pixels is too large for JPEG"
+            )
+        write_bytes(path, code.tobytes())
+
+    def finish(self, item: Item, **facts: Any) -> None:
+        """Everything of this input is written."""
+        self._flush()
+        line = {"file": item.name, "stamp": item.stamp() if item.path.exists() else None, **facts}
+        self._done[item.name] = line
+        self._append(self.folder / "done.jsonl", line)
+        self._flush()
+
+    def collect(self) -> list[Path]:
+        """Write the files that hold all results of a head (COCO json), in order of inputs' names; their paths."""
+        self.close()
+        written = []
+        for name, head in self.heads.items():
+            lines = list(read_lines(self.predictions(name)))
+            records = [line for line in lines if self._finished(line["file"])]
+            if len(records) < len(lines):  # of a video that broke off
+                _write_lines(self.predictions(name), records)
+            if head.takes_clips:
+                continue
+            records.sort(key=lambda line: (line["file"], line.get("frame", -1)))
+            path = head.prediction.collect(records, self.folder / name)  # type: ignore[union-attr]
+            written += [path] if path else []
+        return written
+
+    def close(self) -> None:
+        """Close the files."""
+        for file in self._files.values():
+            file.close()
+        self._files.clear()
+
+    def _finished(self, name: str) -> bool:
+        return name in self._done and "error" not in self._done[name]
+
+    def _claim(self, made_by: dict[str, Any], overwrite: bool) -> None:
+        path = self.folder / "run.json"
+        before = json.loads(path.read_text()) if path.is_file() else None
+        if overwrite and before is not None:
+            for name in ("run.json", "done.jsonl"):
+                (self.folder / name).unlink(missing_ok=True)
+            for folder in (*before["heads"], "pictures"):
+                shutil.rmtree(self.folder / folder, ignore_errors=True)
+            before = None
+        if before is not None and before != made_by:
+            differing = sorted(key for key in {*before, *made_by} if before.get(key) != made_by.get(key))
+            raise ValueError(
+                f"{self.folder} holds predictions of another run (differing: {', '.join(differing)} in run.json). "
+                "Choose another --output, or --overwrite to begin anew."
+            )
+        if before is None:
+            write_text(path, json.dumps(made_by, indent=1))
+
+    def _append(self, path: Path, line: dict[str, Any]) -> None:
+        if path not in self._files:
+            self._files[path] = open(path, "a", encoding="utf-8")  # noqa: SIM115
+        self._files[path].write(json.dumps(line, ensure_ascii=False) + "\n")
+
+    def _flush(self) -> None:
+        for file in self._files.values():
+            file.flush()
+
+
+def read_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """The lines of a JSONL file; nothing for a missing one. A last line that was cut off is left out."""
+    if not path.is_file():
+        return
+    with open(path, encoding="utf-8") as file:
+        for line in file:
+            try:
+                yield json.loads(line)
+            except ValueError:
+                logger.warning("%s has a line that was cut off; it is left out.", path)
+
+
+def _write_lines(path: Path, lines: list[dict[str, Any]]) -> None:
+    if lines or path.exists():
+        write_text(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+
+
+def _facts(head: Head) -> dict[str, Any]:
+    """Other weights, or another config, make another head."""
+    used = {key: head.cfg[key] for key in ("MODEL", "INPUT", "TEST")}
+    used["MODEL"] = {key: value for key, value in used["MODEL"].items() if key not in ("DEVICE", "WEIGHTS")}
+    path = Path(head.file)
+    return {
+        "task": head.task,
+        "file": path.name,
+        "sha256": _sha256(path) if path.is_file() else "",
+        "config_sha256": hashlib.sha256(str(used).encode()).hexdigest(),
+    }
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 24):
+            digest.update(block)
+    return digest.hexdigest()

@@ -1,0 +1,228 @@
+"""What a run writes, what it does with bad inputs, and how it goes on."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from fractions import Fraction
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+from pycocotools.coco import COCO
+
+from d2_frozen.predict import main, parse
+from d2_frozen.prediction.inputs import find_items
+from d2_frozen.prediction.outputs import read_lines
+from d2_frozen.prediction.run import BadInputError
+from d2_frozen.prediction.video_file import VideoReader, VideoWriter
+
+SaveHead = Callable[..., Path]
+
+
+@pytest.fixture
+def heads(save_head: SaveHead) -> list[str]:
+    return ["--heads", str(save_head("det")), str(save_head("seg"))]
+
+
+def lines(path: Path) -> list[dict]:
+    return list(read_lines(path))
+
+
+def write_film(path: Path, frames: int = 5) -> None:
+    with VideoWriter(path, Fraction(10)) as film:
+        for k in range(frames):
+            film.add(np.full((48, 64, 3), 40 * k, np.uint8))
+
+
+def test_every_head_gets_files_of_its_kind(heads: list[str], pictures: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    summary = main([*heads, str(pictures), "--output", str(out), "--batch", "2"])
+    assert (summary.inputs, summary.pictures, summary.failed) == (3, 3, {})
+    for head in ("det", "seg"):
+        assert sorted(line["file"] for line in lines(out / head / "predictions.jsonl")) == [
+            "a.png",
+            "b.png",
+            "sub/c.jpg",
+        ]
+    coco = COCO(str(out / "det" / "coco.json"))
+    assert {c["id"]: c["name"] for c in coco.dataset["categories"]} == {3: "nut", 7: "bolt"}
+    assert [image["file_name"] for image in coco.dataset["images"]] == ["a.png", "b.png", "sub/c.jpg"]
+    assert coco.dataset["annotations"] and all(
+        a["category_id"] in (3, 7) for a in coco.dataset["annotations"]
+    )
+    assert len(coco.loadRes(coco.dataset["annotations"]).anns) == len(coco.anns)
+    for stem, size in {"a": (48, 64), "b": (64, 48), "sub/c": (48, 64)}.items():
+        labels = cv2.imread(str(out / "seg" / "labels" / f"{stem}.png"), cv2.IMREAD_UNCHANGED)
+        assert labels.shape == size and labels.max() <= 2
+        assert cv2.imread(str(out / "pictures" / f"{stem}.jpg")).shape == (*size, 3)
+    (line,) = (x for x in lines(out / "seg" / "predictions.jsonl") if x["file"] == "sub/c.jpg")
+    assert line["labels"] == "labels/sub/c.png" and sum(line["pixels"].values()) == pytest.approx(1, abs=1e-4)
+
+
+def test_one_bad_picture_is_reported_and_the_others_are_done(
+    heads: list[str], pictures: Path, tmp_path: Path
+) -> None:
+    (pictures / "broken.jpg").write_bytes(b"no picture")
+    out = tmp_path / "out"
+    summary = main([*heads, str(pictures), "--output", str(out), "--no-pictures"])
+    assert summary.inputs == 3 and list(summary.failed) == ["broken.jpg"]
+    assert "broken.jpg" in {line["file"] for line in lines(out / "done.jsonl") if "error" in line}
+    assert not (out / "pictures").exists()
+    with pytest.raises(BadInputError, match=r"broken\.jpg"):
+        main([*heads, str(pictures), "--output", str(out), "--no-pictures", "--strict"])
+
+
+def test_a_run_goes_on_where_it_was_stopped(
+    heads: list[str], pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    call = [*heads, str(pictures), "--output", str(out)]
+    whole = tmp_path / "whole"
+    main([*heads, str(pictures), "--output", str(whole)])
+
+    from d2_frozen.prediction import run
+
+    read = run.read_picture
+
+    def stopped(path: Path) -> np.ndarray:
+        if path.name == "c.jpg":
+            raise KeyboardInterrupt
+        return read(path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run, "read_picture", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            main(call)
+    assert {line["file"] for line in lines(out / "done.jsonl")} <= {"a.png", "b.png"}
+    assert (out / "det" / "coco.json").is_file()  # of what is finished
+    with open(out / "det" / "predictions.jsonl", "a") as file:
+        file.write('{"file": "sub/c.jpg", "instances"')  # as a kill leaves it
+    left = 3 - len(lines(out / "done.jsonl"))
+    assert main(call).inputs == left
+    for name in ("det/coco.json", "seg/labels/sub/c.png"):
+        assert (out / name).read_bytes() == (whole / name).read_bytes()
+    assert main(call).inputs == 0
+
+
+def test_another_file_under_the_same_name_is_predicted_again(
+    heads: list[str], pictures: Path, tmp_path: Path
+) -> None:
+    call = [*heads, str(pictures), "--output", str(tmp_path / "out")]
+    main(call)
+    cv2.imwrite(str(pictures / "a.png"), np.zeros((32, 40, 3), np.uint8))
+    assert main(call).inputs == 1
+    sizes = {x["file"]: (x["height"], x["width"]) for x in lines(tmp_path / "out/det/predictions.jsonl")}
+    assert sizes == {"a.png": (32, 40), "b.png": (64, 48), "sub/c.jpg": (48, 64)}
+
+
+def test_results_of_other_heads_are_not_mixed(
+    save_head: SaveHead, heads: list[str], pictures: Path, tmp_path: Path
+) -> None:
+    out = str(tmp_path / "out")
+    main([*heads, str(pictures), "--output", out])
+    with pytest.raises(ValueError, match="another run"):
+        main([*heads, str(pictures), "--output", out, "--size", "64"])
+    save_head("det", seed=5)
+    with pytest.raises(ValueError, match="--overwrite"):
+        main([*heads, str(pictures), "--output", out])
+    assert main([*heads, str(pictures), "--output", out, "--overwrite"]).inputs == 3
+
+
+def test_videos_frame_by_frame(heads: list[str], tmp_path: Path) -> None:
+    write_film(tmp_path / "film.mp4", frames=5)
+    (tmp_path / "broken.mp4").write_bytes(b"no video")
+    out = tmp_path / "out"
+    films = [str(tmp_path / "broken.mp4"), str(tmp_path / "film.mp4")]
+    summary = main([*heads, *films, "--output", str(out), "--batch", "2"])
+    assert (summary.inputs, summary.pictures, list(summary.failed)) == (1, 5, ["broken.mp4"])
+    found = lines(out / "det" / "predictions.jsonl")
+    assert [(x["frame"], x["seconds"]) for x in found] == [(k, pytest.approx(k / 10)) for k in range(5)]
+    assert len(list((out / "seg" / "labels" / "film").glob("*.png"))) == 5
+    drawn = list(VideoReader(out / "pictures" / "film.mp4"))
+    assert len(drawn) == 5 and drawn[0][1].shape == (48, 64, 3)
+    images = json.loads((out / "det" / "coco.json").read_text())["images"]
+    assert images[3]["file_name"] == "film.mp4/000003" and images[3]["video"] == "film.mp4"
+
+
+def test_a_video_that_breaks_off_leaves_nothing_half_done(
+    heads: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_film(tmp_path / "film.mp4")
+    frames = VideoReader.__iter__
+
+    def breaking(self: VideoReader):
+        for k, frame in enumerate(frames(self)):
+            if k == 2:
+                raise ValueError("breaks off")
+            yield frame
+
+    monkeypatch.setattr(VideoReader, "__iter__", breaking)
+    out = tmp_path / "out"
+    summary = main([*heads, str(tmp_path / "film.mp4"), "--output", str(out)])
+    assert list(summary.failed) == ["film.mp4"]
+    assert not lines(out / "det" / "predictions.jsonl")
+    assert not list((out / "pictures").glob("*"))
+
+
+def test_odd_sides_are_padded_for_the_codec(tmp_path: Path) -> None:
+    with VideoWriter(tmp_path / "odd.mp4", Fraction(30000, 1001)) as film:
+        film.add(np.full((47, 63, 3), 200, np.uint8))
+    reader = VideoReader(tmp_path / "odd.mp4")
+    ((_, frame),) = list(reader)
+    assert frame.shape == (48, 64, 3) and abs(float(reader.rate) - 29.97) < 0.01
+    assert abs(int(frame[47, 63, 0]) - 200) < 6
+
+
+def test_inputs_of_equal_names_get_distinct_ones(tmp_path: Path) -> None:
+    for name in ("x/a.jpg", "y/a.jpg", "x/a.png", "x/.hidden.jpg", "x/notes.txt", "x/film.MP4"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    items = find_items([tmp_path / "x", tmp_path / "y", tmp_path / "x/a.jpg"])
+    assert [item.name for item in items] == ["a.jpg", "a.png", "film.MP4", "y/a.jpg"]
+    assert [item.stem for item in items] == ["a.jpg", "a.png", "film", "y/a"]  # two files are called a
+    assert [item.is_video for item in items] == [False, False, True, False]
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        find_items(["nowhere"])
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(FileNotFoundError, match="no pictures"):
+        find_items([tmp_path / "empty"])
+
+
+def test_inputs_may_follow_the_heads(capsys: pytest.CaptureFixture[str]) -> None:
+    args = parse(
+        ["--heads", "det.pth", "s=seg.pkl", "photos", "b.jpg", "--output", "out", "--options", "SEED=1", "c"]
+    )
+    assert (args.heads, args.inputs, args.options) == (
+        ["det.pth", "s=seg.pkl"],
+        ["photos", "b.jpg", "c"],
+        ["SEED=1"],
+    )
+    with pytest.raises(SystemExit):
+        parse(["--heads", "photos", "--output", "out"])
+    assert "no checkpoint" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        parse(["--heads", "det.pth", "--output", "out"])
+
+
+def test_errors_of_the_command_are_one_line(tmp_path: Path) -> None:
+    command = [
+        sys.executable,
+        "-m",
+        "d2_frozen.predict",
+        "--heads",
+        "no.pth",
+        ".",
+        "--output",
+        str(tmp_path / "o"),
+    ]
+    (tmp_path / "a.jpg").touch()
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert (
+        done.returncode == 1
+        and "error: no weights at no.pth" in done.stderr
+        and "Traceback" not in done.stderr
+    )
