@@ -4,6 +4,8 @@ Frozen against full fine-tuning, by phase:
     python -m d2_frozen.bench --config-file configs/quickstart/detection.yaml [--json FILE] [KEY VALUE ...]
 The embedded engine against Detectron2 (which must be importable):
     python -m d2_frozen.bench --vs-detectron2 [--size 320] [--batch 2] [--json FILE] [KEY VALUE ...]
+A comparison that belongs to an app, by its name (--help after the name shows its options):
+    python -m d2_frozen.bench {comparisons} ...
 
 A and B take turns, so that a noisy machine disturbs both alike; the figures are medians, and what counts is their
 ratio. Peak memory is taken in a process of its own each.
@@ -12,18 +14,28 @@ ratio. Peak memory is taken in a process of its own each.
 from __future__ import annotations
 
 import argparse
-import json
+import importlib
 import logging
-from pathlib import Path
+import sys
 from typing import Any
 
 from d2_frozen.benchmarks import engines, freezing
+from d2_frozen.benchmarks.measuring import write_json
+
+# Comparison of an app -> its module, imported only when it is asked for. The module has a function
+# main(arguments: list of str) -> dict: it reads its own options, prints tables and returns what --json writes.
+APP_COMPARISONS = {
+    "deformable": "seg_app.benchmarks.deformable",
+}
 
 
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
     """Command line; returns what is also written with ``--json``."""
-    args = _parser().parse_args(arguments)
+    arguments = sys.argv[1:] if arguments is None else arguments
     logging.basicConfig(level=logging.WARNING)
+    if arguments and arguments[0] in APP_COMPARISONS:
+        return importlib.import_module(APP_COMPARISONS[arguments[0]]).main(arguments[1:])
+    args = _parser().parse_args(arguments)
     if args.vs_detectron2:
         settings = {
             "config": args.config_file or engines.DEFAULT_CONFIG,
@@ -42,16 +54,14 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
             return {}
         result = freezing.compare(config_file, args.opts, args.rounds, args.warmup, args.cpu_time)
         print(freezing.report(result))
-    if args.json:
-        Path(args.json).write_text(json.dumps(result, indent=1) + "\n")
-        print(f"written to {args.json}")
+    write_json(result, args.json)
     return result
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m d2_frozen.bench",
-        description=__doc__,
+        description=(__doc__ or "").format(comparisons="|".join(APP_COMPARISONS)),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--vs-detectron2", action="store_true", help="compare the two engines")

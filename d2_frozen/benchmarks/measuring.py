@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import platform
 import statistics
 import subprocess
@@ -68,6 +69,13 @@ def phase_table(title: str, rows: dict[str, Seconds], phases: list[str]) -> str:
         for name, row in rows.items()
     ]
     return tabulate(cells, headers=[title, *phases], disable_numparse=True)
+
+
+def write_json(result: dict[str, Any], path: str | None) -> None:
+    """What ``--json FILE`` does; nothing without a file."""
+    if path:
+        Path(path).write_text(json.dumps(result, indent=1) + "\n")
+        print(f"written to {path}")
 
 
 def machine_facts() -> dict[str, Any]:

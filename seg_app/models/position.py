@@ -12,15 +12,20 @@ TEMPERATURE = 10000
 SCALE = 2 * math.pi
 
 
-@lru_cache(maxsize=32)
 def sine_positions(h: int, w: int, channels: int, device: torch.device) -> Tensor:
-    """(channels, h, w) float32 positions of an h x w map; the first half of the channels is about the row.
+    """(channels, h, w) float32 positions of an h x w map; the first half of the channels is about the row."""
+    rows, columns = _axis(h, channels, device), _axis(w, channels, device)
+    return torch.cat((rows[:, :, None].expand(-1, -1, w), columns[:, None].expand(-1, h, -1)))
 
-    The last few shapes are kept; do not change the result in place.
-    """
-    rows = torch.arange(1, h + 1, device=device, dtype=torch.float32)[:, None].expand(h, w)
-    columns = torch.arange(1, w + 1, device=device, dtype=torch.float32).expand(h, w)
-    return sine_of_coordinates(rows, columns, h, w, channels)
+
+@lru_cache(maxsize=64)
+@torch.inference_mode(False)  # what is kept may be needed in training later
+def _axis(length: int, channels: int, device: torch.device) -> Tensor:
+    """(channels / 2, length). Only this is kept: positions of large maps have hundreds of megabytes."""
+    steps = torch.arange(1, length + 1, device=device, dtype=torch.float32)
+    return sine_of_coordinates(steps[:, None], steps[:, None], length, length, channels)[
+        : channels // 2, :, 0
+    ]
 
 
 def sine_of_coordinates(

@@ -1,11 +1,13 @@
 """The benchmark's arithmetic and its refusal to compare unequal work; nothing here is timed."""
 
+import importlib.util
 import os
 import subprocess
 import sys
 
 import pytest
 
+from d2_frozen.bench import APP_COMPARISONS
 from d2_frozen.benchmarks import engines
 from d2_frozen.benchmarks.measuring import alternate, phase_table, with_ratio
 
@@ -54,6 +56,14 @@ def test_without_detectron2_the_message_says_what_is_missing(tmp_path):
         pytest.skip("Detectron2 is installed in this environment")
     assert "Detectron2 itself must be importable" in done.stdout
     assert "no Detectron2 is installed" in done.stdout
+
+
+def test_comparisons_of_apps_are_found_by_name():
+    """None is imported by importing the bench; every name leads to a module."""
+    code = "import sys, d2_frozen.bench; print([m for m in sys.modules if m.split('.')[0].endswith('_app')])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.strip() == "[]", done.stderr
+    assert APP_COMPARISONS and all(importlib.util.find_spec(module) for module in APP_COMPARISONS.values())
 
 
 def test_both_engines_can_do_the_tasks():

@@ -98,6 +98,7 @@ def _triton_works(device: torch.device, dtype: torch.dtype) -> bool:
     return True
 
 
+@torch.inference_mode(False)  # gradients are compared too
 def difference_to_exact(attend: Attend, device: torch.device, dtype: torch.dtype) -> float:
     """Largest absolute difference to grid_sample in float64, of the result and of all gradients, on a small case."""
     numbers = torch.Generator().manual_seed(0)

@@ -15,8 +15,12 @@ from torch import Tensor
 def attend_by_grid_sample(
     value: Tensor, shapes: Sequence[tuple[int, int]], locations: Tensor, weights: Tensor
 ) -> Tensor:
-    """Every (image, head) pair is one image of grid_sample, with D channels and an Lq x P grid."""
+    """Every (image, head) pair is one image of grid_sample, with D channels and an Lq x P grid.
+
+    Half precision is computed in that of the locations: 8 bits cannot tell the cells of a large map apart.
+    """
     B, _, M, D = value.shape
+    given, value = value.dtype, value.to(torch.promote_types(value.dtype, locations.dtype))
     Lq, P = locations.shape[1], locations.shape[4]
     grids = (2 * locations - 1).transpose(1, 2).flatten(0, 1)  # (B*M, Lq, L, P, 2), -1..1
     shares = weights.transpose(1, 2).flatten(0, 1)  # (B*M, Lq, L, P)
@@ -30,4 +34,4 @@ def attend_by_grid_sample(
         share = shares[:, :, level].to(maps.dtype)
         # P is small: a batched product over it would be slower than the sum.
         total = total + torch.stack([sampled[..., p] * share[:, None, :, p] for p in range(P)]).sum(0)
-    return total.view(B, M * D, Lq).transpose(1, 2)
+    return total.view(B, M * D, Lq).transpose(1, 2).to(given)

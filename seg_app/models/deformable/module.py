@@ -101,12 +101,14 @@ class MSDeformAttn(nn.Module):
 
 
 @lru_cache(maxsize=16)
+@torch.inference_mode(False)  # what is kept may be needed in training later
 def _cell_sizes(shapes: tuple[tuple[int, int], ...], device: torch.device, dtype: torch.dtype) -> Tensor:
     """(L, 1, 2): width and height of a cell, where the level is 1 x 1."""
     return torch.tensor([[(1 / w, 1 / h)] for h, w in shapes], dtype=dtype, device=device)
 
 
 @lru_cache(maxsize=16)
+@torch.inference_mode(False)
 def cell_centres(shapes: tuple[tuple[int, int], ...], device: torch.device, dtype: torch.dtype) -> Tensor:
     """Every cell of every level looks from its own centre: (1, S, L, 2) reference points, x, y in 0..1.
 

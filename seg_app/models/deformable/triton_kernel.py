@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -33,10 +34,12 @@ class _Kernel(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, value: Tensor, shapes: Shapes, locations: Tensor, weights: Tensor) -> Tensor:
         value, locations, weights = value.contiguous(), locations.contiguous(), weights.contiguous()
-        levels = _levels(shapes).to(value.device, non_blocking=True)
+        levels = _levels(shapes, value.device)
         ctx.save_for_backward(value, levels, locations, weights)
         B, _, M, D = value.shape
         out = value.new_empty(B, locations.shape[1], M * D)
+        if out.numel() == 0:
+            return out
         grid, sizes = _launch(value, locations)
         with _on(value.device):
             _attend[grid](value, levels, locations, weights, out, **sizes)
@@ -46,32 +49,26 @@ class _Kernel(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         value, levels, locations, weights = ctx.saved_tensors
-        grid, sizes = _launch(value, locations)
         # Atomic sums of half-precision numbers lose the small ones.
         to_value = torch.zeros_like(value, dtype=torch.promote_types(value.dtype, torch.float32))
         to_locations, to_weights = torch.empty_like(locations), torch.empty_like(weights)
-        with _on(value.device):
-            _attend_backward[grid](
-                value,
-                levels,
-                locations,
-                weights,
-                grad.contiguous(),
-                to_value,
-                to_locations,
-                to_weights,
-                **sizes,
-            )
+        if grad.numel():
+            grid, sizes = _launch(value, locations)
+            ways_back = (grad.contiguous(), to_value, to_locations, to_weights)
+            with _on(value.device):
+                _attend_backward[grid](value, levels, locations, weights, *ways_back, **sizes)
         return to_value.to(value.dtype), None, to_locations, to_weights
 
 
-def _levels(shapes: Sequence[tuple[int, int]]) -> Tensor:
-    """(L, 3) int32: height, width, first cell."""
+@lru_cache(maxsize=16)
+@torch.inference_mode(False)  # what is kept may be needed in training later
+def _levels(shapes: Shapes, device: torch.device) -> Tensor:
+    """(L, 3) int32: height, width, first cell. Kept, since a copy to the device makes the CPU wait for it."""
     rows, first = [], 0
     for h, w in shapes:
         rows.append((h, w, first))
         first += h * w
-    return torch.tensor(rows, dtype=torch.int32)
+    return torch.tensor(rows, dtype=torch.int32, device=device)
 
 
 def _launch(value: Tensor, locations: Tensor) -> tuple[tuple[int, int], dict]:
@@ -114,13 +111,17 @@ def _place(locations, at, h, w, ok, ACC: tl.constexpr):
     x = tl.load(locations + 2 * at, mask=ok, other=0.0).to(ACC) * w - 0.5
     y = tl.load(locations + 2 * at + 1, mask=ok, other=0.0).to(ACC) * h - 0.5
     # Beyond two cells outside nothing is read; the bounds keep the integers small.
-    x = tl.minimum(tl.maximum(x, -2.0), w + 1.0)
-    y = tl.minimum(tl.maximum(y, -2.0), h + 1.0)
-    column, row = tl.floor(x), tl.floor(y)
-    return column.to(tl.int32), row.to(tl.int32), x - column, y - row
+    near_x = tl.minimum(tl.maximum(x, -2.0), w + 1.0)
+    near_y = tl.minimum(tl.maximum(y, -2.0), h + 1.0)
+    column, row = tl.floor(near_x), tl.floor(near_y)
+    # NaN is at no place, and must not be taken for one: its shares stay NaN.
+    right = tl.where(x == x, near_x - column, x)
+    down = tl.where(y == y, near_y - row, y)
+    return column.to(tl.int32), row.to(tl.int32), right, down
 
 
-@triton.jit
+# Numbers that change with the image size must not each bring a compilation of their own.
+@triton.jit(do_not_specialize=["Lq", "S"])
 def _attend(
     value,
     levels,
@@ -168,7 +169,7 @@ def _attend(
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["Lq", "S"])
 def _attend_backward(
     value,
     levels,
