@@ -3,6 +3,7 @@
     python -m d2_frozen.study table 2 --scale mini --seeds 3 --parallel 2
     python -m d2_frozen.study table 6 --scale mini --cells percent_1_frozen percent_1_full
     python -m d2_frozen.study sweep bifpn_layers --scale mini --seeds 3
+    python -m d2_frozen.study pretrain --kind contrastive
     python -m d2_frozen.study report --scale mini
 
 The same command goes on where it was stopped; ``--dry-run`` says what it would do.
@@ -18,17 +19,20 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from tabulate import tabulate
 
 from d2_frozen.study.jobs import Job
 from d2_frozen.study.layout import write_sweep, write_table
+from d2_frozen.study.pretraining import KINDS, SIZES, Pretraining, pretrain
 from d2_frozen.study.probe import Estimate, disk_free_mib, probe
 from d2_frozen.study.queue import LocalQueue
 from d2_frozen.study.report import write_report
 from d2_frozen.study.slurm import SlurmQueue
 from d2_frozen.study.sweeps import SWEEPS, points_of
 from d2_frozen.study.tables import TITLES, cells_of
+from d2_frozen.tasks import read_config
 
 logger = logging.getLogger("d2_frozen.study")
 
@@ -38,6 +42,8 @@ _WORLDS = {
     "segmentation": ("d2_frozen.data.shapes", "--output", "datasets/shapes"),
     "video": ("video_app.moving_shapes", "--output", "datasets/moving_shapes"),
 }
+# Where configs/mini look for backbones.
+_PRETRAINED = Path("output/study/pretrained")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -79,6 +85,14 @@ def run_sweep(args: argparse.Namespace) -> int:
     return _report(write_sweep(args.name, SWEEPS[args.name].title, finished, root), left, root)
 
 
+def run_pretrain(args: argparse.Namespace) -> int:
+    """``pretrain``: one of the small backbones of Tables 1 and 5."""
+    what = Pretraining(args.kind, args.size, args.images, args.iterations, args.seed)
+    path = pretrain(what, args.output, args.device, workers=args.workers)
+    print(f"MODEL.TIMM.PRETRAINED {path}")
+    return 0
+
+
 def run_report(args: argparse.Namespace) -> int:
     """``report``: one page of what lies in the folder of the study."""
     print(f"written to {write_report(_root(args))}, and report.md beside it")
@@ -95,6 +109,7 @@ def _run(args: argparse.Namespace, groups: Sequence[Sequence[Job]], tasks: set[s
     if args.scale == "mini" and not (args.dry_run and args.no_probe):
         for command in {_WORLDS[task] for task in tasks}:
             subprocess.run([sys.executable, "-m", *command], check=True)
+        _pretrain_missing(jobs)
     if args.dry_run:
         print(_plan(args, jobs, len(groups)))
         return None
@@ -105,6 +120,16 @@ def _run(args: argparse.Namespace, groups: Sequence[Sequence[Job]], tasks: set[s
         settings = dict(_setting(text) for text in args.slurm)
         queue = SlurmQueue(_root(args), args.parallel, args.threads, args.num_gpus, settings)
     return queue.run(jobs)
+
+
+def _pretrain_missing(jobs: Iterable[Job]) -> None:
+    """Make the backbones that configs/mini name and that are not there yet; minutes each."""
+    wanted = {read_config(job.config_file, job.options).MODEL.TIMM.PRETRAINED for job in jobs}
+    for path in sorted(map(Path, wanted)):
+        if path.parent == _PRETRAINED and not path.exists():
+            logger.info("%s is missing; pretraining it.", path)
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+            pretrain(Pretraining.of_name(path.stem), _PRETRAINED, device)
 
 
 def _root(args: argparse.Namespace) -> Path:
@@ -185,6 +210,16 @@ def _parser() -> argparse.ArgumentParser:
     sweep.add_argument("--values", nargs="+", type=int, default=[], help="instead of the sweep's own")
     _add_queue_flags(sweep)
     sweep.set_defaults(run=run_sweep)
+    backbone = commands.add_parser("pretrain", help="a small backbone for tables 1 and 5 at mini scale")
+    backbone.add_argument("--kind", choices=KINDS, required=True)
+    backbone.add_argument("--size", choices=sorted(SIZES), default="pico")
+    backbone.add_argument("--images", type=int, default=4000, help="generated scenes")
+    backbone.add_argument("--iterations", type=int, default=2000, help="of 64 images")
+    backbone.add_argument("--seed", type=int, default=0)
+    backbone.add_argument("--output", default=str(_PRETRAINED), metavar="DIR")
+    backbone.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    backbone.add_argument("--workers", type=int, default=1, help="processes that draw the scenes")
+    backbone.set_defaults(run=run_pretrain)
     report = commands.add_parser("report", help="one page of everything that has run")
     _add_place_flags(report)
     report.set_defaults(run=run_report)

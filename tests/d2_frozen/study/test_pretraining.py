@@ -1,0 +1,101 @@
+"""The small backbones: what is hidden, which labels, and that a file loads as MODEL.TIMM.PRETRAINED."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from d2_frozen.backbone.pretraining.scenes import IGNORE
+from d2_frozen.backbone.pretraining.shapes import NUM_SHAPES
+from d2_frozen.backbone.swin_v2 import PICO_NAME
+from d2_frozen.backbone.timm_backbone import create_timm_backbone
+from d2_frozen.study import pretraining
+from d2_frozen.study.pretraining import KINDS, SIZES, Pretraining, pretrain
+
+
+@pytest.fixture
+def scenes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Noise instead of drawn scenes, of 64 px: the texture maps alone take seconds."""
+
+    def draw(seed: int, count: int, workers: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
+        generator = torch.Generator().manual_seed(seed)
+        images = torch.randint(0, 256, (count, 3, 64, 64), generator=generator, dtype=torch.uint8)
+        return images, torch.randint(0, 2, (count, 80), generator=generator).float()
+
+    monkeypatch.setattr(pretraining, "draw_scenes", draw)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_file_loads_into_the_backbone_it_was_made_for(kind: str, scenes: None, tmp_path: Path) -> None:
+    path = pretrain(Pretraining(kind, images=4, iterations=1), tmp_path, batch=2)
+    assert path.name == f"{kind}_pico_4.safetensors" and Pretraining.of_name(path.stem).images == 4
+    create_timm_backbone(PICO_NAME, str(path))
+    assert [file.name for file in tmp_path.iterdir()] == [path.name]
+
+
+def test_the_larger_size_is_table_5s_config(scenes: None, tmp_path: Path) -> None:
+    path = pretrain(Pretraining("supervised", "nano", images=2, iterations=1), tmp_path, batch=2)
+    create_timm_backbone(PICO_NAME, str(path), arguments=SIZES["nano"])
+    with pytest.raises(ValueError, match="fit"):
+        create_timm_backbone(PICO_NAME, str(path))
+
+
+def test_an_interrupted_run_ends_as_an_uninterrupted_one(
+    scenes: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pretraining, "_SAVE_EVERY", 1)
+    what = Pretraining("masked", images=4, iterations=3)
+    whole = pretrain(what, tmp_path / "whole", batch=2)
+    rate = pretraining.learning_rate
+
+    def interrupted(step: int, iterations: int) -> float:
+        if step == 2:
+            raise KeyboardInterrupt
+        return rate(step, iterations)
+
+    monkeypatch.setattr(pretraining, "learning_rate", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        pretrain(what, tmp_path / "broken", batch=2)
+    monkeypatch.setattr(pretraining, "learning_rate", rate)
+    resumed, once = (load_file(path) for path in (pretrain(what, tmp_path / "broken", batch=2), whole))
+    assert resumed.keys() == once.keys() and all(torch.equal(resumed[key], once[key]) for key in once)
+
+
+def test_only_hidden_pixels_count_and_the_backbone_does_not_see_them() -> None:
+    torch.manual_seed(0)
+    task = pretraining._task("masked", create_timm_backbone(PICO_NAME))
+    seen: list[torch.Tensor] = []
+    task.backbone.network.patch_embed.register_forward_hook(lambda module, inputs, out: seen.append(out))
+    task(torch.full((2, 3, 64, 64), 200, dtype=torch.uint8), torch.zeros(2, 80), torch.Generator())
+    token = (seen[0] == task.token).all(dim=-1)  # (B, 16, 16) cells of 4 px
+    squares = token.view(2, 2, 8, 2, 8).float().mean(dim=(2, 4))
+    assert set(squares.unique().tolist()) == {0.0, 1.0}
+    assert squares.sum().item() == 2 * 3  # the first 60 % of 4 squares, rounded up
+
+
+def test_classes_that_cover_a_hundredth_of_the_pixels_are_shown() -> None:
+    labels = np.full((4, 100, 100), IGNORE, np.uint8)
+    labels[0], labels[1] = 0, 5
+    labels[0, 0, :] = 1 + 7  # exactly 1 %
+    labels[0, 1, :99] = 1 + 8  # a little less
+    labels[1, 50:] = 9
+    shown = np.flatnonzero(pretraining.shown_classes(labels))
+    assert shown.tolist() == [7, NUM_SHAPES + 5, NUM_SHAPES + 9]
+
+
+def test_views_of_a_whole_image_keep_a_constant_one_up_to_its_colour() -> None:
+    scenes = torch.full((3, 3, 32, 32), 100, dtype=torch.uint8)
+    views = pretraining.random_views(scenes, torch.Generator().manual_seed(1), smallest=0.2)
+    assert views.shape == (3, 3, 32, 32)
+    assert torch.allclose(views, views[:, :, :1, :1].expand_as(views), atol=1e-3)
+    assert not torch.allclose(views[0], views[1])
+
+
+@pytest.mark.parametrize("name", ["supervised_pico", "guessed_pico_10", "masked_huge_10", "masked_pico_x"])
+def test_names_that_are_none(name: str) -> None:
+    with pytest.raises(ValueError, match=r"KIND_SIZE_IMAGES|is no pretraining"):
+        Pretraining.of_name(name)
