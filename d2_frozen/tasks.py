@@ -98,10 +98,10 @@ class ClipPrediction(Protocol):
     """A head that predicts videos, clip by clip."""
 
     def clips(self, path: Path) -> Iterator[tuple[float, float, dict[str, Any]]]:
-        """(start, end) in seconds and the model's input, of every clip of a video, in order."""
+        """(start, end) in seconds and the model's input, of every clip of a video; later ones hold over earlier ones."""
 
-    def record(self, result: dict[str, Any]) -> dict[str, Any]:
-        """What to store of the model's result, as plain values."""
+    def record(self, result: dict[str, Any], model_input: dict[str, Any]) -> dict[str, Any]:
+        """What to store of the model's result for this input, as plain values."""
 
     def draw(self, picture: np.ndarray, record: dict[str, Any], min_score: float) -> np.ndarray:
         """A clip's record on one of its frames, (H, W, 3) uint8 RGB, without what scores lower; a new array."""

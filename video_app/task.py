@@ -1,4 +1,4 @@
-"""What ``train_net`` needs to know of video."""
+"""What ``train_net`` and ``predict`` need to know of video."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from d2_frozen.tasks import Classes, ClipPrediction
 from detectron2.config import CfgNode
 from video_app.config import add_video_config
 
@@ -33,6 +34,19 @@ class VideoTask:
         from video_app.evaluation.pictures import write_contact_sheet
 
         return write_contact_sheet(cfg, model, dataset_name, cfg.TEST.PICTURES)
+
+    def classes(self, cfg: CfgNode) -> Classes | None:
+        from video_app.evaluation.evaluator import class_names
+
+        # Lists with labels only know the classes up to the highest of them.
+        known = [class_names(name) for name in cfg.DATASETS.TRAIN]
+        names = next((names for names in known if len(names) == cfg.MODEL.VIDEO_HEAD.NUM_CLASSES), None)
+        return None if names is None else Classes(names, list(range(len(names))))
+
+    def prediction(self, cfg: CfgNode, classes: Classes | None) -> ClipPrediction:
+        from video_app.prediction import VideoPrediction
+
+        return VideoPrediction(cfg, classes)
 
 
 TASK = VideoTask()

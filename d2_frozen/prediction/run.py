@@ -230,7 +230,8 @@ class PredictionRun:
             records = found[head.name] = []
             for start, end, model_input in prediction.clips(item.path):
                 place = {"file": item.name, "start": round(start, 4), "end": round(end, 4)}
-                records.append({**place, **prediction.record(self.predictor.clip(head, model_input))})
+                result = self.predictor.clip(head, model_input)
+                records.append({**place, **prediction.record(result, model_input)})
             for record in records:
                 self._write(None, self.output.add, head.name, record)
         return found

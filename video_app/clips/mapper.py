@@ -16,7 +16,7 @@ import torch
 from detectron2.config import CfgNode
 from video_app.clips.bad_clips import BadClips
 from video_app.clips.crops import TrainCrop, view_crops
-from video_app.clips.decoder import BadClip, ClipDecoder, VideoReading
+from video_app.clips.decoder import BadClip, ClipDecoder, DecodedClip, VideoReading
 from video_app.clips.sampling import SamplingPlan
 
 logger = logging.getLogger(__name__)
@@ -105,11 +105,22 @@ class ClipMapper:
         reason = self.bad_clips.reason(path)
         if reason is None:
             try:
-                clip = self.decoder.read(path, plan)
+                video, clip = self.views(path, plan, random)
             except BadClip as err:
                 reason = str(err)
         if reason is not None:
             return self._bad(record, reason)
+        return {**_about(record), "video": video, "frame_indices": clip.indices.tolist()}
+
+    def views(
+        self, path: str, plan: SamplingPlan, random: np.random.Generator
+    ) -> tuple[torch.Tensor, DecodedClip]:
+        """(V, T, 3, S, S) uint8 views of a file, and what they were made of; ``random`` places training crops.
+
+        Raises:
+            BadClip: it cannot be read.
+        """
+        clip = self.decoder.read(path, plan)
         if clip.fault:
             logger.warning("%s: %s read it; %s", path, clip.reader, clip.fault)
         height, width = clip.frames.shape[2:4]
@@ -120,8 +131,7 @@ class ClipMapper:
         views = np.stack([crop.of(frames, self.size_px) for frames in clip.frames for crop in crops])
         if self.bgr:
             views = views[..., ::-1]
-        video = torch.from_numpy(np.ascontiguousarray(views.transpose(0, 1, 4, 2, 3)))
-        return {**_about(record), "video": video, "frame_indices": clip.indices.tolist()}
+        return torch.from_numpy(np.ascontiguousarray(views.transpose(0, 1, 4, 2, 3))), clip
 
     def _bad(self, record: dict[str, Any], reason: str) -> dict[str, Any] | None:
         path = record["file_name"]
