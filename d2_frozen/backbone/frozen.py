@@ -6,7 +6,6 @@ change.  Setting of Lin et al., arXiv:2211.02043: only what stands on the bottom
 
 from __future__ import annotations
 
-import copy
 import hashlib
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -14,13 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from d2_frozen.backbone.fast import PRECISIONS, fast_network
 from d2_frozen.backbone.stages import parameters_by_stage
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import Backbone
 
 # Names of what MODEL.BACKBONE.FREEZE counts, from the input on.
 _PARTS = ("stem", "res2", "res3", "res4", "res5")
-PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class _TransparentWrapper(Backbone):
@@ -83,8 +82,9 @@ class FrozenBackbone(_TransparentWrapper):
 
     Args:
         inner: the backbone to freeze, changed in place (gradients off, eval mode).
-        precision: "fp32", "bf16" or "fp16". The lower two run on a copy of the weights, made at the first
-            forward and made again after the weights change; ``state_dict`` always holds the originals.
+        precision: "fp32", "bf16" or "fp16". What runs is a fast network made of the weights (fast/) at the first
+            forward, and again after the weights change; ``state_dict`` always holds the originals. In the lower two
+            it has weights of its own on the images' device, and the originals stay in the computer's memory.
         name: for :meth:`fingerprint`; by default ``inner.name``, else inner's class.
     Raises:
         ValueError: unknown precision.
@@ -98,7 +98,7 @@ class FrozenBackbone(_TransparentWrapper):
         super().__init__(inner)
         self.precision = precision
         self.name: str = name or getattr(inner, "name", None) or type(inner).__name__
-        self._runner: Backbone | None = None
+        self._runner: nn.Module | None = None
         self._runner_state: tuple | None = None
         self._sha256 = ""
         self._sha256_state: tuple | None = None
@@ -107,14 +107,14 @@ class FrozenBackbone(_TransparentWrapper):
         self.training = False
 
     def __setattr__(self, name: str, value: object) -> None:
-        # nn.Module would register the low-precision copy as a child, under parameter names of its own.
+        # nn.Module would register the fast network as a child, under parameter names of its own.
         if name == "_runner":
             self.__dict__[name] = value
         else:
             super().__setattr__(name, value)
 
     def __getstate__(self) -> dict:
-        # deepcopy and pickle carry the originals only; the copy is made again where it is needed.
+        # deepcopy and pickle carry the originals only; the fast network is made again where it is needed.
         return {**self.__dict__, "_runner": None, "_runner_state": None}
 
     def train(self, mode: bool = True) -> FrozenBackbone:
@@ -126,8 +126,18 @@ class FrozenBackbone(_TransparentWrapper):
         device = images.device.type
         outer = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else torch.float32
         with torch.no_grad(), torch.autocast(device, enabled=False):
-            maps = self._network()(images.to(PRECISIONS[self.precision]))
-            return {name: feature.to(outer) for name, feature in maps.items()}
+            maps = self._network(images.device)(images.float())
+            # Contiguous: heads may view them, whatever layout the fast network computes in.
+            return {name: feature.to(outer).contiguous() for name, feature in maps.items()}
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FrozenBackbone:
+        # An accelerator needs the weights that run, not their originals: SwinV2-G has 12 GB of them in float32.
+        example = fn(torch.empty(0))
+        if self.precision == "fp32" or example.device.type == "cpu":
+            self.inner._apply(fn, recurse)
+        elif example.dtype != torch.float32:
+            self.inner._apply(lambda tensor: fn(tensor).to(tensor.device), recurse)
+        return self
 
     def fingerprint(self) -> dict[str, str]:
         """``{"name", "sha256"}`` of the weights: every persistent tensor's name, shape and float32 value.
@@ -140,12 +150,11 @@ class FrozenBackbone(_TransparentWrapper):
             self._sha256_state = state
         return {"name": self.name, "sha256": self._sha256}
 
-    def _network(self) -> Backbone:
-        if self.precision == "fp32":
-            return self.inner
-        state = _tensor_versions(self.inner)
+    def _network(self, device: torch.device) -> nn.Module:
+        state = (device, _tensor_versions(self.inner))
         if state != self._runner_state:
-            self._runner = copy.deepcopy(self.inner).to(PRECISIONS[self.precision])
+            self._runner = None  # before the next one takes its memory
+            self._runner = fast_network(self.inner, self.precision, device)
             self._runner_state = state
         assert self._runner is not None
         return self._runner

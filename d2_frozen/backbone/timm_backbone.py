@@ -103,6 +103,11 @@ class TimmBackbone(Backbone):
         return dict(zip(self._out_features, maps))
 
     @property
+    def map_indices(self) -> dict[str, int]:
+        """Which of timm's feature maps each feature is."""
+        return dict(zip(self._out_features, self._indices))
+
+    @property
     def size_divisibility(self) -> int:
         return self._size_divisibility
 

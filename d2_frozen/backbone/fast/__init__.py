@@ -1,0 +1,8 @@
+"""The frozen forward: what is constant is computed once, the rest in the asked precision.
+
+:func:`fast_network` is what :class:`FrozenBackbone` runs; the network itself, its names and weights stay as they are.
+"""
+
+from d2_frozen.backbone.fast.network import PRECISIONS, fast_network
+
+__all__ = ["PRECISIONS", "fast_network"]

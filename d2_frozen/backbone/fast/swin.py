@@ -1,0 +1,245 @@
+"""Swin and SwinV2 without what is constant, for a network that does not train.
+
+In: a :class:`TimmBackbone` on timm's Swin or SwinV2 (SwinV2-G too).  Out: the same maps from fewer operations:
+
+- SwinV2's position bias (a small network and 16 sigmoid) and logit scale (clamp, exp) are numbers, computed once;
+  so is Swin's look-up in its table, and the masks of shifted windows.
+- Roll, padding, window partition and their inverses are one gather before and one behind attention (layouts.py).
+- Attention is fused (window_attention.py).
+
+Weights are those of the network, not copies, where precision and device are the same.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from timm.layers import Mlp
+from timm.models.swin_transformer import SwinTransformer, SwinTransformerBlock
+from timm.models.swin_transformer_v2 import SwinTransformerV2, SwinTransformerV2Block
+from torch import Tensor, nn
+
+from d2_frozen.backbone.fast.layouts import Bounded, Size, WindowLayout, window_layout, window_masks
+from d2_frozen.backbone.swin_v2 import PadsBeforeShift, SwinBlock, SwinV2Block
+from d2_frozen.backbone.swin_v2_giant import BlockWithMainNorm
+from d2_frozen.backbone.timm_backbone import TimmBackbone
+
+# Layouts of this many sizes are kept: one is a few index numbers per token.
+_KEPT_SIZES = 16
+
+
+# What is known here; another class may do something else.
+_BLOCKS = (SwinTransformerBlock, SwinTransformerV2Block, SwinBlock, SwinV2Block, BlockWithMainNorm)
+
+
+def fast_swin(backbone: nn.Module) -> FastSwin | None:
+    """The fast network of a :class:`TimmBackbone` on Swin or SwinV2; None for any other backbone."""
+    network: Any = getattr(backbone, "network", None)
+    if not isinstance(backbone, TimmBackbone) or not isinstance(network, SwinTransformer | SwinTransformerV2):
+        return None
+    stages: Any = network.layers
+    known = all(type(b) in _BLOCKS and _is_plain_mlp(b.mlp) for stage in stages for b in stage.blocks)
+    return FastSwin(backbone) if known else None
+
+
+class FastSwin(nn.Module):
+    """The maps of a Swin network at any image size."""
+
+    stages: Any  # a ModuleList of _Stage
+
+    def __init__(self, backbone: TimmBackbone) -> None:
+        super().__init__()
+        network, indices = backbone.network, backbone.map_indices
+        self.stem = _PatchEmbedding(network.patch_embed)
+        self.stages = nn.ModuleList(_Stage(stage) for stage in network.layers[: max(indices.values()) + 1])
+        self.final_norm = backbone.final_norm
+        self._feature_of = {index: name for name, index in indices.items()}
+        self._layouts: Bounded[list[list[WindowLayout]]] = Bounded(_KEPT_SIZES)
+
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        """(B, 3, H, W) -> {name: (B, C, h, w)}, in memory channels last."""
+        batch, _, height, width = images.shape
+        x = self.stem(images)  # (B * h * w, C)
+        size = (height // self.stem.patch[0], width // self.stem.patch[1])
+        key = (batch, size, images.device)
+        layouts = self._layouts.get(key, lambda: self._all_layouts(batch, size, images.device))
+        maps = {}
+        for index, stage in enumerate(self.stages):
+            if stage.merging is not None:
+                x, size = stage.merging(x, batch, size)
+            for block, layout in zip(stage.blocks, layouts[index]):
+                x = block(x, layout)
+            if index in self._feature_of:
+                name = self._feature_of[index]
+                feature = self.final_norm(x) if name == "res5" and self.final_norm is not None else x
+                maps[name] = feature.view(batch, *size, -1).permute(0, 3, 1, 2)
+        return maps
+
+    def _all_layouts(self, batch: int, size: Size, device: torch.device) -> list[list[WindowLayout]]:
+        result = []
+        for stage in self.stages:
+            if stage.merging is not None:
+                size = ((size[0] + 1) // 2, (size[1] + 1) // 2)
+            made: dict[tuple, WindowLayout] = {}
+            for block in stage.blocks:
+                key = (block.window, block.shift, block.pad_first)
+                if key not in made:
+                    made[key] = window_layout(batch, size, *key, device)
+            result.append([made[block.window, block.shift, block.pad_first] for block in stage.blocks])
+        return result
+
+
+class _PatchEmbedding(nn.Module):
+    """Non-overlapping patches: a linear layer on the pixels of each."""
+
+    def __init__(self, embedding: Any) -> None:
+        super().__init__()
+        self.patch: Size = tuple(embedding.patch_size)
+        self.proj = embedding.proj
+        self.norm = embedding.norm
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(B, 3, H, W) -> (B * h * w, C)."""
+        x = self.proj(images)
+        return self.norm(x.permute(0, 2, 3, 1).flatten(0, 2))
+
+
+class _Merging(nn.Module):
+    """2 x 2 tokens become one; SwinV2 normalises behind the reduction, Swin before it."""
+
+    def __init__(self, merging: Any, norm_first: bool) -> None:
+        super().__init__()
+        self.norm_first = norm_first
+        self.reduction = merging.reduction
+        self.norm = merging.norm
+
+    def forward(self, x: Tensor, batch: int, size: Size) -> tuple[Tensor, Size]:
+        """(B * h * w, C) -> (B * h/2 * w/2, 2 C), and the new (h, w)."""
+        height, width = size
+        x = x.view(batch, height, width, -1)
+        if height % 2 or width % 2:
+            x = F.pad(x, (0, 0, 0, width % 2, 0, height % 2))
+            height, width = height + height % 2, width + width % 2
+        half = (height // 2, width // 2)
+        x = x.view(batch, half[0], 2, half[1], 2, -1).permute(0, 1, 3, 4, 2, 5).flatten(3).flatten(0, 2)
+        x = self.reduction(self.norm(x)) if self.norm_first else self.norm(self.reduction(x))
+        return x, half
+
+
+class _Stage(nn.Module):
+    merging: _Merging | None
+    blocks: Any  # a ModuleList of _Block
+
+    def __init__(self, stage: Any) -> None:
+        super().__init__()
+        first = stage.blocks[0]
+        merges = not isinstance(stage.downsample, nn.Identity)
+        norm_first = isinstance(first, SwinTransformerBlock)
+        self.merging = _Merging(stage.downsample, norm_first) if merges else None
+        self.blocks = nn.ModuleList(_Block(block) for block in stage.blocks)
+
+
+class _Block(nn.Module):
+    """One block of either network, on tokens in the order of the map."""
+
+    qk_scale: Tensor
+    bias: Tensor
+
+    def __init__(self, block: Any) -> None:
+        super().__init__()
+        attention = block.attn
+        self.cosine = isinstance(block, SwinTransformerV2Block)
+        self.window: Size = tuple(block.window_size)
+        self.shift: Size = tuple(block.shift_size)
+        self.pad_first = isinstance(block, PadsBeforeShift)
+        self.heads = attention.num_heads
+        self.qkv = _linear(attention.qkv.weight, _qkv_bias(attention))
+        self.proj, self.fc1, self.fc2 = attention.proj, block.mlp.fc1, block.mlp.fc2
+        self.act = block.mlp.act
+        self.norm1, self.norm2 = block.norm1, block.norm2
+        self.norm3 = getattr(block, "norm3", None)  # SwinV2-G's, on the main branch
+        if self.cosine:
+            scale = attention.logit_scale.clamp(max=math.log(100.0)).exp().flatten()  # (heads,)
+            self.register_buffer("qk_scale", torch.stack((scale, torch.ones_like(scale)))[..., None])
+            self.scale = 1.0
+        else:
+            self.scale = attention.scale
+        bias = _position_bias(attention, self.cosine)  # (1, heads, N, N)
+        if any(self.shift):
+            bias = bias + window_masks(self.window, self.shift).to(bias)[:, None]
+        self.register_buffer("bias", bias)  # (1 or 4 kinds of windows, heads, N, N)
+
+    def forward(self, x: Tensor, layout: WindowLayout) -> Tensor:
+        """(B * h * w, C) -> the same."""
+        if self.cosine:
+            x = x + self.norm1(self.attention(x, layout))
+            x = x + self.norm2(self.mlp(x))
+        else:
+            x = x + self.attention(self.norm1(x), layout)
+            x = x + self.mlp(self.norm2(x))
+        return x if self.norm3 is None else self.norm3(x)
+
+    def mlp(self, x: Tensor) -> Tensor:
+        return self.fc2(self.act(self.fc1(x)))
+
+    def attention(self, x: Tensor, layout: WindowLayout) -> Tensor:
+        """(B * h * w, C) -> the same, each token from the tokens of its window."""
+        x = x[layout.into]
+        if layout.padding is not None:
+            x = x.masked_fill(layout.padding[:, None], 0.0)
+        length = self.window[0] * self.window[1]
+        qkv = self.qkv(x).view(-1, length, 3, self.heads, x.shape[-1] // self.heads)
+        q, k, v = self._queries_keys_values(qkv)  # (windows, heads, N, d) each
+        outs, start = [], 0
+        for kind, count in layout.kinds:
+            part = slice(start, start + count)
+            out = F.scaled_dot_product_attention(
+                q[part], k[part], v[part], attn_mask=self.bias[kind : kind + 1], scale=self.scale
+            )
+            outs.append(out.transpose(1, 2).reshape(count * length, -1))
+            start += count
+        out = outs[0] if len(outs) == 1 else torch.cat(outs)
+        return self.proj(out[layout.out_of])
+
+    def _queries_keys_values(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)
+        if self.cosine:
+            qk = qkv[:, :, :2]  # (windows, N, 2, heads, d)
+            # float16 has nothing between 0 and 6e-8, and 100 / length must stay below 65504; keys of padding are 0.
+            shortest = 2e-3 if qk.dtype == torch.float16 else 1e-12
+            length = torch.linalg.vector_norm(qk, dim=-1, keepdim=True).clamp(min=shortest)
+            q, k = (qk * (self.qk_scale / length)).permute(2, 0, 3, 1, 4)
+        return q, k, v
+
+
+def _is_plain_mlp(mlp: Any) -> bool:
+    return type(mlp) is Mlp and isinstance(mlp.fc1, nn.Linear) and isinstance(mlp.norm, nn.Identity)
+
+
+def _qkv_bias(attention: Any) -> Tensor | None:
+    if isinstance(getattr(attention, "q_bias", None), Tensor):  # SwinV2: keys have none
+        return torch.cat((attention.q_bias, torch.zeros_like(attention.q_bias), attention.v_bias))
+    return attention.qkv.bias
+
+
+def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
+    """A layer on tensors that exist."""
+    layer = nn.Linear(weight.shape[1], weight.shape[0], bias is not None, device="meta")
+    layer.weight = nn.Parameter(weight, requires_grad=False)
+    if bias is not None:
+        layer.bias = nn.Parameter(bias, requires_grad=False)
+    return layer
+
+
+def _position_bias(attention: Any, cosine: bool) -> Tensor:
+    """(1, heads, N, N): what relative positions add to the logits."""
+    index = attention.relative_position_index
+    if cosine:
+        table = attention.cpb_mlp(attention.relative_coords_table).view(-1, attention.num_heads)
+        table = 16 * torch.sigmoid(table)
+    else:
+        table = attention.relative_position_bias_table
+    return table[index.flatten()].view(*index.shape, -1).permute(2, 0, 1)[None].contiguous()

@@ -1,0 +1,242 @@
+"""The fast forward gives the maps of the network that it was made of."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from d2_frozen.backbone import FrozenBackbone, create_timm_backbone
+from d2_frozen.backbone.fast import fast_network
+from d2_frozen.backbone.fast.folding import folded_copy
+from d2_frozen.backbone.fast.layouts import Bounded, window_layout, window_masks
+from d2_frozen.backbone.fast.swin import FastSwin, fast_swin
+
+CPU = torch.device("cpu")
+SMALL = dict(embed_dim=32, depths=(2, 2, 2, 2), num_heads=(1, 2, 4, 8))
+
+
+def network(name, final_norm=False, **arguments):
+    """A network whose every tensor matters: none left at 0 or 1, as some start."""
+    torch.manual_seed(0)
+    backbone = (
+        create_timm_backbone(name, arguments=arguments, final_norm=final_norm).eval().requires_grad_(False)
+    )
+    for tensor in [*backbone.parameters(), *(b for n, b in backbone.named_buffers() if "running" in n)]:
+        if tensor.dim() == 1:
+            tensor.copy_(
+                torch.rand_like(tensor) * 0.4 + 0.8 if tensor.mean() > 0.5 else torch.randn_like(tensor) * 0.1
+            )
+    for name, tensor in backbone.named_parameters():
+        if "logit_scale" in name:
+            tensor.copy_(torch.linspace(0, 6, tensor.numel()).view_as(tensor))  # above log 100: clamped
+        elif "norm1.weight" in name or "norm2.weight" in name or name.endswith("gamma"):
+            tensor.copy_(torch.rand_like(tensor) * 0.5)  # timm: 0 in SwinV2
+        elif "relative_position_bias_table" in name:
+            tensor.normal_()
+    return backbone
+
+
+def images(height, width, batch=2):
+    return torch.randn(batch, 3, height, width, generator=torch.Generator().manual_seed(height + width))
+
+
+def assert_same_maps(got, truth, relative=1e-5):
+    assert list(got) == list(truth)
+    for name, feature in truth.items():
+        assert got[name].shape == feature.shape
+        assert (got[name] - feature).norm() <= relative * feature.norm(), name
+
+
+@pytest.mark.parametrize(
+    "name, arguments",
+    [
+        ("swinv2_tiny_window8_256", SMALL),
+        ("swinv2_base_window12_192", SMALL),
+        ("swinv2_pico_window8_256", {}),  # shifts before it pads
+        ("swinv2_giant_window12_192", {**SMALL, "window_size": 4, "main_norm_period": 2}),
+        ("swin_tiny_patch4_window7_224", SMALL),
+        ("swin_tiny_patch4_window7_224", {**SMALL, "window_size": 8}),
+    ],
+)
+@pytest.mark.parametrize(
+    "size", [(256, 256), (96, 160), (32, 64)]
+)  # whole windows; padded; smaller than a window
+def test_swin_is_exact_whatever_the_windows_do(name, arguments, size):
+    backbone = network(name, **arguments)
+    fast = fast_network(backbone, "fp32", CPU)
+    assert isinstance(fast, FastSwin)
+    batch = images(*size)
+    assert_same_maps(fast(batch), backbone(batch))
+
+
+def test_swin_shares_the_weights_of_the_network():
+    backbone = network("swinv2_pico_window8_256")
+    own = sum(t.numel() for t in backbone.parameters())
+    shared = {t.data_ptr() for t in backbone.parameters()}
+    fast = fast_network(backbone, "fp32", CPU)
+    assert sum(t.numel() for t in fast.parameters() if t.data_ptr() not in shared) < 0.01 * own
+
+
+def test_some_features_and_the_final_norm():
+    backbone = network("swinv2_tiny_window8_256", final_norm=True, **SMALL)
+    assert backbone.final_norm is not None
+    batch = images(64, 96)
+    assert_same_maps(fast_network(backbone, "fp32", CPU)(batch), backbone(batch))
+    torch.manual_seed(0)
+    part = create_timm_backbone("swinv2_pico_window8_256", out_features=["res3", "res4"]).eval()
+    with torch.no_grad():
+        assert_same_maps(fast_network(part, "fp32", CPU)(batch), part(batch))
+
+
+def test_another_block_class_is_not_taken_for_swin():
+    backbone = network("swinv2_pico_window8_256")
+    block = backbone.network.layers[0].blocks[0]
+    block.__class__ = type("Other", (type(block),), {"forward": lambda self, x: 2 * x})
+    assert fast_swin(backbone) is None
+    batch = images(64, 64)
+    assert_same_maps(fast_network(backbone, "fp32", CPU)(batch), backbone(batch))
+
+
+@pytest.mark.parametrize(
+    "name, folded",
+    [
+        ("resnet18", True),
+        ("resnet50d", True),  # deep stem, average pooling in the shortcut
+        ("seresnet50", True),
+        ("regnety_002", True),  # norms with their activation inside
+        ("convnext_atto", True),  # layer scale
+        ("efficientnet_b0", True),
+        ("vit_tiny_patch16_224", False),
+        ("vit_small_patch14_dinov2", True),  # layer scale
+    ],
+)
+def test_norms_and_scales_go_into_the_weights(name, folded):
+    backbone = network(name)
+    before = copy.deepcopy(backbone.state_dict())
+    fast = fast_network(backbone, "fp32", CPU)
+    assert (fast is not backbone) == folded
+    left = [m for m in fast.modules() if "BatchNorm" in type(m).__name__ or type(m).__name__ == "LayerScale"]
+    assert not folded or not left
+    batch = images(64, 96)
+    assert_same_maps(fast(batch), backbone(batch))
+    assert all(torch.equal(t, before[n]) for n, t in backbone.state_dict().items())
+
+
+@pytest.mark.parametrize("norm", ["FrozenBN", "BN"])
+def test_detectron2_resnet_folds_its_norms(norm):
+    from detectron2.config import get_cfg
+    from detectron2.layers import ShapeSpec
+    from detectron2.modeling.backbone import build_resnet_backbone
+
+    cfg = get_cfg()
+    cfg.MODEL.RESNETS.DEPTH = 50
+    cfg.MODEL.RESNETS.NORM = norm
+    cfg.MODEL.RESNETS.OUT_FEATURES = ["res2", "res3", "res4", "res5"]
+    torch.manual_seed(0)
+    resnet = build_resnet_backbone(cfg, ShapeSpec(channels=3)).eval().requires_grad_(False)
+    for name, tensor in resnet.named_buffers():
+        if name.endswith("running_mean"):
+            tensor.normal_(std=0.1)
+        elif name.endswith("running_var"):
+            tensor.uniform_(0.5, 2)
+    fast = fast_network(resnet, "fp32", CPU)
+    assert not [m for m in fast.modules() if "BatchNorm" in type(m).__name__]
+    batch = images(64, 64)
+    assert_same_maps(fast(batch), resnet(batch))
+
+
+class UsesTheConvolutionTwice(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.bn = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)
+        self.bn.running_mean.fill_(1.0)
+
+    def forward(self, x):
+        y = self.conv(x)
+        return {"res2": self.bn(y) + y}
+
+
+def test_a_convolution_that_others_use_keeps_its_norm(caplog):
+    backbone = UsesTheConvolutionTwice().eval()
+    with torch.no_grad():
+        assert folded_copy(backbone) is None
+    assert "left as they are" in caplog.text
+    assert fast_network(backbone, "fp32", CPU) is backbone
+
+
+def test_a_window_layout_is_the_roll_and_partition_that_it_stands_for():
+    """4 x 6 map, window 2, shift 1: the first window of a rolled map begins at row 1, column 1."""
+    layout = window_layout(1, (4, 6), (2, 2), (1, 1), True, CPU)
+    tokens = torch.arange(24).view(4, 6)
+    assert layout.into[:4].tolist() == tokens[1:3, 1:3].flatten().tolist()
+    assert layout.kinds == ((0, 2), (1, 1), (2, 2), (3, 1)) and layout.padding is None
+    assert layout.into[-4:].tolist() == [tokens[r, c].item() for r in (3, 0) for c in (5, 0)]  # the corner
+    assert torch.equal(layout.into[layout.out_of], torch.arange(24))
+
+
+def test_padding_has_no_token():
+    layout = window_layout(3, (3, 3), (2, 2), (0, 0), True, CPU)
+    assert layout.padding.sum() == 3 * (16 - 9) and layout.kinds == ((0, 12),)
+    assert torch.equal(layout.into[layout.out_of], torch.arange(27))
+    assert not layout.padding[layout.out_of].any()
+
+
+def test_masks_part_the_two_ends_of_a_map():
+    """Window 2, shift 1: rows 0 and 1 of a window at the last row come from opposite ends."""
+    inside, right, below, corner = window_masks((2, 2), (1, 1))
+    assert not inside.any()
+    assert below[0].tolist() == [0, 0, -100, -100] and right[0].tolist() == [0, -100, 0, -100]
+    assert (corner == 0).sum() == 4, "each sees itself only"
+
+
+def test_layouts_of_many_sizes_do_not_pile_up():
+    fast = fast_network(network("swinv2_pico_window8_256"), "fp32", CPU)
+    for width in range(32, 32 * 25, 32):
+        fast(images(32, width, batch=1))
+    assert len(fast._layouts) == fast._layouts.limit == 16
+    kept = Bounded(2)
+    made = [kept.get(key, lambda: object()) for key in (1, 2, 1, 3, 1)]
+    assert made[0] is made[2] is made[4] and len(kept) == 2
+
+
+def test_it_is_made_again_after_the_weights_change():
+    wrapped, other = (FrozenBackbone(network("swinv2_pico_window8_256")) for _ in range(2))
+    batch = images(64, 64)
+    first = wrapped(batch)
+    with torch.no_grad():
+        other.inner.network.layers[0].blocks[0].attn.cpb_mlp[2].weight.mul_(3)
+    assert not torch.equal(other(batch)["res2"], first["res2"])
+    wrapped.load_state_dict(other.state_dict())
+    assert torch.equal(wrapped(batch)["res2"], other(batch)["res2"])
+    assert torch.equal(copy.deepcopy(wrapped)(batch)["res2"], other(batch)["res2"])
+
+
+@pytest.mark.parametrize(("precision", "relative"), [("bf16", 0.05), ("fp16", 0.01)])
+@pytest.mark.parametrize("name", ["swinv2_pico_window8_256", "resnet18", "vit_tiny_patch16_224"])
+def test_low_precision_is_close(name, precision, relative):
+    backbone = network(name)
+    batch = images(64, 96)
+    low = FrozenBackbone(copy.deepcopy(backbone), precision)(batch)
+    assert_same_maps(low, backbone(batch), relative)
+    assert all(m.dtype == torch.float32 and m.is_contiguous() and not m.is_inference() for m in low.values())
+
+
+def test_low_precision_keeps_its_originals_out_of_the_accelerator():
+    """torch's "meta" stands for an accelerator: to(device) moves float32, and leaves the originals of bf16."""
+    exact, low = (FrozenBackbone(network("swinv2_pico_window8_256"), p).to("meta") for p in ("fp32", "bf16"))
+    assert {t.device.type for t in exact.parameters()} == {"meta"}
+    assert {t.device.type for t in low.parameters()} == {"cpu"}
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("name", ["swinv2_pico_window8_256", "swin_tiny_patch4_window7_224", "resnet18"])
+def test_on_a_gpu(name, precision):
+    backbone = network(name)
+    batch = images(96, 160)
+    truth = backbone(batch)
+    wrapped = FrozenBackbone(backbone, precision).to("cuda")
+    maps = {key: value.cpu() for key, value in wrapped(batch.cuda()).items()}
+    assert_same_maps(maps, truth, {"fp32": 1e-3, "bf16": 0.05, "fp16": 0.01}[precision])
+    assert {p.device.type for p in wrapped.parameters()} == {"cuda" if precision == "fp32" else "cpu"}
