@@ -23,6 +23,7 @@ from timm.models.swin_transformer_v2 import SwinTransformerV2, SwinTransformerV2
 from torch import Tensor, nn
 
 from d2_frozen.backbone.fast.layouts import Bounded, Size, WindowLayout, window_layout, window_masks
+from d2_frozen.backbone.fast.sharing import with_shared_tensors
 from d2_frozen.backbone.swin_v2 import PadsBeforeShift, SwinBlock, SwinV2Block
 from d2_frozen.backbone.swin_v2_giant import BlockWithMainNorm
 from d2_frozen.backbone.timm_backbone import TimmBackbone
@@ -35,14 +36,15 @@ _KEPT_SIZES = 16
 _BLOCKS = (SwinTransformerBlock, SwinTransformerV2Block, SwinBlock, SwinV2Block, BlockWithMainNorm)
 
 
-def fast_swin(backbone: nn.Module) -> FastSwin | None:
+def fast_swin(backbone: nn.Module) -> nn.Module | None:
     """The fast network of a :class:`TimmBackbone` on Swin or SwinV2; None for any other backbone."""
     network: Any = getattr(backbone, "network", None)
     if not isinstance(backbone, TimmBackbone) or not isinstance(network, SwinTransformer | SwinTransformerV2):
         return None
     stages: Any = network.layers
     known = all(type(b) in _BLOCKS and _is_plain_mlp(b.mlp) for stage in stages for b in stage.blocks)
-    return FastSwin(backbone) if known else None
+    # A copy, since its modules are partly those of the backbone, and will get tensors in another precision.
+    return with_shared_tensors(FastSwin(backbone)) if known else None
 
 
 class FastSwin(nn.Module):
