@@ -166,6 +166,12 @@ def is_part(path: Path) -> bool:
     return path.parent.name == "base" or path.name.startswith("Base-")
 
 
+def model_of(cfg: CfgNode) -> str:
+    """What the parameters of a config's model depend on: equal texts, equal counts."""
+    # A video head learns a position for each frame of a clip.
+    return str(cfg.MODEL) + str(cfg.get("VIDEO", ""))
+
+
 def counts_table(folder: str | Path) -> str:
     """Markdown: path of every yaml below ``folder`` that is a model of its own, its trainable and all parameters."""
     known: dict[str, Counts] = {}
@@ -174,7 +180,7 @@ def counts_table(folder: str | Path) -> str:
         if is_part(path):
             continue
         cfg = tasks.read_config(path)
-        model = str(cfg.MODEL)
+        model = model_of(cfg)
         if model not in known:
             known[model] = Counts.of(build_weightless(cfg))
         rows.append([f"`{path.as_posix()}`", *(f"{count:,}" for count in known[model])])

@@ -12,7 +12,7 @@ import timm
 
 from d2_frozen import tasks
 from d2_frozen.neck.build import NECK_NAMES
-from d2_frozen.summary import Counts, build_weightless, is_part
+from d2_frozen.summary import Counts, build_weightless, is_part, model_of
 from detectron2.config import CfgNode
 from detectron2.modeling import BACKBONE_REGISTRY, META_ARCH_REGISTRY, ROI_HEADS_REGISTRY
 
@@ -20,15 +20,23 @@ ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = ROOT / "configs"
 COCO = CONFIGS / "coco"
 EVERY = sorted(CONFIGS.rglob("*.yaml"))
-CELLS = sorted([*COCO.glob("table*/*.yaml"), *(CONFIGS / "ade20k").glob("table*/*.yaml")])
+KINETICS = CONFIGS / "kinetics400"
+CELLS = sorted(
+    [
+        *COCO.glob("table*/*.yaml"),
+        *(CONFIGS / "ade20k").glob("table*/*.yaml"),
+        *KINETICS.glob("table*/*.yaml"),
+    ]
+)
+# A part of a config does not name its task; its folder does.
+TASK_OF_FOLDER = {"ade20k": "FrozenSegmentor", "kinetics400": "FrozenVideoClassifier"}
 _known: dict[str, Counts] = {}
 
 
 @functools.cache
 def _read(path: Path) -> CfgNode:
-    # A part of a config does not name its task; the folder does.
-    segmentation = is_part(path) and "ade20k" in path.parts
-    return tasks.read_config(path, ["MODEL.META_ARCHITECTURE", "FrozenSegmentor"] if segmentation else [])
+    task = next((task for folder, task in TASK_OF_FOLDER.items() if folder in path.parts), None)
+    return tasks.read_config(path, ["MODEL.META_ARCHITECTURE", task] if task and is_part(path) else [])
 
 
 def read_config(path: Path) -> CfgNode:
@@ -41,7 +49,7 @@ def name_of(path: Path) -> str:
 
 def counts_of(cfg: CfgNode) -> Counts:
     """Each distinct model is built once, without weights; seconds for all of them."""
-    model = str(cfg.MODEL)
+    model = model_of(cfg)
     if model not in _known:
         _known[model] = Counts.of(build_weightless(cfg))
     return _known[model]
@@ -71,7 +79,8 @@ def test_parameter_counts_in_docs() -> None:
     }
     built = {path.relative_to(ROOT).as_posix(): counts_of(read_config(path)) for path in CELLS}
     assert stated == built, (
-        "its tables are what `python -m d2_frozen.summary --table configs/coco` and configs/ade20k print"
+        "its tables are what `python -m d2_frozen.summary --table configs/coco`, configs/ade20k and "
+        "configs/kinetics400 print"
     )
 
 
@@ -104,6 +113,40 @@ def test_every_cell_of_table_3_is_there() -> None:
         assert encoder == cfg.MODEL.SEM_SEG_HEAD.TRANSFORMER_ENC_LAYERS
         assert decoder + 1 == cfg.MODEL.MASK_FORMER.DEC_LAYERS
     assert len(list(folder.iterdir())) == 8
+
+
+def test_every_cell_of_table_4_is_there() -> None:
+    """Three heads on one backbone, which sees single frames."""
+    heads = {"linear": "LinearVideoHead", "temporal": "TemporalVideoHead", "global": "GlobalVideoHead"}
+    for (name, head), mode in itertools.product(heads.items(), ("frozen", "full")):
+        cfg = read_config(KINETICS / f"table4/{name}_{mode}.yaml")
+        assert head == cfg.MODEL.VIDEO_HEAD.NAME
+        assert name == "linear" or cfg.MODEL.VIDEO_HEAD.NUM_BLOCKS == 4
+    assert len(list((KINETICS / "table4").iterdir())) == 6
+
+
+@pytest.mark.parametrize("path", sorted(KINETICS.glob("table*/*.yaml")), ids=name_of)
+def test_kinetics_cells_have_the_recipe_of_video_swin(path: Path) -> None:
+    """30 epochs of 240,436 videos in batches of 64, 2.5 of them warm-up; 16 frames, every 4th; 4 x 3 views."""
+    cfg = read_config(path)
+    assert (cfg.VIDEO.NUM_FRAMES, cfg.VIDEO.STRIDE, cfg.VIDEO.CROP_SIZE) == (16, 4, 224)
+    assert (cfg.VIDEO.TEST.CLIPS, cfg.VIDEO.TEST.CROPS) == (4, 3)
+    assert (cfg.SOLVER.OPTIMIZER, cfg.SOLVER.BASE_LR, cfg.SOLVER.WEIGHT_DECAY) == ("ADAMW", 3e-4, 0.05)
+    epoch = 240436 / cfg.SOLVER.IMS_PER_BATCH
+    assert cfg.SOLVER.IMS_PER_BATCH == 64
+    assert cfg.SOLVER.MAX_ITER / epoch == pytest.approx(30, rel=1e-3)
+    assert cfg.SOLVER.WARMUP_ITERS / epoch == pytest.approx(2.5, rel=1e-3)
+    assert (0.1 if "_full" in path.stem else 1.0) == cfg.SOLVER.BACKBONE_MULTIPLIER
+
+
+def test_more_frames_can_be_added_to_a_cell(tmp_path: Path) -> None:
+    mine = tmp_path / "mine.yaml"
+    bases = [KINETICS / "table4/global_frozen.yaml", KINETICS / "base/frames_32x2.yaml"]
+    mine.write_text("_BASE_:\n" + "".join(f"  - {base}\n" for base in bases))
+    cfg = read_config(mine)
+    assert (cfg.VIDEO.NUM_FRAMES, cfg.VIDEO.STRIDE, cfg.MODEL.VIDEO_HEAD.NAME) == (32, 2, "GlobalVideoHead")
+    # 16 more learned positions in time of 1024 channels.
+    assert counts_of(cfg).trainable - counts_of(read_config(bases[0])).trainable == 16 * 1024
 
 
 @pytest.mark.parametrize("mode", ["frozen", "full"])

@@ -26,7 +26,7 @@ def prepare_datasets(cfg: CfgNode, train: bool = True) -> None:
     """Register DATASETS.REGISTER, read every used list, look for its files, and fill in the class count.
 
     A file that is missing or broken does not stop a run unless VIDEO.STRICT says so: training draws another video,
-    testing counts it as wrong, OUTPUT_DIR/bad_clips.txt names it. ``python -m video_app.prepare check`` decodes all.
+    testing counts it as wrong, OUTPUT_DIR/bad_clips.txt names it. ``python -m video_app.prepare list`` decodes all.
 
     Args:
         cfg: gets MODEL.VIDEO_HEAD.NUM_CLASSES where that is -1.

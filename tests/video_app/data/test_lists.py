@@ -15,7 +15,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from video_app.clips.bad_clips import read_bad_clips
 from video_app.clips.mapper import ClipMapper
 from video_app.config import add_video_config
-from video_app.data import load_video_folder, load_video_list
+from video_app.data import builtin, load_video_folder, load_video_list
 from video_app.data.lists import read_kinetics_csv, read_list
 from video_app.prepare import main
 
@@ -167,3 +167,20 @@ def test_a_csv_without_labels_is_refused(tmp_path: Path) -> None:
     (tmp_path / "test.csv").write_text("youtube_id,time_start,time_end,split\n")
     with pytest.raises(ValueError, match="no column label"):
         read_kinetics_csv(tmp_path / "test.csv")
+
+
+def test_kinetics_has_a_name(tmp_path: Path, video: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Laid out under DETECTRON2_DATASETS as `prepare` leaves it."""
+    for catalog in (DatasetCatalog, MetadataCatalog):
+        monkeypatch.setattr(catalog, "data", {})
+    builtin.register_builtin(str(tmp_path))
+    with pytest.raises(FileNotFoundError, match="video_app.prepare kinetics --csv val.csv"):
+        DatasetCatalog.get("kinetics400_val")
+    folder = tmp_path / "kinetics400"
+    (folder / "videos/jump").mkdir(parents=True)
+    shutil.copy(video, folder / "videos/jump/a.mp4")
+    (folder / "val.txt").write_text("jump/a.mp4 1\n")
+    (folder / "classes.txt").write_text("run\njump\n")
+    (record,) = DatasetCatalog.get("kinetics400_val")
+    assert (record["file_name"], record["label"]) == (str(folder / "videos/jump/a.mp4"), 1)
+    assert MetadataCatalog.get("kinetics400_val").classes == ["run", "jump"]
