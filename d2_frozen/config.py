@@ -41,6 +41,22 @@ def _add_model_keys(cfg: CfgNode) -> None:
     # False: checkpoints hold the trained part and the backbone's fingerprint. True: the whole model, in one file.
     cfg.MODEL.FROZEN.SAVE_FULL_MODEL = False
 
+    # Feature cache: outputs of the frozen backbone on disk (docs/feature_cache.md). For MODEL.BACKBONE.FREEZE: all.
+    cfg.MODEL.FROZEN.CACHE = CfgNode()
+    # Folder of the cache, shared by any runs and processes; "": none. Training fills it, and reads what is there.
+    cfg.MODEL.FROZEN.CACHE.DIR = ""
+    # Augmented views per image: the n-th pass over the data takes view n mod VIEWS, whose augmentation is a function of
+    # (CACHE.SEED, image, view). 0: every pass augments anew, and there can be no cache. Above 0 the backbone also runs
+    # image by image, with DIR or without, so that a cache changes nothing but the time.
+    cfg.MODEL.FROZEN.CACHE.VIEWS = 0
+    # Of the views. Not SEED, so that runs of several SEEDs can share a cache.
+    cfg.MODEL.FROZEN.CACHE.SEED = 0
+    # What is stored: "fp32", "bf16", "fp16", or "auto": that of MODEL.FROZEN.PRECISION, which loses nothing. Features
+    # that are computed are rounded alike, so that a loss does not depend on what is in the cache.
+    cfg.MODEL.FROZEN.CACHE.DTYPE = "auto"
+    # Upper limit of DIR in GiB; 0.0: the disk, less a reserve of 1 GiB. When it is reached, the rest is computed.
+    cfg.MODEL.FROZEN.CACHE.MAX_GB = 0.0
+
     cfg.MODEL.TIMM = CfgNode()
     # Name of any timm model with a feature pyramid (strides 4, 8, 16, 32), or of a plain ViT; docs/backbones.md lists
     # what to use.

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from d2_frozen.backbone.by_sample import SampleFeatures
 from d2_frozen.backbone.fast import PRECISIONS, fast_network
 from d2_frozen.backbone.stages import parameters_by_stage
 from detectron2.layers import ShapeSpec
@@ -98,6 +99,8 @@ class FrozenBackbone(_TransparentWrapper):
         super().__init__(inner)
         self.precision = precision
         self.name: str = name or getattr(inner, "name", None) or type(inner).__name__
+        # What answers in this network's place, sample by sample, while a batch is announced to it (by_sample.py).
+        self.by_sample: SampleFeatures | None = None
         self._runner: nn.Module | None = None
         self._runner_state: tuple | None = None
         self._sha256 = ""
@@ -126,9 +129,9 @@ class FrozenBackbone(_TransparentWrapper):
         device = images.device.type
         outer = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else torch.float32
         with torch.no_grad(), torch.autocast(device, enabled=False):
-            maps = self._network(images.device)(images.float())
-            # Contiguous: heads may view them, whatever layout the fast network computes in.
-            return {name: feature.to(outer).contiguous() for name, feature in maps.items()}
+            if self.by_sample is not None and self.by_sample.announced:
+                return self.by_sample(images, self._compute, outer)
+            return {name: feature.to(outer) for name, feature in self._compute(images).items()}
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FrozenBackbone:
         # An accelerator needs the weights that run, not their originals: SwinV2-G has 12 GB of them in float32.
@@ -149,6 +152,11 @@ class FrozenBackbone(_TransparentWrapper):
             self._sha256 = _sha256_of(self.inner)
             self._sha256_state = state
         return {"name": self.name, "sha256": self._sha256}
+
+    def _compute(self, images: Tensor) -> dict[str, Tensor]:
+        """Maps in the dtype of the network. Contiguous: heads may view them, whatever layout it computes in."""
+        maps = self._network(images.device)(images.float())
+        return {name: feature.contiguous() for name, feature in maps.items()}
 
     def _network(self, device: torch.device) -> nn.Module:
         state = (device, _tensor_versions(self.inner))

@@ -2,13 +2,19 @@
 
 Not of the number of workers, of what a process did before, or of when a run was resumed. So batches are the
 same bit for bit with 0, 1 or 4 workers, and after a resume; and any sample can be made again alone.
+
+With a fixed number of views per image (MODEL.FROZEN.CACHE.VIEWS) the position chooses the view, and how the image is
+augmented is a function of (seed of the views, image, view).
 """
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import os
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,7 +29,7 @@ def seeded(seed: int, *position: int) -> Iterator[None]:
     Afterwards the generators are as they were before.
     """
     words = _words(seed, *position)
-    before = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    restore = remember_generators()
     random.seed(int(words[0]))
     np.random.seed(int(words[1]))
     # Not torch.manual_seed: it would also seed the GPU, whose state a loader has no business with.
@@ -31,9 +37,29 @@ def seeded(seed: int, *position: int) -> Iterator[None]:
     try:
         yield
     finally:
-        random.setstate(before[0])
-        np.random.set_state(before[1])
-        torch.set_rng_state(before[2])
+        restore()
+
+
+def remember_generators() -> Callable[[], None]:
+    """A function that puts the global generators of random, numpy and torch (CPU) back to where they are now."""
+    python, numpy, torch_cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()
+
+    def restore() -> None:
+        random.setstate(python)
+        np.random.set_state(numpy)
+        torch.set_rng_state(torch_cpu)
+
+    return restore
+
+
+def image_number(record: Mapping[str, Any]) -> int:
+    """What a record is known by in draws: a number from its image (or video) id, else from its file's name.
+
+    Not its index: it must stay the same when others are added or left out.
+    """
+    name = record.get("image_id", record.get("video_id"))
+    name = os.path.basename(record.get("file_name", "")) if name is None else name
+    return int.from_bytes(hashlib.sha256(str(name).encode()).digest()[:8], "little")
 
 
 def draw_index(size: int, seed: int, *position: int) -> int:

@@ -10,19 +10,21 @@ from __future__ import annotations
 import logging
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from itertools import islice
 from typing import Any, NamedTuple
 
 import torch
 from torch.utils.data import DataLoader, Dataset, SequentialSampler
 
-from d2_frozen.data.draws import draw_index, seeded
+from d2_frozen.caching import FEATURES, SLOT, FeatureCache
+from d2_frozen.data.cached_mapper import FrozenDatasetMapper
+from d2_frozen.data.draws import draw_index, image_number, seeded
 from d2_frozen.data.subset import training_records
 from d2_frozen.data.transforms import build_augmentations, changes_frame
 from detectron2.config import CfgNode
 from detectron2.data import (
     DatasetFromList,
-    DatasetMapper,
     build_detection_test_loader,
     get_detection_dataset_dicts,
 )
@@ -74,8 +76,15 @@ def build_train_loader(
         if cfg.DATALOADER.ASPECT_RATIO_GROUPING
         else None
     )
+    settings = cfg.MODEL.FROZEN.CACHE
     return TrainLoader(
-        DrawnDataset(dataset, mapper, cfg.SEED, skip_bad=cfg.DATASETS.SKIP_BAD),
+        DrawnDataset(
+            dataset,
+            mapper,
+            cfg.SEED,
+            skip_bad=cfg.DATASETS.SKIP_BAD,
+            views=Views(settings.VIEWS, settings.SEED) if settings.VIEWS else None,
+        ),
         sampler=_build_sampler(cfg, dataset),
         batch_size=cfg.SOLVER.IMS_PER_BATCH // world_size,
         wide=wide,
@@ -112,6 +121,13 @@ class Place(NamedTuple):
     record_index: int
 
 
+class Views(NamedTuple):
+    """``count`` augmented views per image, drawn from ``seed``; each pass over the data takes the next one."""
+
+    count: int
+    seed: int
+
+
 class SampleError(RuntimeError):
     """A record could not be made into a sample; names its file and image id."""
 
@@ -120,27 +136,39 @@ class Drawn(NamedTuple):
     """What came of a place: a sample, or ``error`` and the ``traceback`` of its cause.
 
     ``faults``: texts about records that failed before, in whose place the sample is.
+    ``place``: the one that was asked for.
     """
 
     sample: Any = None
     faults: tuple[str, ...] = ()
     error: str = ""
     traceback: str = ""
+    place: Place | None = None
 
 
 class DrawnDataset(Dataset):
     """``dataset[Place(position, index)]`` is a ``Drawn`` whose every draw depends on (seed, position).
+
+    With ``views``, how a record is augmented depends on (seed of the views, image, view) instead.
 
     Another record, drawn from (seed, position) too, takes the place of one for which the mapper returns None
     or, with ``skip_bad``, raises. Errors are values here: raised in a worker, they would lose their class,
     and torch then takes seconds to end its workers.
     """
 
-    def __init__(self, records: Sequence[Record], mapper: Mapper, seed: int, skip_bad: bool):
+    def __init__(
+        self,
+        records: Sequence[Record],
+        mapper: Mapper,
+        seed: int,
+        skip_bad: bool,
+        views: Views | None = None,
+    ):
         self.records = DatasetFromList(list(records), copy=False)
         self.mapper = mapper
         self.seed = seed
         self.skip_bad = skip_bad
+        self.views = views
 
     def __len__(self) -> int:
         return len(self.records)
@@ -151,10 +179,10 @@ class DrawnDataset(Dataset):
         for redraw in range(_MAX_REDRAWS + 1):
             record = self.records[index]
             try:
-                with seeded(self.seed, position, redraw):
+                with self._draws(record, position, redraw):
                     sample = self.mapper(record)
                 if sample is not None:
-                    return Drawn(sample, faults)
+                    return Drawn(sample, faults, place=place)
             except Exception as err:
                 fault = (
                     f"image {record.get('image_id')!r}, {record.get('file_name')}, failed at position "
@@ -167,6 +195,12 @@ class DrawnDataset(Dataset):
             index = draw_index(len(self.records), self.seed, position, redraw)
         told = "; ".join(faults) or "the mapper returned None for each of them"
         return Drawn(error=f"no sample at position {position} after {_MAX_REDRAWS} redraws: {told}")
+
+    def _draws(self, record: Record, position: int, redraw: int) -> AbstractContextManager[None]:
+        if self.views is None:
+            return seeded(self.seed, position, redraw)
+        view = position // len(self.records) % self.views.count
+        return seeded(self.views.seed, image_number(record), view)
 
 
 class TrainLoader:
@@ -199,6 +233,21 @@ class TrainLoader:
         self.start_iteration = start_iteration
         self.num_workers = num_workers
         self.replaced = 0
+        self.cache: FeatureCache | None = None
+
+    def use_cache(self, cache: FeatureCache) -> None:
+        """Let samples bring the features of their images along, under ``FEATURES``, where ``cache`` has them.
+
+        Raises:
+            ValueError: the mapper cannot do this.
+        """
+        mapper = self.dataset.mapper
+        if not hasattr(mapper, "cache"):
+            raise ValueError(
+                f"MODEL.FROZEN.CACHE.DIR is set, but the mapper {type(mapper).__name__} does not use a cache: it has "
+                "no attribute `cache` (docs/feature_cache.md says what it must do). Set DIR to '' for this data."
+            )
+        self.cache = mapper.cache = cache
 
     def __iter__(self) -> Iterator[list[Any]]:
         batches = DataLoader(
@@ -212,7 +261,25 @@ class TrainLoader:
         for batch in batches:
             for drawn in batch:
                 self._tell(drawn)
-            yield [drawn.sample for drawn in batch]
+            yield [self._with_features(drawn) for drawn in batch]
+
+    def _with_features(self, drawn: Drawn) -> Any:
+        """The sample; features that its worker found are mapped into the memory of this process."""
+        if self.cache is None or SLOT not in drawn.sample:
+            return drawn.sample
+        slot = drawn.sample[SLOT]
+        features = self.cache.fetch(slot)
+        if features is not None:
+            drawn.sample[FEATURES] = features
+        elif slot.place is not None:
+            # Found, but deleted since: what is missing now are the pixels.
+            mapper, self.dataset.mapper.cache = self.dataset.mapper, None  # type: ignore[attr-defined]
+            try:
+                drawn = self.dataset[drawn.place]
+            finally:
+                mapper.cache = self.cache  # type: ignore[attr-defined]
+            self._tell(drawn)
+        return drawn.sample
 
     def _tell(self, drawn: Drawn) -> None:
         for fault in drawn.faults:
@@ -262,8 +329,8 @@ def _batches_by_group(stream: Iterator[Place], size: int, group_of: Sequence[boo
             group.clear()
 
 
-def _default_mapper(cfg: CfgNode, is_train: bool) -> DatasetMapper:
-    return DatasetMapper(
+def _default_mapper(cfg: CfgNode, is_train: bool) -> FrozenDatasetMapper:
+    return FrozenDatasetMapper(
         is_train,
         augmentations=build_augmentations(cfg, is_train),
         image_format=cfg.INPUT.FORMAT,

@@ -17,8 +17,10 @@ from torch import nn
 
 from d2_frozen import tasks
 from d2_frozen.backbone import exclude_frozen_from_ddp
+from d2_frozen.caching import FeatureCache
 from d2_frozen.data import build_test_loader, build_train_loader
 from d2_frozen.detection import evaluate_with_tta
+from d2_frozen.engine.caching import CacheReport, check_cache_settings, serve_features
 from d2_frozen.engine.checkpoint import FrozenCheckpointer
 from d2_frozen.engine.hooks import ProgressPrinter, SaveAndLeaveOnSignal, SeedEachIteration
 from d2_frozen.engine.optimizer import build_lr_scheduler, build_optimizer
@@ -47,13 +49,15 @@ class FrozenTrainer(DefaultTrainer):
             raise ValueError(
                 "SEED is negative: give one, or let d2_frozen.train_net.setup(args) draw and record it."
             )
+        check_cache_settings(cfg)
         cfg = self.auto_scale_workers(cfg, comm.get_world_size())
         model = self.build_model(cfg)
         optimizer = self.build_optimizer(cfg, model)
         if comm.is_main_process():
             logger.info("Parts of the model:\n%s", parts_table(model, optimizer))
         parallel = create_ddp_model(exclude_frozen_from_ddp(model), broadcast_buffers=False)
-        self._stream = _ResumableStream(lambda start: self.build_train_loader(cfg, start_iteration=start))
+        self.feature_cache: FeatureCache | None = None
+        self._stream = _ResumableStream(self._batches)
         self._trainer = _loop_kind(cfg, parallel)(parallel, self._stream, optimizer)
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
         self.checkpointer = FrozenCheckpointer(
@@ -65,6 +69,17 @@ class FrozenTrainer(DefaultTrainer):
         )
         self.cfg, self.start_iter, self.max_iter = cfg, 0, cfg.SOLVER.MAX_ITER
         self.register_hooks(self.build_hooks())
+
+    def _batches(self, start_iteration: int) -> Iterable[Any]:
+        loader = self.build_train_loader(self.cfg, start_iteration=start_iteration)
+        # Only now, as a checkpoint may bring the weights of the frozen part.
+        self.feature_cache = serve_features(self.cfg, self.model_without_ddp, loader)
+        return loader
+
+    @property
+    def model_without_ddp(self) -> nn.Module:
+        """The model itself, where ``model`` may be DistributedDataParallel's."""
+        return self.checkpointer.model
 
     def resume_or_load(self, resume: bool = True) -> None:
         """Continue from ``last_checkpoint`` of OUTPUT_DIR, data stream included, or start from MODEL.WEIGHTS."""
@@ -82,7 +97,8 @@ class FrozenTrainer(DefaultTrainer):
         if self.cfg.TEST.AUG.ENABLED:
             writers = [i for i, hook in enumerate(hooks) if isinstance(hook, PeriodicWriter)]
             hooks.insert(writers[0] if writers else len(hooks), EvalHook(0, self._test_with_augmentation))
-        return [SeedEachIteration(self.cfg.SEED), *hooks, SaveAndLeaveOnSignal()]
+        report = CacheReport(lambda: self.feature_cache)
+        return [SeedEachIteration(self.cfg.SEED), report, *hooks, SaveAndLeaveOnSignal()]
 
     def build_writers(self) -> list[EventWriter]:
         """Terminal, ``metrics.json`` and TensorBoard."""

@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from d2_frozen.caching import SLOT, FeatureCache
+from d2_frozen.data.cached_mapper import augment
 from detectron2.config import CfgNode
 from detectron2.data import detection_utils
 from detectron2.data import transforms as T
@@ -19,7 +21,7 @@ _IGNORED = 255
 
 
 class SegmentationMapper:
-    """Reads, augments, converts.
+    """Reads, augments, converts. While ``cache`` is set, training images are read where their features are not in it.
 
     Args:
         is_train: labels are read too.
@@ -27,6 +29,8 @@ class SegmentationMapper:
         image_format: as Detectron2's ``read_image`` has it.
         ignore_value: what ignored pixels are for the model; the data's own number may be another one.
     """
+
+    cache: FeatureCache | None = None
 
     def __init__(
         self,
@@ -58,9 +62,12 @@ class SegmentationMapper:
             LabelMapError: image and label map differ in size, or the latter holds no ids.
         """
         record = dict(record)
-        image = detection_utils.read_image(record["file_name"], format=self.image_format)
-        detection_utils.check_image_size(record, image)
-        labels, class_of = self._labels(record, image) if self.is_train else (None, None)
+        if self.cache is not None and self.is_train:
+            return self._with_cache(record, self.cache)
+        image = self._image(record)
+        labels, class_of = self._labels(record) if self.is_train else (None, None)
+        if labels is not None:
+            _check_sizes(record, labels, image)
         inputs = T.AugInput(image, sem_seg=labels)
         self.augmentations(inputs)
         record["image"] = torch.from_numpy(np.ascontiguousarray(inputs.image.transpose(2, 0, 1)))
@@ -68,17 +75,33 @@ class SegmentationMapper:
             record["sem_seg"] = torch.from_numpy(class_of[inputs.sem_seg.astype(np.int64)])
         return record
 
-    def _labels(self, record: dict[str, Any], image: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def _with_cache(self, record: dict[str, Any], cache: FeatureCache) -> dict[str, Any]:
+        labels, class_of = self._labels(record)
+
+        def read() -> np.ndarray:
+            image = self._image(record)
+            _check_sizes(record, labels, image)
+            return image
+
+        height, width = labels.shape
+        path = record["file_name"]
+        done = augment(cache, self.augmentations, path, (height, width), read, labels, self.image_format)
+        record.setdefault("height", height)
+        record.setdefault("width", width)
+        record["image"], record[SLOT] = done.image, done.slot
+        record["sem_seg"] = torch.from_numpy(class_of[done.sem_seg.astype(np.int64)])
+        return record
+
+    def _image(self, record: dict[str, Any]) -> np.ndarray:
+        image = detection_utils.read_image(record["file_name"], format=self.image_format)
+        detection_utils.check_image_size(record, image)
+        return image
+
+    def _labels(self, record: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
         """(H, W) numbers of the classes of this image, and the class id for each number, int64."""
         path = record["sem_seg_file_name"]
         ignore_label = record.get("ignore_label", 255)
         labels = read_label_map(path, record.get("label_values"), ignore_label)
-        if labels.shape != image.shape[:2]:
-            raise LabelMapError(
-                "label map and image differ in size",
-                f"{path} is {labels.shape[1]}x{labels.shape[0]}, "
-                f"{record['file_name']} is {image.shape[1]}x{image.shape[0]}",
-            )
         present = np.flatnonzero(np.bincount(labels.ravel()))
         present = present[present != ignore_label]
         # Numbers 0, 1, ... without 255, which stands for ignored.
@@ -90,6 +113,15 @@ class SegmentationMapper:
         # Detectron2 resizes 8-bit label maps by pixel centres, and others in floating point.
         dtype = np.uint8 if len(present) <= _IGNORED else np.float32
         return number_of.astype(dtype)[labels], class_of
+
+
+def _check_sizes(record: dict[str, Any], labels: np.ndarray, image: np.ndarray) -> None:
+    if labels.shape != image.shape[:2]:
+        raise LabelMapError(
+            "label map and image differ in size",
+            f"{record['sem_seg_file_name']} is {labels.shape[1]}x{labels.shape[0]}, "
+            f"{record['file_name']} is {image.shape[1]}x{image.shape[0]}",
+        )
 
 
 def build_augmentations(cfg: CfgNode, is_train: bool) -> list[T.Augmentation]:

@@ -1,0 +1,146 @@
+"""A frozen backbone that answers sample by sample: from stored features where a sample brings them, else by running.
+
+In: a batch of images, and the samples it was made of.  Out: maps by name, as the backbone gives them, put together.
+
+Each sample is computed by itself, padded as if it were alone, and its maps are then padded with zeros to those of the
+batch. So what a sample's features are does not depend on what else is in the batch, nor, bit for bit, on whether they
+were computed now or read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from d2_frozen.caching import FEATURES, SLOT, FeatureCache
+
+Compute = Callable[[Tensor], Mapping[str, Tensor]]
+Sample = Mapping[str, Any]
+
+
+class SampleFeatures:
+    """Set it as ``FrozenBackbone.by_sample``, and call :meth:`watch` on the model around it.
+
+    Args:
+        cache: stores what is computed; None computes all, sample by sample.
+        names: the maps that the neck or head takes; others are left out. All if None.
+    """
+
+    def __init__(self, cache: FeatureCache | None = None, names: Sequence[str] | None = None) -> None:
+        self.cache = cache
+        self.names = None if names is None else tuple(names)
+        self._samples: list[Sample] = []
+        self._next = 0
+        self._padded_hw: Callable[[Sample], tuple[int, int]] = lambda sample: tuple(sample["image"].shape[-2:])
+
+    @property
+    def announced(self) -> bool:
+        """Is there a batch whose images will come?"""
+        return self._next < len(self._samples)
+
+    def watch(self, model: nn.Module) -> None:
+        """Let the model announce each training batch, a list of samples, when it is called."""
+        sizes: dict[tuple[int, int], tuple[int, int]] = {}
+
+        def padded_hw(sample: Sample) -> tuple[int, int]:
+            own = tuple(sample["image"].shape[-2:])
+            if own not in sizes:
+                sizes[own] = tuple(model.preprocess_image([sample]).tensor.shape[-2:])
+            return sizes[own]
+
+        def before(module: nn.Module, arguments: tuple[Any, ...]) -> None:
+            self.announce(arguments[0] if module.training else [], padded_hw)
+
+        def after(*_: Any) -> None:
+            self.announce([])
+
+        model.register_forward_pre_hook(before)
+        model.register_forward_hook(after, always_call=True)
+
+    def announce(
+        self, samples: Sequence[Sample], padded_hw: Callable[[Sample], tuple[int, int]] | None = None
+    ) -> None:
+        """The next images are those of these samples, in this order.
+
+        Args:
+            padded_hw: height and width to which a sample's image is padded when it is alone.
+        """
+        self._samples, self._next = list(samples), 0
+        if padded_hw is not None:
+            self._padded_hw = padded_hw
+
+    def __call__(self, images: Tensor, compute: Compute, dtype: torch.dtype) -> dict[str, Tensor]:
+        """(B, 3, H, W) normalised images -> maps of B rows in ``dtype``.
+
+        Raises:
+            ValueError: the images are not those of whole samples.
+        """
+        parts: list[Mapping[str, Tensor]] = []
+        row = 0
+        while row < len(images):
+            if not self.announced:
+                raise ValueError(
+                    f"the backbone got {len(images)} images, more than the samples of the batch have. With "
+                    "MODEL.FROZEN.CACHE.VIEWS above 0 it must be called on all images of a batch, in their order."
+                )
+            sample = self._samples[self._next]
+            self._next += 1
+            rows = rows_of(sample)
+            parts.append(self._maps_of(sample, images[row : row + rows], compute))
+            row += rows
+        if row != len(images):
+            raise ValueError(
+                f"the backbone got {len(images)} images, which end within a sample of {rows_of(sample)}. With "
+                "MODEL.FROZEN.CACHE.VIEWS above 0 the images of a sample must come in one call."
+            )
+        return _together(parts, images, dtype)
+
+    def _maps_of(self, sample: Sample, images: Tensor, compute: Compute) -> Mapping[str, Tensor]:
+        if FEATURES in sample:
+            return sample[FEATURES]
+        if "image" in sample:
+            height, width = self._padded_hw(sample)
+            images = images[..., :height, :width].contiguous()
+        maps = compute(images)
+        maps = {name: maps[name] for name in self.names or maps}
+        if self.cache is None:
+            return maps
+        stored = {name: one.to(self.cache.dtype) for name, one in maps.items()}
+        slot = sample.get(SLOT)
+        if slot is not None and slot.place is None:
+            self.cache.put(slot, stored)
+        return stored
+
+
+def rows_of(sample: Sample) -> int:
+    """Images that a sample gives the backbone: 1, or views x frames of a clip."""
+    return sample["video"].shape[0] * sample["video"].shape[1] if "video" in sample else 1
+
+
+def _together(
+    parts: Sequence[Mapping[str, Tensor]], images: Tensor, dtype: torch.dtype
+) -> dict[str, Tensor]:
+    """One tensor per map, each part at the upper left, zeros around it."""
+    rows = sum(len(next(iter(part.values()))) for part in parts)
+    result = {}
+    for name, first in parts[0].items():
+        maps = [part[name] for part in parts]
+        height, width = (max(one.shape[axis] for one in maps) for axis in (2, 3))
+        # Strides of the maps follow from the largest image of each axis, as those of the batch do.
+        last = first.is_contiguous(memory_format=torch.channels_last) and not first.is_contiguous()
+        layout = torch.channels_last if last else torch.contiguous_format
+        out = torch.empty(
+            (rows, first.shape[1], height, width), dtype=dtype, device=images.device, memory_format=layout
+        )
+        at = 0
+        for one in maps:
+            slot = out[at : at + len(one)]
+            if one.shape[2:] != out.shape[2:]:
+                slot.zero_()
+            slot[:, :, : one.shape[2], : one.shape[3]].copy_(one)
+            at += len(one)
+        result[name] = out
+    return result

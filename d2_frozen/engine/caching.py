@@ -1,0 +1,197 @@
+"""MODEL.FROZEN.CACHE for a model and its loader: which space of the cache is theirs, and who tells whom."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from d2_frozen.backbone import FrozenBackbone
+from d2_frozen.backbone.by_sample import SampleFeatures
+from d2_frozen.caching import FeatureCache, Space
+from d2_frozen.caching.features import DTYPES
+from d2_frozen.caching.keys import canonical
+from d2_frozen.caching.store import gib
+from d2_frozen.data.loader import TrainLoader
+from detectron2.config import CfgNode
+from detectron2.engine import HookBase
+from detectron2.utils import comm
+
+logger = logging.getLogger(__name__)
+
+
+def check_cache_settings(cfg: CfgNode) -> None:
+    """
+    Raises:
+        ValueError: a value of MODEL.FROZEN.CACHE that cannot be, or one that another key contradicts.
+    """
+    settings = cfg.MODEL.FROZEN.CACHE
+    if settings.VIEWS < 0 or settings.SEED < 0 or settings.MAX_GB < 0:
+        raise ValueError(
+            f"MODEL.FROZEN.CACHE: VIEWS {settings.VIEWS}, SEED {settings.SEED}, MAX_GB {settings.MAX_GB}; none may be "
+            "negative."
+        )
+    if settings.DTYPE != "auto" and settings.DTYPE not in DTYPES:
+        raise ValueError(
+            f"MODEL.FROZEN.CACHE.DTYPE is {settings.DTYPE!r}; choose one of auto, {', '.join(DTYPES)}."
+        )
+    if settings.DIR and not settings.VIEWS:
+        raise ValueError(
+            "MODEL.FROZEN.CACHE.DIR is set, but VIEWS is 0: each pass would augment anew, and nothing stored would be "
+            "used again. Set MODEL.FROZEN.CACHE.VIEWS to the number of augmented views per image (8, say; 1 without "
+            "random augmentation)."
+        )
+    if settings.VIEWS and cfg.MODEL.BACKBONE.FREEZE != "all":
+        raise ValueError(
+            f"MODEL.FROZEN.CACHE.VIEWS is {settings.VIEWS}, but MODEL.BACKBONE.FREEZE is {cfg.MODEL.BACKBONE.FREEZE!r}: "
+            "only the features of a wholly frozen backbone stay the same. Set FREEZE: all, or VIEWS: 0 and DIR: ''."
+        )
+
+
+def open_cache(cfg: CfgNode, model: nn.Module) -> FeatureCache | None:
+    """The cache of MODEL.FROZEN.CACHE.DIR for this model, None if DIR is empty.
+
+    The weights must be in the model: their fingerprint is part of what features are known by.
+    """
+    settings = cfg.MODEL.FROZEN.CACHE
+    if not settings.DIR:
+        return None
+    space = space_of(cfg, model)
+    store = space.open(int(settings.MAX_GB * 2**30))
+    # Pictures of the training input want pixels.
+    cache = FeatureCache(store, space.facts["dtype"], space.facts["maps"], wants_pixels=cfg.VIS_PERIOD > 0)
+    logger.info(
+        "Feature cache: %s, %d entries, %s; %s.", space.folder, len(store), gib(space.bytes()), store.room()[1]
+    )
+    return cache
+
+
+def space_of(cfg: CfgNode, model: nn.Module) -> Space:
+    """Everything that reaches the features of a model beside file and draw."""
+    frozen = frozen_backbone_of(model)
+    settings = cfg.MODEL.FROZEN.CACHE
+    dtype = settings.DTYPE
+    if dtype == "auto":
+        dtype = frozen.precision if frozen.precision in DTYPES else "bf16"
+    backbone: Any = model.backbone
+    facts = {
+        "backbone": frozen.name,
+        "sha256": frozen.fingerprint()["sha256"],
+        "arithmetic": arithmetic_of(cfg),
+        "network": _network_settings(cfg),
+        "pixel_mean": list(cfg.MODEL.PIXEL_MEAN),
+        "pixel_std": list(cfg.MODEL.PIXEL_STD),
+        "input_format": cfg.INPUT.FORMAT,
+        "padding": {
+            "divisibility": int(getattr(model, "size_divisibility", 0) or backbone.size_divisibility),
+            "square": int(getattr(model, "square", 0)),
+            **{key: int(value) for key, value in backbone.padding_constraints.items()},
+        },
+        "maps": maps_used(model),
+        "dtype": dtype,
+    }
+    return Space(Path(settings.DIR), facts)
+
+
+def arithmetic_of(cfg: CfgNode) -> str:
+    """All of MODEL.FROZEN that decides how the forward computes, as text."""
+    others = ("CACHE", "SAVE_FULL_MODEL", "BOTTOM_UP")
+    return canonical({key: value for key, value in cfg.MODEL.FROZEN.items() if key not in others})
+
+
+def maps_used(model: nn.Module) -> list[str]:
+    """The maps of the bottom-up network that the neck takes; all of them where there is no neck."""
+    frozen = frozen_backbone_of(model)
+    names = list(frozen.output_shape())
+    wanted = getattr(model.backbone, "in_features", None) or names
+    # With a plain ViT, a neck's inputs are branches on the one map that is stored.
+    return [name for name in names if name in wanted] or names
+
+
+def frozen_backbone_of(model: nn.Module) -> FrozenBackbone:
+    """
+    Raises:
+        ValueError: there is none, or more than one.
+    """
+    found = [module for module in model.modules() if isinstance(module, FrozenBackbone)]
+    if len(found) != 1:
+        raise ValueError(
+            f"MODEL.FROZEN.CACHE.VIEWS is above 0, but the model has {len(found)} wholly frozen backbones; it must be "
+            "one. Set MODEL.BACKBONE.NAME: build_frozen_backbone and FREEZE: all, or VIEWS: 0."
+        )
+    return found[0]
+
+
+def serve_features(cfg: CfgNode, model: nn.Module, loader: Iterable[Any]) -> FeatureCache | None:
+    """Let a model take features from the cache and fill it, by what the samples of ``loader`` say.
+
+    With VIEWS above 0 and no DIR, the backbone only runs sample by sample.
+
+    Raises:
+        ValueError: see :func:`check_cache_settings`; a loader or mapper that does not know of caches.
+    """
+    check_cache_settings(cfg)
+    if not cfg.MODEL.FROZEN.CACHE.VIEWS:
+        return None
+    frozen = frozen_backbone_of(model)
+    cache = open_cache(cfg, model)
+    if cache is not None:
+        if not isinstance(loader, TrainLoader):
+            raise ValueError(
+                f"MODEL.FROZEN.CACHE.DIR is set, but the training loader is a {type(loader).__name__}; a cache needs "
+                "that of d2_frozen.data.build_train_loader."
+            )
+        loader.use_cache(cache)
+    first = frozen.by_sample is None
+    frozen.by_sample = SampleFeatures(cache, maps_used(model))
+    if first:
+        frozen.by_sample.watch(model)
+    return cache
+
+
+class CacheReport(HookBase):
+    """``cache/hit_rate`` in the metrics, and at the end all is written to the disk and summed up in the log.
+
+    Args:
+        cache: gives the cache, or None, once training has begun.
+    """
+
+    def __init__(self, cache: Any) -> None:
+        self._cache = cache
+        self._seen = (0, 0)
+
+    def after_step(self) -> None:
+        cache: FeatureCache | None = self._cache()
+        if cache is None:
+            return
+        seen = cache.statistics
+        hits, others = seen.hits - self._seen[0], seen.misses + seen.not_keyable - self._seen[1]
+        self._seen = (seen.hits, seen.misses + seen.not_keyable)
+        if hits + others:
+            self.trainer.storage.put_scalar("cache/hit_rate", hits / (hits + others))
+
+    def after_train(self) -> None:
+        cache: FeatureCache | None = self._cache()
+        if cache is None:
+            return
+        cache.close()
+        seen = cache.statistics
+        logger.info(
+            "Feature cache, rank %d: %d of %d samples had their features stored (%.1f %%); %d written, %s%s.",
+            comm.get_rank(), seen.hits, seen.hits + seen.misses + seen.not_keyable, 100 * seen.hit_rate(),
+            seen.written, gib(seen.written_bytes), f"; {seen.damaged} damaged" if seen.damaged else "",
+        )  # fmt: skip
+
+
+def _network_settings(cfg: CfgNode) -> str:
+    """What shapes a bottom-up network without being among its weights."""
+    unimportant = ("PRETRAINED", "DROP_PATH_RATE")
+    if cfg.MODEL.FROZEN.BOTTOM_UP == "build_timm_backbone":
+        node = {key: value for key, value in cfg.MODEL.TIMM.items() if key not in unimportant}
+    else:
+        node = dict(cfg.MODEL.RESNETS)
+    return f"{cfg.MODEL.FROZEN.BOTTOM_UP} {canonical(node)}"
