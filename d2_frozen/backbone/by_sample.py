@@ -34,7 +34,12 @@ class SampleFeatures:
         self.names = None if names is None else tuple(names)
         self._samples: list[Sample] = []
         self._next = 0
-        self._padded_hw: Callable[[Sample], tuple[int, int]] = lambda sample: tuple(sample["image"].shape[-2:])
+        # Of the next sample: how many of its images came already, and what was computed of them.
+        self._row = 0
+        self._begun: list[Mapping[str, Tensor]] = []
+        self._padded_hw: Callable[[Sample], tuple[int, int]] = lambda sample: tuple(
+            sample["image"].shape[-2:]
+        )
 
     @property
     def announced(self) -> bool:
@@ -43,13 +48,7 @@ class SampleFeatures:
 
     def watch(self, model: nn.Module) -> None:
         """Let the model announce each training batch, a list of samples, when it is called."""
-        sizes: dict[tuple[int, int], tuple[int, int]] = {}
-
-        def padded_hw(sample: Sample) -> tuple[int, int]:
-            own = tuple(sample["image"].shape[-2:])
-            if own not in sizes:
-                sizes[own] = tuple(model.preprocess_image([sample]).tensor.shape[-2:])
-            return sizes[own]
+        padded_hw = padded_hw_of(model)
 
         def before(module: nn.Module, arguments: tuple[Any, ...]) -> None:
             self.announce(arguments[0] if module.training else [], padded_hw)
@@ -68,51 +67,68 @@ class SampleFeatures:
         Args:
             padded_hw: height and width to which a sample's image is padded when it is alone.
         """
-        self._samples, self._next = list(samples), 0
+        self._samples, self._next, self._row, self._begun = list(samples), 0, 0, []
         if padded_hw is not None:
             self._padded_hw = padded_hw
 
     def __call__(self, images: Tensor, compute: Compute, dtype: torch.dtype) -> dict[str, Tensor]:
-        """(B, 3, H, W) normalised images -> maps of B rows in ``dtype``.
+        """(B, 3, H, W) normalised images -> maps of B rows in ``dtype``. A batch may come in several calls.
 
         Raises:
-            ValueError: the images are not those of whole samples.
+            ValueError: there are more images than the samples have.
         """
         parts: list[Mapping[str, Tensor]] = []
-        row = 0
-        while row < len(images):
+        at = 0
+        while at < len(images):
             if not self.announced:
                 raise ValueError(
-                    f"the backbone got {len(images)} images, more than the samples of the batch have. With "
-                    "MODEL.FROZEN.CACHE.VIEWS above 0 it must be called on all images of a batch, in their order."
+                    f"the backbone got {len(images)} images, {len(images) - at} more than the samples of the batch "
+                    "have. With MODEL.FROZEN.CACHE.VIEWS above 0 it must get each image of a batch once, and in order."
                 )
             sample = self._samples[self._next]
-            self._next += 1
-            rows = rows_of(sample)
-            parts.append(self._maps_of(sample, images[row : row + rows], compute))
-            row += rows
-        if row != len(images):
-            raise ValueError(
-                f"the backbone got {len(images)} images, which end within a sample of {rows_of(sample)}. With "
-                "MODEL.FROZEN.CACHE.VIEWS above 0 the images of a sample must come in one call."
-            )
+            count = min(rows_of(sample) - self._row, len(images) - at)
+            parts.append(self._maps_of(sample, images[at : at + count], compute))
+            at += count
+            self._row += count
+            if self._row == rows_of(sample):
+                self._store(sample)
+                self._next, self._row, self._begun = self._next + 1, 0, []
         return _together(parts, images, dtype)
 
     def _maps_of(self, sample: Sample, images: Tensor, compute: Compute) -> Mapping[str, Tensor]:
         if FEATURES in sample:
-            return sample[FEATURES]
+            return {name: one[self._row : self._row + len(images)] for name, one in sample[FEATURES].items()}
         if "image" in sample:
             height, width = self._padded_hw(sample)
             images = images[..., :height, :width].contiguous()
         maps = compute(images)
         maps = {name: maps[name] for name in self.names or maps}
-        if self.cache is None:
-            return maps
-        stored = {name: one.to(self.cache.dtype) for name, one in maps.items()}
+        if self.cache is not None:
+            maps = {name: one.to(self.cache.dtype) for name, one in maps.items()}
+            self._begun.append(maps)
+        return maps
+
+    def _store(self, sample: Sample) -> None:
         slot = sample.get(SLOT)
-        if slot is not None and slot.place is None:
-            self.cache.put(slot, stored)
-        return stored
+        if self.cache is None or slot is None or slot.place is not None or not self._begun:
+            return
+        whole = self._begun[0]
+        if len(self._begun) > 1:
+            whole = {name: torch.cat([part[name] for part in self._begun]) for name in whole}
+        self.cache.put(slot, whole)
+
+
+def padded_hw_of(model: nn.Module) -> Callable[[Sample], tuple[int, int]]:
+    """For a model with ``preprocess_image``: to which height and width is the image of a sample padded alone?"""
+    sizes: dict[tuple[int, int], tuple[int, int]] = {}
+
+    def padded_hw(sample: Sample) -> tuple[int, int]:
+        own = tuple(sample["image"].shape[-2:])
+        if own not in sizes:
+            sizes[own] = tuple(model.preprocess_image([sample]).tensor.shape[-2:])  # type: ignore[operator]
+        return sizes[own]
+
+    return padded_hw
 
 
 def rows_of(sample: Sample) -> int:
@@ -120,9 +136,7 @@ def rows_of(sample: Sample) -> int:
     return sample["video"].shape[0] * sample["video"].shape[1] if "video" in sample else 1
 
 
-def _together(
-    parts: Sequence[Mapping[str, Tensor]], images: Tensor, dtype: torch.dtype
-) -> dict[str, Tensor]:
+def _together(parts: Sequence[Mapping[str, Tensor]], images: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
     """One tensor per map, each part at the upper left, zeros around it."""
     rows = sum(len(next(iter(part.values()))) for part in parts)
     result = {}

@@ -80,7 +80,9 @@ class FeatureCache:
         self, store: Store, dtype: str, names: Sequence[str] = (), wants_pixels: bool = False
     ) -> None:
         if dtype not in DTYPES:
-            raise ValueError(f"MODEL.FROZEN.CACHE.DTYPE is {dtype!r}; choose one of auto, {', '.join(DTYPES)}.")
+            raise ValueError(
+                f"MODEL.FROZEN.CACHE.DTYPE is {dtype!r}; choose one of auto, {', '.join(DTYPES)}."
+            )
         self.store = store
         self.dtype = DTYPES[dtype]
         self.names = tuple(names)
@@ -146,10 +148,14 @@ class FeatureCache:
             self._waiting.popleft()[0].result()
         self._waiting.append((self._thread.submit(self._write, slot.key, parts, size), size))
 
-    def close(self) -> None:
-        """Wait until everything is written and on the disk."""
+    def flush(self) -> None:
+        """Wait until everything is written; others can find it then."""
         while self._waiting:
             self._waiting.popleft()[0].result()
+
+    def close(self) -> None:
+        """Wait until everything is written, and on the disk."""
+        self.flush()
         if self._thread is not None:
             self._thread.shutdown(wait=True)
             self._thread = None
@@ -185,14 +191,16 @@ class FeatureCache:
 
 def _packed(maps: Mapping[str, Tensor], about: Mapping[str, Any]) -> list[memoryview | bytes]:
     """Header and maps as they go into a blob; every map begins at a multiple of 64 bytes."""
-    facts, parts, at = [], [], 0
+    facts: list[dict[str, Any]] = []
+    parts: list[memoryview | bytes] = []
+    at = 0
     for name, tensor in maps.items():
         # As the network gave it: what the head computes with may depend on it in the last bit, and how fast does.
         last = tensor.is_contiguous(memory_format=torch.channels_last) and not tensor.is_contiguous()
         plain = (tensor.permute(0, 2, 3, 1) if last else tensor).contiguous().cpu()
         # A copy on CPU too, if the tensor was one already: it is written later.
         plain = plain.clone() if plain.data_ptr() == tensor.data_ptr() else plain
-        data = memoryview(plain.view(-1).view(torch.uint8).numpy())
+        data = memoryview(plain.view(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
         facts.append(
             {
                 "name": name,
@@ -222,9 +230,7 @@ def _unpacked(blob: memoryview) -> dict[str, Tensor]:
     for fact in _header(blob)["maps"]:
         shape = fact["shape"]
         count = shape[0] * shape[1] * shape[2] * shape[3]
-        flat = torch.frombuffer(
-            blob, dtype=DTYPES[fact["dtype"]], count=count, offset=start + fact["offset"]
-        )
+        flat = torch.frombuffer(blob, dtype=DTYPES[fact["dtype"]], count=count, offset=start + fact["offset"])
         tensor = flat.view(shape)
         maps[fact["name"]] = tensor.permute(0, 3, 1, 2) if fact["channels_last"] else tensor
     return maps

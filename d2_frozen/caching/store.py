@@ -114,6 +114,15 @@ class Store:
             if path.stem != own:
                 self._take_in(path)
 
+    def unreadable_rows(self) -> dict[str, int]:
+        """Shard -> bytes of its rows that are not taken in, as one of them is damaged or not whole."""
+        found = {}
+        for path in self.folder.glob("shard-*.idx"):
+            rest = path.stat().st_size - self._read_until.get(path.stem, 0)
+            if rest and not (self._writer and self._writer.shard == path.stem):
+                found[path.stem] = rest
+        return found
+
     def _take_in(self, path: Path) -> None:
         start = self._read_until.get(path.stem, 0)
         try:
@@ -235,7 +244,10 @@ class Store:
             return free, disk
         left = max(0, self.max_bytes - self.used_bytes())
         if left <= free:
-            return left, f"{self.limit_root} holds {gib(self._used)} of at most {gib(self.max_bytes)} (MAX_GB)"
+            return (
+                left,
+                f"{self.limit_root} holds {gib(self._used)} of at most {gib(self.max_bytes)} (MAX_GB)",
+            )
         return free, disk
 
     def _check_room(self, length: int) -> None:

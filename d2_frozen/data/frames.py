@@ -54,10 +54,10 @@ def _refuse(name: str) -> Any:
 
 # Python looks these up on the class, not through __getattr__.
 for _name in (
-    "__getitem__ __len__ __iter__ __array__ __float__ __add__ __radd__ __sub__ __rsub__ __mul__ __rmul__ "
-    "__truediv__ __rtruediv__ __lt__ __le__ __gt__ __ge__ __eq__ __ne__"
-).split():
-    setattr(Frame, _name, _refuse(_name))
+    *("getitem", "len", "iter", "array", "float", "add", "radd", "sub", "rsub", "mul", "rmul"),
+    *("truediv", "rtruediv", "lt", "le", "gt", "ge", "eq", "ne"),
+):
+    setattr(Frame, f"__{_name}__", _refuse(f"__{_name}__"))
 
 
 class FrameInput(T.AugInput):

@@ -122,9 +122,9 @@ class Place(NamedTuple):
 
 
 class Views(NamedTuple):
-    """``count`` augmented views per image, drawn from ``seed``; each pass over the data takes the next one."""
+    """So many augmented views of each image, drawn from ``seed``; each pass over the data takes the next one."""
 
-    count: int
+    per_image: int
     seed: int
 
 
@@ -199,7 +199,7 @@ class DrawnDataset(Dataset):
     def _draws(self, record: Record, position: int, redraw: int) -> AbstractContextManager[None]:
         if self.views is None:
             return seeded(self.seed, position, redraw)
-        view = position // len(self.records) % self.views.count
+        view = position // len(self.records) % self.views.per_image
         return seeded(self.views.seed, image_number(record), view)
 
 
@@ -260,7 +260,7 @@ class TrainLoader:
         )
         for batch in batches:
             for drawn in batch:
-                self._tell(drawn)
+                self.tell(drawn)
             yield [self._with_features(drawn) for drawn in batch]
 
     def _with_features(self, drawn: Drawn) -> Any:
@@ -271,17 +271,22 @@ class TrainLoader:
         features = self.cache.fetch(slot)
         if features is not None:
             drawn.sample[FEATURES] = features
-        elif slot.place is not None:
+        elif slot.place is not None and drawn.place is not None:
             # Found, but deleted since: what is missing now are the pixels.
             mapper, self.dataset.mapper.cache = self.dataset.mapper, None  # type: ignore[attr-defined]
             try:
                 drawn = self.dataset[drawn.place]
             finally:
                 mapper.cache = self.cache  # type: ignore[attr-defined]
-            self._tell(drawn)
+            self.tell(drawn)
         return drawn.sample
 
-    def _tell(self, drawn: Drawn) -> None:
+    def tell(self, drawn: Drawn) -> None:
+        """Log what was replaced.
+
+        Raises:
+            SampleError: there is no sample.
+        """
         for fault in drawn.faults:
             self.replaced += 1
             logger.warning("DATASETS.SKIP_BAD: %s; replaced, %d so far.", fault, self.replaced)

@@ -7,11 +7,10 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from d2_frozen.backbone import FrozenBackbone
-from d2_frozen.backbone.by_sample import SampleFeatures
+from d2_frozen.backbone.by_sample import SampleFeatures, padded_hw_of
 from d2_frozen.caching import FeatureCache, Space
 from d2_frozen.caching.features import DTYPES
 from d2_frozen.caching.keys import canonical
@@ -47,7 +46,7 @@ def check_cache_settings(cfg: CfgNode) -> None:
         )
     if settings.VIEWS and cfg.MODEL.BACKBONE.FREEZE != "all":
         raise ValueError(
-            f"MODEL.FROZEN.CACHE.VIEWS is {settings.VIEWS}, but MODEL.BACKBONE.FREEZE is {cfg.MODEL.BACKBONE.FREEZE!r}: "
+            f"MODEL.FROZEN.CACHE.VIEWS is {settings.VIEWS}, but FREEZE is {cfg.MODEL.BACKBONE.FREEZE!r}; "
             "only the features of a wholly frozen backbone stay the same. Set FREEZE: all, or VIEWS: 0 and DIR: ''."
         )
 
@@ -65,7 +64,11 @@ def open_cache(cfg: CfgNode, model: nn.Module) -> FeatureCache | None:
     # Pictures of the training input want pixels.
     cache = FeatureCache(store, space.facts["dtype"], space.facts["maps"], wants_pixels=cfg.VIS_PERIOD > 0)
     logger.info(
-        "Feature cache: %s, %d entries, %s; %s.", space.folder, len(store), gib(space.bytes()), store.room()[1]
+        "Feature cache: %s, %d entries, %s; %s.",
+        space.folder,
+        len(store),
+        gib(space.bytes()),
+        store.room()[1],
     )
     return cache
 
@@ -104,12 +107,26 @@ def arithmetic_of(cfg: CfgNode) -> str:
 
 
 def maps_used(model: nn.Module) -> list[str]:
-    """The maps of the bottom-up network that the neck takes; all of them where there is no neck."""
+    """The maps of the bottom-up network that the neck, or a video model, takes; else all of them."""
     frozen = frozen_backbone_of(model)
     names = list(frozen.output_shape())
-    wanted = getattr(model.backbone, "in_features", None) or names
+    wanted = getattr(model, "features", None) or getattr(model.backbone, "in_features", None) or names
     # With a plain ViT, a neck's inputs are branches on the one map that is stored.
     return [name for name in names if name in wanted] or names
+
+
+def compute_features(model: nn.Module, sample: dict[str, Any]) -> None:
+    """Run the frozen backbone for a sample, by which its features go into the cache; nothing else of the model."""
+    frozen = frozen_backbone_of(model)
+    assert frozen.by_sample is not None
+    frozen.by_sample.announce([sample], padded_hw_of(model))
+    try:
+        if "video" in sample:
+            model.maps(sample["video"])  # type: ignore[operator]
+        else:
+            frozen(model.preprocess_image([sample]).tensor)  # type: ignore[operator]
+    finally:
+        frozen.by_sample.announce([])
 
 
 def frozen_backbone_of(model: nn.Module) -> FrozenBackbone:

@@ -77,7 +77,13 @@ def test_images_and_backbone_stay_untouched_where_features_are_there(
 def test_resumed_run_with_a_cache_equals_an_uninterrupted_one(flags: Flags, tmp_path: Path) -> None:
     common = (*VIEWS, "SOLVER.MAX_ITER", "8", "DATASETS.TEST", "()")
     train(flags(*common, "OUTPUT_DIR", str(tmp_path / "whole")))
-    parts = (*common, "MODEL.FROZEN.CACHE.DIR", str(tmp_path / "cache"), "OUTPUT_DIR", str(tmp_path / "parts"))
+    parts = (
+        *common,
+        "MODEL.FROZEN.CACHE.DIR",
+        str(tmp_path / "cache"),
+        "OUTPUT_DIR",
+        str(tmp_path / "parts"),
+    )
     train(flags(*parts), until=4)
     (tmp_path / "parts" / "last_checkpoint").write_text("model_0000003.pth")
     train(flags("--resume", *parts), resume=True)
