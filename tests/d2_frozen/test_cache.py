@@ -94,7 +94,9 @@ def test_limit_is_told_before_and_kept(
     assert 0 < len(the_store(options)) < 24 and used <= limit * 2**30
 
 
-def test_info_verify_repair(tiny_config: Path, options: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_info_verify_repair(
+    tiny_config: Path, options: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
     run(capsys, "build", "--config-file", tiny_config, *options)
     (space,) = spaces_in(options[1])
     code, out = run(capsys, "info", options[1])

@@ -197,3 +197,27 @@ def test_test_loader_is_in_order_and_resizes_only(shapes):
     assert [[sample["image_id"] for sample in batch] for batch in batches] == [[1], [2], [3], [4]]
     assert all(max(batch[0]["image"].shape[1:]) == 64 and "instances" not in batch[0] for batch in batches)
     assert [b[0]["image_id"] for b in build_test_loader(cfg, "val_test_loader", indices=[3, 1])] == [4, 2]
+
+
+def test_views_are_a_function_of_image_and_view(shapes):
+    """9 images, 2 views: passes 0 and 2 augment alike, pass 1 otherwise; SEED changes the order alone."""
+
+    def by_pass(*pairs):
+        options = ("DATALOADER.ASPECT_RATIO_GROUPING", False, "SOLVER.IMS_PER_BATCH", 3, *pairs)
+        samples = [sample for batch in take(shapes(*options), 9) for sample in batch]
+        return [sorted(samples[start : start + 9]) for start in (0, 9, 18)]
+
+    views = ("MODEL.FROZEN.CACHE.VIEWS", 2)
+    first, second, third = by_pass(*views)
+    assert first == third
+    assert [a[0] for a in first] == [b[0] for b in second] and all(
+        a[1] != b[1] for a, b in zip(first, second)
+    )
+    assert by_pass(*views, "SEED", 77) == [first, second, third]
+    assert by_pass(*views, "DATALOADER.NUM_WORKERS", 2) == [first, second, third]
+    assert by_pass(*views, "MODEL.FROZEN.CACHE.SEED", 1)[0] != first
+    assert by_pass()[0] != by_pass()[2]
+    # The views of an image do not change when others are left out.
+    few = by_pass(*views, "DATASETS.SUBSET.PERCENT", 40.0)
+    assert {sample[0] for part in few for sample in part} < {sample[0] for sample in first}
+    assert {s[1] for part in few for s in part} <= {s[1] for part in (first, second) for s in part}

@@ -12,6 +12,7 @@ import torch
 
 from d2_frozen.caching import spaces_in
 from d2_frozen.engine import FrozenTrainer
+from d2_frozen.engine.caching import space_of
 from d2_frozen.train_net import setup
 
 Flags = Callable[..., Namespace]
@@ -106,21 +107,51 @@ def test_features_in_low_precision_are_the_same_computed_or_read(flags: Flags, t
         ("MODEL.FROZEN.CACHE.DTYPE", "fp16"),
         ("MODEL.PIXEL_MEAN", "(1.0, 2.0, 3.0)"),
         ("INPUT.FORMAT", "BGR"),
-        ("MODEL.FPN.IN_FEATURES", "('res3', 'res4', 'res5')"),
-        ("INPUT.SCALE_CROP.SIZE", "96"),
-        ("MODEL.FROZEN.CACHE.SEED", "1"),
+        ("MODEL.NECK.NAME", "SimpleFeaturePyramid", "MODEL.TIMM.NAME", "vit_tiny_patch16_224"),
+        (
+            *(
+                "MODEL.FPN.IN_FEATURES",
+                "('res3', 'res4', 'res5')",
+                "MODEL.RPN.IN_FEATURES",
+                "('p3', 'p4', 'p5', 'p6')",
+            ),
+            *("MODEL.ROI_HEADS.IN_FEATURES", "('p3', 'p4', 'p5')"),
+            *("MODEL.ANCHOR_GENERATOR.SIZES", "[[16], [32], [64], [96]]"),
+        ),
+        ("INPUT.SCALE_CROP.TEST_RESIZE", "square"),
     ],
+)
+def test_features_of_another_kind_have_another_space(
+    change: tuple[str, ...], flags: Flags, tmp_path: Path
+) -> None:
+    spaces = []
+    for options in ((), change, ("SOLVER.BASE_LR", "0.1", "MODEL.BIFPN.NUM_LAYERS", "2", "SEED", "7")):
+        cfg = setup(flags(*VIEWS, "MODEL.FROZEN.CACHE.DIR", str(tmp_path / "cache"), *options))
+        spaces.append(space_of(cfg, FrozenTrainer.build_model(cfg)))
+    assert spaces[0].id != spaces[1].id
+    assert spaces[0].id == spaces[2].id  # of the head nothing matters
+
+
+def test_the_same_weights_in_another_network_have_another_space(flags: Flags, tmp_path: Path) -> None:
+    cfg = setup(flags(*VIEWS, "MODEL.FROZEN.CACHE.DIR", str(tmp_path / "cache")))
+    model = FrozenTrainer.build_model(cfg)
+    other = cfg.clone()
+    other.defrost()
+    other.MODEL.TIMM.ARGS.window_size = 4
+    assert space_of(cfg, model).id != space_of(other, model).id
+
+
+@pytest.mark.parametrize(
+    "change",
+    [("INPUT.SCALE_CROP.SIZE", "96"), ("MODEL.FROZEN.CACHE.SEED", "1"), ("MODEL.FROZEN.PRECISION", "bf16")],
 )
 def test_what_was_made_otherwise_never_hits(change: tuple[str, str], flags: Flags, tmp_path: Path) -> None:
     common = (*VIEWS, "MODEL.FROZEN.CACHE.DIR", str(tmp_path / "cache"), "SOLVER.MAX_ITER", "6")
     common += ("DATASETS.TEST", "()")
     train(flags(*common))
-    assert train(flags(*common)).feature_cache.statistics.hits == 12
-    other = train(flags(*common, *change))
-    assert other.feature_cache.statistics.hits == 0
-    assert other.feature_cache.statistics.written == 12
-    in_key = change[0].startswith(("INPUT.SCALE", "MODEL.FROZEN.CACHE.SEED"))
-    assert len(spaces_in(tmp_path / "cache")) == (1 if in_key else 2)
+    other = train(flags(*common, *change)).feature_cache.statistics
+    assert (other.hits, other.misses, other.written) == (0, 12, 12)
+    assert len(spaces_in(tmp_path / "cache")) == (2 if "PRECISION" in change[0] else 1)
 
 
 def test_images_of_several_sizes(flags: Flags, tmp_path: Path) -> None:
@@ -129,7 +160,8 @@ def test_images_of_several_sizes(flags: Flags, tmp_path: Path) -> None:
     common += ("INPUT.AUGMENTATION", "resize_shortest_edge", "INPUT.MIN_SIZE_TRAIN", "(40, 56, 72)")
     cached = ("MODEL.FROZEN.CACHE.DIR", str(tmp_path / "cache"))
     train(flags(*common, "OUTPUT_DIR", str(tmp_path / "live")))
-    train(flags(*common, *cached, "SEED", "8", "OUTPUT_DIR", str(tmp_path / "other_order")))
+    other_order = (*common, *cached, "DATALOADER.ASPECT_RATIO_GROUPING", "False")
+    train(flags(*other_order, "OUTPUT_DIR", str(tmp_path / "other_order")))
     reading = train(flags(*common, *cached, "OUTPUT_DIR", str(tmp_path / "reading")))
     assert reading.feature_cache.statistics.hits == 24
     assert_same_model(tmp_path / "live", tmp_path / "reading")
