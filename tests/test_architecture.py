@@ -23,12 +23,9 @@ ORDER = [
     "detection",
     "engine",
     "train_net",
-<<<<<<< HEAD
     "prediction",
     "predict",
-=======
     "cache",
->>>>>>> e716f27 (Feature cache: store, keys, views as draws, frozen forward sample by sample, training from it)
     "benchmarks",
     "study",
     "bench",

@@ -143,12 +143,8 @@ def _together(parts: Sequence[Mapping[str, Tensor]], images: Tensor, dtype: torc
     for name, first in parts[0].items():
         maps = [part[name] for part in parts]
         height, width = (max(one.shape[axis] for one in maps) for axis in (2, 3))
-        # Strides of the maps follow from the largest image of each axis, as those of the batch do.
-        last = first.is_contiguous(memory_format=torch.channels_last) and not first.is_contiguous()
-        layout = torch.channels_last if last else torch.contiguous_format
-        out = torch.empty(
-            (rows, first.shape[1], height, width), dtype=dtype, device=images.device, memory_format=layout
-        )
+        shape = (rows, first.shape[1], height, width)
+        out = torch.empty(shape, dtype=dtype, device=images.device)
         at = 0
         for one in maps:
             slot = out[at : at + len(one)]

@@ -195,20 +195,12 @@ def _packed(maps: Mapping[str, Tensor], about: Mapping[str, Any]) -> list[memory
     parts: list[memoryview | bytes] = []
     at = 0
     for name, tensor in maps.items():
-        # As the network gave it: what the head computes with may depend on it in the last bit, and how fast does.
-        last = tensor.is_contiguous(memory_format=torch.channels_last) and not tensor.is_contiguous()
-        plain = (tensor.permute(0, 2, 3, 1) if last else tensor).contiguous().cpu()
+        plain = tensor.contiguous().cpu()
         # A copy on CPU too, if the tensor was one already: it is written later.
         plain = plain.clone() if plain.data_ptr() == tensor.data_ptr() else plain
         data = memoryview(plain.view(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
         facts.append(
-            {
-                "name": name,
-                "dtype": _NAME_OF[tensor.dtype],
-                "shape": list(plain.shape),
-                "channels_last": last,
-                "offset": at,
-            }
+            {"name": name, "dtype": _NAME_OF[tensor.dtype], "shape": list(plain.shape), "offset": at}
         )
         filling = bytes(-len(data) % _ALIGN)
         parts += [data, filling]
@@ -231,6 +223,5 @@ def _unpacked(blob: memoryview) -> dict[str, Tensor]:
         shape = fact["shape"]
         count = shape[0] * shape[1] * shape[2] * shape[3]
         flat = torch.frombuffer(blob, dtype=DTYPES[fact["dtype"]], count=count, offset=start + fact["offset"])
-        tensor = flat.view(shape)
-        maps[fact["name"]] = tensor.permute(0, 3, 1, 2) if fact["channels_last"] else tensor
+        maps[fact["name"]] = flat.view(shape)
     return maps
