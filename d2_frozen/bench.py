@@ -26,6 +26,7 @@ from d2_frozen.benchmarks.measuring import write_json
 # main(arguments: list of str) -> dict: it reads its own options, prints tables and returns what --json writes.
 APP_COMPARISONS = {
     "deformable": "seg_app.benchmarks.deformable",
+    "mask2former": "seg_app.benchmarks.mask2former",
 }
 
 
