@@ -41,7 +41,7 @@ def bar_chart(results: Results, number: int, path: str | Path) -> None:
         axis.invert_yaxis()
         axis.set_xlabel(heading)
         axis.spines[["top", "right"]].set_visible(False)
-    axes[-1].legend(frameon=False, loc="lower right")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False)
     figure.suptitle(f"Table {number}. {TITLES[number]}", fontsize=10)
     figure.savefig(path, dpi=120)
 

@@ -7,22 +7,19 @@ may be killed at any moment, copied to another machine, and continued.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from d2_frozen import tasks
+from detectron2.config import CfgNode
 
 # Values that say where and how fast a job runs, not what comes out of it.
-_NOT_PART_OF_RESULT = (
-    ("OUTPUT_DIR",),
-    ("MODEL", "DEVICE"),
-    ("DATALOADER", "NUM_WORKERS"),
-    ("MODEL", "WEIGHTS"),
-)
+_NOT_PART_OF_RESULT = ("OUTPUT_DIR", "MODEL.DEVICE", "MODEL.WEIGHTS", "DATALOADER.NUM_WORKERS")
+SETTINGS_FILE = "settings.json"
 
 
 @dataclass(frozen=True)
@@ -48,30 +45,47 @@ class Job:
         """What ``result.json`` holds; None if the job has not finished.
 
         Raises:
-            ValueError: the result is that of another config than this job's.
+            ValueError: see ``check_settings``.
         """
         result = _read(self.folder(root) / "result.json")
-        if result is not None and result["config_sha256"] != self.config_sha256():
-            raise ValueError(
-                f"{self.folder(root)} holds the result of another config than {self.config_file} "
-                f"{' '.join(self.options)} gives now. Remove that folder to run the job again, "
-                "or choose another --output."
-            )
+        if result is not None:
+            self.check_settings(root)
         return result
 
     def failure(self, root: str | Path) -> dict[str, Any] | None:
         """What ``failed.json`` holds: {"error", "traceback"} of the last try; None if there was none."""
         return _read(self.folder(root) / "failed.json")
 
-    def config_sha256(self) -> str:
-        """Of the complete config, without what does not change the result."""
+    def settings(self) -> dict[str, Any]:
+        """Every key of the complete config and its value, without those that do not change the result."""
         cfg = tasks.read_config(self.config_file, self.options)
-        for path in _NOT_PART_OF_RESULT:
-            node = cfg
-            for key in path[:-1]:
-                node = node[key]
-            node.pop(path[-1])
-        return hashlib.sha256(cfg.dump().encode()).hexdigest()
+        return {key: value for key, value in _leaves(cfg) if key not in _NOT_PART_OF_RESULT}
+
+    def check_settings(self, root: str | Path) -> None:
+        """Is what lies in the job's folder of this config? Keys that are new since then do not matter.
+
+        Raises:
+            ValueError: another one; names the keys that differ.
+        """
+        path = self.folder(root) / SETTINGS_FILE
+        found = _read(path)
+        if found is None:
+            return
+        own = json.loads(json.dumps(self.settings()))
+        differing = sorted(key for key in found.keys() & own.keys() if found[key] != own[key])
+        if differing:
+            shown = ", ".join(f"{key} ({found[key]!r}, now {own[key]!r})" for key in differing[:4])
+            raise ValueError(
+                f"{self.folder(root)} is of another config than {self.config_file} {' '.join(self.options)}: {shown}"
+                f"{', ...' if len(differing) > 4 else ''}. Remove that folder to run the job again, or choose another "
+                "--output."
+            )
+
+    def write_settings(self, root: str | Path) -> None:
+        """For ``check_settings``; what is there stays, as its run goes on."""
+        path = self.folder(root) / SETTINGS_FILE
+        if not path.exists():
+            write_json(path, self.settings())
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -80,6 +94,14 @@ def write_json(path: Path, content: Any) -> None:
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     partial.write_text(json.dumps(content, indent=1) + "\n")
     os.replace(partial, path)
+
+
+def _leaves(node: CfgNode, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in node.items():
+        if isinstance(value, CfgNode):
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
 
 
 def _read(path: Path) -> dict[str, Any] | None:

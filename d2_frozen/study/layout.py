@@ -12,7 +12,7 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from tabulate import tabulate
 
@@ -43,6 +43,23 @@ class Score:
         return f"{self.mean:.1f}" + (f" ± {self.deviation:.1f}" if len(self.values) > 1 else "")
 
 
+class Gap(NamedTuple):
+    """How far full fine-tuning is ahead of frozen; the deviation of a difference of independent runs."""
+
+    mean: float
+    deviation: float
+
+    def __str__(self) -> str:
+        if math.isnan(self.mean):
+            return ""
+        return f"{self.mean:.1f}" + ("" if math.isnan(self.deviation) else f" ± {self.deviation:.1f}")
+
+
+def gap(frozen: Score, full: Score) -> Gap:
+    """NaN where one of the two has no runs."""
+    return Gap(full.mean - frozen.mean, math.hypot(frozen.deviation, full.deviation))
+
+
 def scores(cell: Cell, results: Sequence[dict[str, Any]]) -> dict[str, Score]:
     """Heading of a column -> its values over the seeds."""
     table: dict[str, Score] = {}
@@ -62,15 +79,14 @@ def markdown(results: Results, number: int) -> str:
 
 def _block(results: Results, task: str) -> str:
     headings = list(METRICS[task].values())
-    columns = [f"{setting} {heading}" for heading in headings for setting in SETTINGS]
+    columns = [f"{what} {heading}" for heading in headings for what in (*SETTINGS, "gap")]
     rows = []
     for row in dict.fromkeys(cell.row for cell in results):
         of_setting = {cell.setting: (cell, results[cell]) for cell in results if cell.row == row}
         line: list[str] = [row.replace("_", " ")]
         for heading in headings:
-            for setting in SETTINGS:
-                cell_results = of_setting.get(setting)
-                line.append(str(scores(*cell_results)[heading]) if cell_results else "")
+            pair = [scores(*of_setting[s])[heading] if s in of_setting else Score() for s in SETTINGS]
+            line += [*map(str, pair), str(gap(*pair))]
         sizes = [
             f"{r[1][0]['trainable'] / 1e6:.2f} M" if r and r[1] else ""
             for r in (of_setting.get(setting) for setting in SETTINGS)

@@ -32,11 +32,13 @@ def run_job(job: Job, root: str | Path, threads: int = 0, gpu: int | None = None
     folder = job.folder(root)
     folder.mkdir(parents=True, exist_ok=True)
     with _to_itself(folder):
-        if job.result(root) is not None:
-            return True
         if gpu is not None:
             os.environ["CUDA_VISIBLE_DEVICES"] = str(gpu)
         try:
+            job.check_settings(root)
+            if job.result(root) is not None:
+                return True
+            job.write_settings(root)
             _run(job, Path(root), threads, num_gpus)
         except Exception as err:
             write_json(
@@ -99,7 +101,6 @@ def _train_and_record(args: argparse.Namespace, job: Job, folder: str, threads: 
             "job": job.name,
             "config_file": job.config_file,
             "options": list(job.options),
-            "config_sha256": job.config_sha256(),
             "metrics": metrics,
             "seconds_of_last_start": time.monotonic() - begun,
             **about,

@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 
 from d2_frozen.study.__main__ import main
-from d2_frozen.study.jobs import Job
+from d2_frozen.study.jobs import SETTINGS_FILE, Job, write_json
+from d2_frozen.study.worker import run_job
 
 CELLS = ("percent_10_frozen", "percent_10_full")
 
@@ -82,14 +83,22 @@ def test_a_failed_cell_is_reported_and_the_others_run(
 def test_a_result_of_another_config_is_not_taken_for_this_ones(configs: Path, tmp_path: Path) -> None:
     config = str(configs / "coco/table6/percent_10_frozen.yaml")
     job = Job("one", config, ("SEED", "1"))
-    folder = job.folder(tmp_path)
-    folder.mkdir()
-    (folder / "result.json").write_text(json.dumps({"config_sha256": job.config_sha256()}))
-    assert job.result(tmp_path) is not None
+    job.write_settings(tmp_path)
+    (job.folder(tmp_path) / "result.json").write_text("{}")
+    assert job.result(tmp_path) == {}
     elsewhere = Job("one", config, ("SEED", "1", "MODEL.DEVICE", "cuda", "DATALOADER.NUM_WORKERS", "9"))
-    assert elsewhere.result(tmp_path) is not None  # where and how fast does not matter
-    with pytest.raises(ValueError, match=r"holds the result of another config.*Remove that folder"):
-        Job("one", config, ("SEED", "2")).result(tmp_path)
+    assert elsewhere.result(tmp_path) == {}  # where and how fast does not matter
+    other = Job("one", config, ("SEED", "2", "SOLVER.BASE_LR", "0.5"))
+    with pytest.raises(
+        ValueError, match=r"SEED \(1, now 2\), SOLVER.BASE_LR \(.*, now 0.5\)\. Remove that folder"
+    ):
+        other.result(tmp_path)
+    assert not run_job(other, tmp_path)  # nor does a training go on from another one's checkpoint
+    assert "SEED (1, now 2)" in (other.failure(tmp_path) or {})["error"]
+    older = json.loads((job.folder(tmp_path) / SETTINGS_FILE).read_text())
+    del older["TEST.PICTURES"]
+    write_json(job.folder(tmp_path) / SETTINGS_FILE, older)
+    assert job.result(tmp_path) == {}  # of a version that did not have this key
 
 
 def test_a_cell_without_config_is_an_error_with_the_nearest_names(

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from d2_frozen.study.layout import Score, csv_text, markdown
+from d2_frozen.study.layout import Score, csv_text, gap, markdown
 from d2_frozen.study.tables import Cell, cells_of
 
 CONFIGS = Path(__file__).resolve().parents[3] / "configs"
@@ -55,7 +55,13 @@ def test_markdown_puts_frozen_beside_full() -> None:
     )
     (line,) = [line for line in text.splitlines() if line.startswith("| a ")]
     cells = [part.strip() for part in line.strip("|").split("|")]
-    assert cells == ["a", "11.0 ± 1.4", "30.0", "21.0 ± 1.4", "40.0", "1.50 M", "1.50 M", "2 / 1"]
+    box, mask = ["11.0 ± 1.4", "30.0", "19.0"], ["21.0 ± 1.4", "40.0", "19.0"]
+    assert cells == ["a", *box, *mask, "1.50 M", "1.50 M", "2 / 1"]
+
+
+def test_the_gap_is_full_minus_frozen_and_its_deviation_that_of_a_difference() -> None:
+    assert str(gap(Score([1.0, 7.0]), Score([10.0, 10.0 + 8.0]))) == "10.0 ± 7.1"  # sqrt(18 + 32)
+    assert str(gap(Score(), Score([1.0]))) == ""
 
 
 def test_csv_has_a_line_per_run_and_metric() -> None:
