@@ -98,7 +98,7 @@ class ClipPrediction(Protocol):
     """A head that predicts videos, clip by clip."""
 
     def clips(self, path: Path) -> Iterator[tuple[float, float, dict[str, Any]]]:
-        """(start, end) in seconds and the model's input, of every clip of a video; later ones hold over earlier ones."""
+        """(start, end) in seconds and the model's input, of every clip of a video; the later of two holds."""
 
     def record(self, result: dict[str, Any], model_input: dict[str, Any]) -> dict[str, Any]:
         """What to store of the model's result for this input, as plain values."""

@@ -67,21 +67,22 @@ def main(args: argparse.Namespace) -> dict[str, Any] | None:
         keep_freed_memory()
     if args.eval_only:
         model = evaluation_model(cfg, resume=args.resume)
-        measured = _test(cfg, model)
+        measured = evaluate(cfg, model)
         finish(cfg, model, measured)
         return measured
     trainer = tasks.task_of(cfg).trainer()(cfg)
     trainer.resume_or_load(resume=args.resume)
     if trainer.start_iter >= trainer.max_iter:
         logger.info("Training is already complete at iteration %d.", trainer.start_iter)
-        results: dict[str, Any] | None = _test(cfg, trainer.model)
+        results: dict[str, Any] | None = evaluate(cfg, trainer.model)
     else:
         results = trainer.train()
     finish(cfg, trainer.model, results)
     return results
 
 
-def _test(cfg: CfgNode, model: nn.Module) -> dict[str, Any]:
+def evaluate(cfg: CfgNode, model: nn.Module) -> dict[str, Any]:
+    """Metrics of the model on DATASETS.TEST, with TEST.AUG too where that is on."""
     trainer = tasks.task_of(cfg).trainer()
     results = trainer.test(cfg, model)
     if cfg.TEST.AUG.ENABLED and cfg.DATASETS.TEST:

@@ -26,6 +26,7 @@ ORDER = [
     "prediction",
     "predict",
     "cache",
+    "joint",
     "benchmarks",
     "study",
     "bench",

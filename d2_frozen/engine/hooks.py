@@ -20,6 +20,10 @@ from detectron2.utils.events import EventWriter, get_event_storage
 logger = logging.getLogger(__name__)
 
 
+# Seconds of one iteration of every head together, where several train (joint.py).
+ROUND_TIME = "round_time"
+
+
 class StoppedBySignal(SystemExit):
     """Training left after saving; the exit code is 128 + the signal's number, as shells expect."""
 
@@ -43,6 +47,32 @@ class SeedEachIteration(HookBase):
         random.seed(int(words[2]))
 
 
+class SignalWatch:
+    """Between ``start`` and ``stop``, signals are noted instead of ending the process."""
+
+    def __init__(self, signals: tuple[int, ...] = (signal.SIGTERM,)) -> None:
+        self.signals = signals
+        self._received = 0
+        self._before: dict[int, object] = {}
+
+    def start(self) -> None:
+        for number in self.signals:
+            self._before[number] = signal.signal(number, self._receive)
+
+    def stop(self) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)  # type: ignore[arg-type]
+        self._before.clear()
+
+    def received(self) -> int:
+        """The signal's number, 0 for none. All ranks must ask; they get the same answer, whichever was signalled."""
+        return max(comm.all_gather(self._received)) if comm.get_world_size() > 1 else self._received
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        logger.warning("%s received: saving after this iteration.", signal.Signals(number).name)
+        self._received = number
+
+
 class SaveAndLeaveOnSignal(HookBase):
     """On SIGTERM (a cluster's notice) finish the iteration, save, and leave; ``--resume`` goes on from there.
 
@@ -50,21 +80,16 @@ class SaveAndLeaveOnSignal(HookBase):
     """
 
     def __init__(self, signals: tuple[int, ...] = (signal.SIGTERM,)) -> None:
-        self.signals = signals
-        self._received = 0
-        self._before: dict[int, object] = {}
+        self._watch = SignalWatch(signals)
 
     def before_train(self) -> None:
-        for number in self.signals:
-            self._before[number] = signal.signal(number, self._receive)
+        self._watch.start()
 
     def after_train(self) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)  # type: ignore[arg-type]
+        self._watch.stop()
 
     def after_step(self) -> None:
-        # Ranks may be signalled at different moments; they must leave after the same iteration.
-        received = max(comm.all_gather(self._received)) if comm.get_world_size() > 1 else self._received
+        received = self._watch.received()
         if not received:
             return
         done = self.trainer.iter
@@ -73,10 +98,6 @@ class SaveAndLeaveOnSignal(HookBase):
         name = signal.Signals(received).name
         logger.warning("%s: saved after iteration %d; continue with --resume.", name, done)
         raise StoppedBySignal(received)
-
-    def _receive(self, number: int, frame: FrameType | None) -> None:
-        logger.warning("%s received: saving after this iteration.", signal.Signals(number).name)
-        self._received = number
 
 
 class ProgressPrinter(EventWriter):
@@ -123,9 +144,11 @@ class ProgressPrinter(EventWriter):
         return min(self.window_size, len(storage.history(name).values()))  # type: ignore[attr-defined]
 
     def _time_left(self, iteration: int, histories: dict) -> str:
-        if "time" not in histories:  # Detectron2's timer leaves the first iterations out
+        # In joint training, the time of all heads' steps.
+        of_iteration = next((histories[name] for name in (ROUND_TIME, "time") if name in histories), None)
+        if of_iteration is None:  # Detectron2's timer leaves the first iterations out
             return "unknown"
-        left = histories["time"].global_avg() * max(self.max_iter - iteration - 1, 0)
+        left = of_iteration.global_avg() * max(self.max_iter - iteration - 1, 0)
         get_event_storage().put_scalar("eta_seconds", left, smoothing_hint=False)
         return str(datetime.timedelta(seconds=int(left)))
 

@@ -57,8 +57,8 @@ class FrozenTrainer(DefaultTrainer):
             logger.info("Parts of the model:\n%s", parts_table(model, optimizer))
         parallel = create_ddp_model(exclude_frozen_from_ddp(model), broadcast_buffers=False)
         self.feature_cache: FeatureCache | None = None
-        self._stream = _ResumableStream(self._batches)
-        self._trainer = _loop_kind(cfg, parallel)(parallel, self._stream, optimizer)
+        self.stream = ResumableStream(self._batches)
+        self._trainer = _loop_kind(cfg, parallel)(parallel, self.stream, optimizer)
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
         self.checkpointer = FrozenCheckpointer(
             model,
@@ -84,7 +84,7 @@ class FrozenTrainer(DefaultTrainer):
     def resume_or_load(self, resume: bool = True) -> None:
         """Continue from ``last_checkpoint`` of OUTPUT_DIR, data stream included, or start from MODEL.WEIGHTS."""
         super().resume_or_load(resume=resume)
-        self._stream.start_iteration = self.start_iter
+        self.stream.start_iteration = self.start_iter
 
     def train(self) -> dict[str, Any] | None:
         """Run to SOLVER.MAX_ITER; the result of the last evaluation, None where TEST is empty."""
@@ -162,15 +162,20 @@ def facts_for_prediction(cfg: CfgNode) -> dict[str, Any]:
     return {"config": cfg.dump(), **named}
 
 
-class _ResumableStream:
-    """What the training loop iterates over; built when first iterated, from the iteration it then starts at."""
+class ResumableStream:
+    """What the training loop iterates over; built when first iterated, from the iteration it then starts at.
+
+    Attributes:
+        build: start iteration -> batches from there on.
+        start_iteration: where it begins.
+    """
 
     def __init__(self, build: Callable[[int], Iterable[Any]]) -> None:
-        self._build = build
+        self.build = build
         self.start_iteration = 0
 
     def __iter__(self) -> Iterator[Any]:
-        return iter(self._build(self.start_iteration))
+        return iter(self.build(self.start_iteration))
 
 
 class _CPUAutocastTrainer(SimpleTrainer):

@@ -82,7 +82,7 @@ def load_heads(
             f"{len(files)} heads, but {len(config_files)} config files: give one for each, or none."
         )
     named = [_name_and_file(str(file)) for file in files]
-    names = _distinct([name for name, _ in named])
+    names = distinct_names([name for name, _ in named])
     configs = [str(config) for config in config_files] or [""] * len(files)
     heads = []
     for name, (_, file), config in zip(names, named, configs):
@@ -172,7 +172,7 @@ def _name_and_file(text: str) -> tuple[str, str]:
     return (path.resolve().parent.name if plain and path.resolve().parent.name else path.stem), text
 
 
-def _distinct(names: Sequence[str]) -> list[str]:
+def distinct_names(names: Sequence[str]) -> list[str]:
     """The second "det" becomes "det_2"."""
     seen: dict[str, int] = {}
     result = []
