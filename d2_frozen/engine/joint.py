@@ -56,6 +56,7 @@ class JointHead:
         self.names = names or OwnNames()
         self.backbone_settings = backbone_settings
         self.done = trainer.start_iter - 1
+        self._by_sample: dict[int, Any] = {}
         self.begun = self.ended = self.failed = False
         # Leaving is for all heads together, after the iteration of the last.
         trainer._hooks = [hook for hook in trainer._hooks if not isinstance(hook, SaveAndLeaveOnSignal)]
@@ -67,10 +68,22 @@ class JointHead:
     @contextlib.contextmanager
     def turn(self) -> Iterator[FrozenTrainer]:
         """Within, catalogs, log and event storage are this head's."""
-        with self.names.active(), speaking(self.name), contextlib.ExitStack() as stack:
+        with self.names.active(), speaking(self.name), self._own_features(), contextlib.ExitStack() as stack:
             if self.begun:
                 stack.enter_context(self.trainer.storage)
             yield self.trainer
+
+    @contextlib.contextmanager
+    def _own_features(self) -> Iterator[None]:
+        """A shared backbone answers from the feature cache of the head whose turn it is."""
+        backbones = self.backbones
+        for backbone in backbones:
+            backbone.by_sample = self._by_sample.get(id(backbone))
+        try:
+            yield
+        finally:
+            for backbone in backbones:
+                self._by_sample[id(backbone)], backbone.by_sample = backbone.by_sample, None
 
     def begin(self) -> None:
         """What TrainerBase.train does before its loop."""
@@ -222,6 +235,7 @@ def share_streams(heads: Sequence[JointHead]) -> list[list[JointHead]]:
     for head in heads:
         with head.turn() as trainer:
             loader: Any = trainer.stream.build(trainer.start_iter)
+        trainer.stream.build = functools.partial(_built, loader)
         if not isinstance(loader, TrainLoader):
             groups.append((None, [head]))
             continue
@@ -239,9 +253,17 @@ def share_streams(heads: Sequence[JointHead]) -> list[list[JointHead]]:
     return [group for _, group in groups]
 
 
+def _built(loader: Any, start: int) -> Any:
+    """The loader that was made for this start already: a second one would open its feature cache again."""
+    return loader
+
+
 def same_batches(a: TrainLoader, b: TrainLoader) -> bool:
-    """Would two loaders give equal batches at every iteration? False also where that cannot be told."""
-    if _plain(_recipe(a)) != _plain(_recipe(b)):
+    """Would two loaders give equal batches at every iteration? False also where that cannot be told.
+
+    Loaders with a feature cache each bring what their own head stored.
+    """
+    if a.cache is not None or b.cache is not None or _plain(_recipe(a)) != _plain(_recipe(b)):
         return False
     first, second = a.dataset.records, b.dataset.records
     try:
@@ -251,8 +273,8 @@ def same_batches(a: TrainLoader, b: TrainLoader) -> bool:
 
 
 def _recipe(loader: TrainLoader) -> list[Any]:
-    dataset = loader.dataset
-    return [dataset.mapper, dataset.seed, dataset.skip_bad, loader.sampler, loader.batch_size, loader.wide]
+    dataset = {key: value for key, value in vars(loader.dataset).items() if key != "records"}
+    return [dataset, loader.sampler, loader.batch_size, loader.wide]
 
 
 def _plain(value: Any, depth: int = 12) -> Any:

@@ -134,6 +134,19 @@ def test_detection_and_segmentation_with_data_of_one_name(
         assert here == {p.relative_to(tmp_path / "joint" / name) for p in there if "events" not in p.name}
 
 
+def test_each_head_keeps_its_own_feature_cache(detection: Yaml, tmp_path: Path) -> None:
+    cache = "MODEL: {FROZEN: {CACHE: {DIR: %s, VIEWS: 2}}}\nSOLVER: {MAX_ITER: 4}"
+    files = [detection(name, cache % (tmp_path / f"cache_{name}")) for name in "ab"] + [detection("c")]
+    together(files, tmp_path / "joint", "SOLVER.MAX_ITER", "4")
+    for name, file in zip("abc", files):
+        alone(file, tmp_path / name, "SOLVER.MAX_ITER", "4")
+        assert_same(content(tmp_path / "joint" / name), content(tmp_path / name))
+        # What the joint run stored is all that was needed alone.
+        rows = map(json.loads, (tmp_path / name / "metrics.json").read_text().splitlines())
+        rates = [row["cache/hit_rate"] for row in rows if "cache/hit_rate" in row]
+        assert rates == ([] if name == "c" else [1.0] * len(rates)) and (name == "c" or rates)
+
+
 def test_a_joint_checkpoint_is_read_by_eval_only(detection: Yaml, tmp_path: Path) -> None:
     results = together(
         [detection("a"), detection("b", "SEED: 8")], tmp_path / "joint", "SOLVER.MAX_ITER", "2"
