@@ -25,13 +25,13 @@ def calls_of(predictor: Predictor, name: str) -> list[tuple[int, ...]]:
     """Shapes of the image tensors that reach the network of a head, from now on."""
     (part,) = frozen_parts(next(h.model for h in predictor.heads if h.name == name)).values()
     seen: list[tuple[int, ...]] = []
-    forward = part.inner.forward
+    compute = part._compute
 
     def watched(images: torch.Tensor) -> dict[str, torch.Tensor]:
         seen.append(tuple(images.shape))
-        return forward(images)
+        return compute(images)
 
-    part.inner.forward = watched
+    part._compute = watched
     return seen
 
 
@@ -131,8 +131,8 @@ def test_a_bgr_head_gets_its_channels_turned(save_head: SaveHead) -> None:
     # With the backbone's own input turned back, the result is the same.
     turned = Predictor([file], options=[*options, "MODEL.PIXEL_STD", "[57.375, 57.12, 58.395]"])
     (part,) = frozen_parts(turned.heads[0].model).values()
-    forward = part.inner.forward
-    part.inner.forward = lambda images: forward(images.flip(1))
+    compute = part._compute
+    part._compute = lambda images: compute(images.flip(1))
     assert same(turned([image])[0]["det"], rgb)
 
 
