@@ -4,6 +4,7 @@
     python -m d2_frozen.study table 6 --scale mini --cells percent_1_frozen percent_1_full
     python -m d2_frozen.study sweep bifpn_layers --scale mini --seeds 3
     python -m d2_frozen.study pretrain --kind contrastive
+    python -m d2_frozen.study cka bifpn --run output/quickstart
     python -m d2_frozen.study report --scale mini
 
 The same command goes on where it was stopped; ``--dry-run`` says what it would do.
@@ -23,6 +24,7 @@ import torch
 import yaml
 from tabulate import tabulate
 
+from d2_frozen.study.cka.command import add_cka_command
 from d2_frozen.study.jobs import Job
 from d2_frozen.study.layout import write_sweep, write_table
 from d2_frozen.study.pretraining import KINDS, SIZES, Pretraining, pretrain
@@ -223,6 +225,7 @@ def _parser() -> argparse.ArgumentParser:
     report = commands.add_parser("report", help="one page of everything that has run")
     _add_place_flags(report)
     report.set_defaults(run=run_report)
+    add_cka_command(commands)
     return parser
 
 

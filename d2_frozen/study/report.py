@@ -71,7 +71,7 @@ def _cells(line: str) -> tuple[str, ...]:
 
 
 def _heatmaps(root: Path) -> Iterator[Section]:
-    pictures = tuple(sorted((root / "cka").rglob("*.png")))
+    pictures = tuple(sorted(root.rglob("cka/*.png")))
     if pictures:
         yield Section("Centred kernel alignment", pictures=pictures)
 

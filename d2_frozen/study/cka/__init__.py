@@ -1,0 +1,1 @@
+"""How similar are two feature maps of trained models? Linear CKA over images or clips: ``study cka``."""
