@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -40,6 +40,14 @@ class _Part:
     rows: Tensor
     image_of: Tensor
     kind: Hashable
+
+
+@dataclass
+class _Chunks:
+    """Chosen rows of RoI features, as far as a module that takes some RoIs at a time has come."""
+
+    parts: list[Tensor] = field(default_factory=list)
+    rows: int = 0  # of all RoIs so far
 
 
 class GramCollector:
@@ -92,6 +100,7 @@ class GramCollector:
             self._first, self._images = first, len(inputs)
             self._calls: dict[str, int] = defaultdict(int)
             self._last_rois: _Rois | None = None
+            self._unfinished: dict[str, dict[str, _Chunks]] = defaultdict(dict)
             self.model(inputs)
         for name, parts in self._parts.items():
             self._grams[name] = _joined(parts)
@@ -99,19 +108,21 @@ class GramCollector:
 
     def _before(self, module_name: str) -> Callable[..., None]:
         def hook(module: nn.Module, arguments: tuple[Any, ...], by_name: dict[str, Any]) -> None:
-            if isinstance(module, ROIPooler):
-                self._note_rois(module_name, by_name["box_lists"] if "box_lists" in by_name else arguments[1])
-            self._calls[module_name] += 1
+            if not self._unfinished[module_name]:
+                self._calls[module_name] += 1
+            crops = isinstance(module, ROIPooler)
             name = f"{self._call_name(module_name)}{INPUT}"
             for full_name, tensor in tensors_in_arguments(arguments, by_name, name):
-                self._keep(full_name, tensor)
+                self._keep(module_name, full_name, tensor, None if crops else self._last_rois)
+            if crops:
+                self._note_rois(module_name, by_name["box_lists"] if "box_lists" in by_name else arguments[1])
 
         return hook
 
     def _after(self, module_name: str) -> Callable[..., None]:
         def hook(module: nn.Module, arguments: Any, output: Any) -> None:
             for full_name, tensor in tensors_in(output, self._call_name(module_name)):
-                self._keep(full_name, tensor)
+                self._keep(module_name, full_name, tensor, self._last_rois)
 
         return hook
 
@@ -135,27 +146,40 @@ class GramCollector:
         # of detections, which another pooler crops for the masks, are others, and so are those of another model.
         kind = (id(self.model), pooler, tuple(len(one) for one in boxes))
         self._last_rois = _Rois(boxes, kind, start, torch.cat(chosen), torch.cat(image_of))
+        self._unfinished.clear()
 
-    def _keep(self, name: str, tensor: Tensor) -> None:
-        part = self._part(tensor)
-        if part is None:
+    def _keep(self, module_name: str, name: str, tensor: Tensor, rois: _Rois | None) -> None:
+        if rois is not None:
+            self._keep_of_rois(module_name, name, tensor, rois)
+        elif (
+            tensor.numel() and len(tensor) % self._images == 0
+        ):  # else no examples: a table of positions, say
+            rows = tensor.reshape(self._images, -1)
+            self._take(name, tensor.shape, _Part(rows, torch.arange(self._images), IMAGE))
+
+    def _keep_of_rois(self, module_name: str, name: str, tensor: Tensor, rois: _Rois) -> None:
+        """Behind a pooler all is about RoIs, maybe some at a time (mask heads on a CPU); that is one call for us."""
+        chunks = self._unfinished[module_name].setdefault(name, _Chunks())
+        places = rois.chosen - chunks.rows
+        chunks.rows += len(tensor)
+        if self.wanted(name):
+            places = places[(places >= 0) & (places < len(tensor))]
+            chunks.parts.append(tensor[places.to(tensor.device)].flatten(1))
+        if chunks.rows < rois.rows:
             return
-        self.seen.setdefault(name, (tuple(tensor.shape), "image" if part.kind == IMAGE else "RoI"))
+        del self._unfinished[module_name][name]
+        if chunks.rows == rois.rows:
+            rows = torch.cat(chunks.parts) if chunks.parts else tensor
+            self._take(name, (rois.rows, *tensor.shape[1:]), _Part(rows, rois.image_of, rois.kind))
+
+    def _take(self, name: str, shape: Sequence[int], part: _Part) -> None:
+        self.seen.setdefault(name, (tuple(shape), "image" if part.kind == IMAGE else "RoI"))
         if not self.wanted(name):
             return
         if self._whole:
             self._grams[name] = Gram(gram_of_rows(part.rows), part.image_of, part.kind)
         else:  # a copy, since what follows may change it in place
             self._parts[name].append(_Part(part.rows.clone(), part.image_of + self._first, part.kind))
-
-    def _part(self, tensor: Tensor) -> _Part | None:
-        rois, rows = self._last_rois, len(tensor)
-        if rois is not None and rows == rois.rows:
-            chosen = rois.chosen.to(tensor.device)
-            return _Part(tensor[chosen].flatten(1), rois.image_of, rois.kind)
-        if not tensor.numel() or rows % self._images:
-            return None  # no examples: a table of positions, say
-        return _Part(tensor.reshape(self._images, -1), torch.arange(self._images), IMAGE)
 
 
 def _joined(parts: Sequence[_Part]) -> Gram:

@@ -83,6 +83,8 @@ def run_cka(args: argparse.Namespace) -> int:
     from d2_frozen.engine import CheckpointMismatchError
 
     comparison, sources = _what_is_asked(args)
+    # Which prints the whole model.
+    logging.getLogger("detectron2.engine.defaults").setLevel(logging.WARNING)
     try:
         models = [source.open(args.split) for source in sources]
     except (CheckpointMismatchError, KeyError, AssertionError) as err:
@@ -133,13 +135,9 @@ def _compare(args: argparse.Namespace, comparison: Comparison, models: list[Any]
     if len(models) > 1:
         check_same_input(models[0].cfg, models[1].cfg)
     batches = Batches(models[0].cfg, args.images, args.batch, args.size, args.seed)
-    logger.info(
-        "%d images of %s in %d batches of %d",
-        batches.images,
-        ", ".join(models[0].cfg.DATASETS.TEST),
-        len(batches),
-        args.batch,
-    )
+    things = "clips" if "VIDEO" in models[0].cfg else "images"
+    sets = ", ".join(models[0].cfg.DATASETS.TEST)
+    logger.info("%d %s of %s in %d batches of %d", batches.images, things, sets, len(batches), args.batch)
     result = measure([model.network for model in models], comparison, batches, args.rois, args.seed)
     if result is None:
         print("interrupted before the first batch was done; nothing written", file=sys.stderr)
@@ -162,7 +160,7 @@ def _compare(args: argparse.Namespace, comparison: Comparison, models: list[Any]
     for panel in result.panels:
         _print(panel)
     names = " and ".join(model.cfg.OUTPUT_DIR for model in models)
-    caption = f"{names}: linear CKA, {about['images']} examples in batches of {args.batch}"
+    caption = f"{names}: linear CKA, {about['images']} {things} in batches of {args.batch}"
     files = result.write(folder, name, about, caption)
     print("written: " + ", ".join(str(file) for file in files))
     if result.batches < len(batches):

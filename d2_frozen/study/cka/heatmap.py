@@ -4,76 +4,109 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.image import AxesImage
 
-# Inches per cell where numbers stand in it, and where they do not.
-_CELL, _SMALL_CELL = 0.62, 0.16
-# Above so many rows or columns, cells have no numbers.
+# Above so many rows or columns, cells are small and have no numbers.
 _MOST_WITH_NUMBERS = 24
 _LONGEST_LABEL = 44
+# Everything below is in inches. Space for a title, around a panel, and for the scale of colours.
+_TITLE, _MARGIN, _SCALE = 0.35, 0.15, 0.75
+_LETTER_OF_TITLE = 0.075
 
 
-def draw_heatmaps(
-    stream: BinaryIO,
-    panels: Sequence[tuple[str, Sequence[str], Sequence[str], np.ndarray]],
-    caption: str = "",
-) -> None:
+class Heatmap(NamedTuple):
+    """Labels and (rows, columns) values from 0 to 1; NaN is drawn grey."""
+
+    title: str
+    rows: Sequence[str]
+    columns: Sequence[str]
+    values: np.ndarray
+
+
+class _Place(NamedTuple):
+    """Inches: of a cell, of a letter of its labels, of the labels beside and below, of all cells."""
+
+    cell: float
+    letter: float
+    left: float
+    below: float
+    width: float
+    height: float
+
+    @classmethod
+    def of(cls, panel: Heatmap) -> _Place:
+        cell, letter = (0.16, 0.045) if _is_large(panel) else (0.62, 0.075)
+        slant = 1.0 if _is_large(panel) else 0.5
+        return cls(
+            cell,
+            letter,
+            letter * max(map(len, _shortened(panel.rows))) + 0.25,
+            letter * slant * max(map(len, _shortened(panel.columns))) + 0.25,
+            cell * len(panel.columns),
+            cell * len(panel.rows),
+        )
+
+
+def draw_heatmaps(stream: BinaryIO, panels: Sequence[Heatmap], caption: str = "") -> None:
     """Write a PNG with one heatmap above the other.
 
     Args:
-        panels: title, labels of rows and of columns, (rows, columns) values from 0 to 1; NaN is drawn grey.
         caption: below all of them.
     """
-    sizes = [_size(rows, columns) for _, rows, columns, _ in panels]
-    width, heights = max(w for w, _ in sizes), [h for _, h in sizes]
-    figure = Figure(figsize=(width, sum(heights) + 0.4), layout="constrained")
-    axes = figure.subplots(len(panels), 1, squeeze=False, height_ratios=heights)[:, 0]
-    for axis, panel in zip(axes, panels):
-        _draw(axis, *panel)
-    if caption:
-        figure.supxlabel(caption, fontsize=7, color="#555555")
+    places = [_Place.of(panel) for panel in panels]
+    left = max(place.left for place in places)
+    texts = [caption, *(panel.title for panel in panels)]
+    width = _MARGIN + max(
+        left + max(place.width for place in places) + _SCALE,
+        max(map(len, texts)) * _LETTER_OF_TITLE,
+    )
+    height = sum(_TITLE + place.height + place.below + _MARGIN for place in places) + _TITLE
+    figure = Figure(figsize=(width, height))
+    top = height
+    for panel, place in zip(panels, places):
+        figure.text(_MARGIN / width, (top - 0.22) / height, panel.title, fontsize=9)
+        top -= _TITLE + place.height
+
+        def box(
+            x: float, inches: float, y: float = top, h: float = place.height
+        ) -> tuple[float, float, float, float]:
+            return x / width, y / height, inches / width, h / height
+
+        axis = figure.add_axes(box(_MARGIN + left, place.width))
+        scale = figure.add_axes(box(_MARGIN + left + place.width + 0.12, 0.12))
+        image = _draw(axis, panel)
+        figure.colorbar(image, cax=scale).ax.tick_params(labelsize=6)
+        top -= place.below + _MARGIN
+    figure.text(_MARGIN / width, 0.12 / height, caption, fontsize=7, color="#555555")
     figure.savefig(stream, format="png", dpi=130)
 
 
-def _draw(axis: Axes, title: str, rows: Sequence[str], columns: Sequence[str], values: np.ndarray) -> None:
+def _draw(axis: Axes, panel: Heatmap) -> AxesImage:
     colours = colormaps["viridis"].with_extremes(bad="#d9d9d9")
-    image = axis.imshow(np.ma.masked_invalid(values), cmap=colours, vmin=0, vmax=1, aspect="equal")
-    small = max(values.shape) > _MOST_WITH_NUMBERS
-    size = 5 if small else 8
-    row_labels, column_labels = _shortened(rows), _shortened(columns)
-    axis.set_yticks(range(len(rows)), row_labels, fontsize=size)
-    slanted = max(map(len, column_labels)) > 5
-    axis.set_xticks(
-        range(len(columns)),
-        column_labels,
-        fontsize=size,
-        rotation=90 if small else 40 if slanted else 0,
-        ha="center" if small or not slanted else "right",
-        rotation_mode="default" if small else "anchor",
-    )
-    axis.set_title(title, fontsize=9, loc="left")
-    if not small:
-        for (i, j), value in np.ndenumerate(values):
+    image = axis.imshow(np.ma.masked_invalid(panel.values), cmap=colours, vmin=0, vmax=1, aspect="auto")
+    large = _is_large(panel)
+    size, angle = (5, 90) if large else (8, 40)
+    axis.set_yticks(range(len(panel.rows)), _shortened(panel.rows), fontsize=size)
+    labels = axis.set_xticks(range(len(panel.columns)), _shortened(panel.columns), fontsize=size)
+    for tick in labels:
+        tick.label1.set(rotation=angle, ha="right", va="center" if large else "top", rotation_mode="anchor")
+    axis.tick_params(length=2)
+    if not large:
+        for (i, j), value in np.ndenumerate(panel.values):
             text = "–" if np.isnan(value) else f"{value:.2f}"
-            axis.text(j, i, text, ha="center", va="center", fontsize=7, color=_readable_on(value))
-    axis.figure.colorbar(image, ax=axis, fraction=0.05, pad=0.02, aspect=20).ax.tick_params(labelsize=6)
+            dark = np.isnan(value) or value > 0.6
+            axis.text(j, i, text, ha="center", va="center", fontsize=8, color="black" if dark else "white")
+    return image
 
 
-def _readable_on(value: float) -> str:
-    return "black" if np.isnan(value) or value > 0.6 else "white"
-
-
-def _size(rows: Sequence[str], columns: Sequence[str]) -> tuple[float, float]:
-    cell = _CELL if max(len(rows), len(columns)) <= _MOST_WITH_NUMBERS else _SMALL_CELL
-    letters = 0.075 if cell == _CELL else 0.045
-    beside = letters * max(map(len, _shortened(rows)))
-    below = letters * max(map(len, _shortened(columns))) * (0.7 if cell == _CELL else 1)
-    return max(4.6, beside + cell * len(columns) + 1.0), below + cell * len(rows) + 0.6
+def _is_large(panel: Heatmap) -> bool:
+    return max(len(panel.rows), len(panel.columns)) > _MOST_WITH_NUMBERS
 
 
 def _shortened(labels: Sequence[str]) -> list[str]:

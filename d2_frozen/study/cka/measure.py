@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,7 @@ from tqdm import tqdm
 from d2_frozen.engine.checkpoint import write_atomically
 from d2_frozen.study.cka.collect import GramCollector
 from d2_frozen.study.cka.estimator import MIN_EXAMPLES, MinibatchCKA
-from d2_frozen.study.cka.heatmap import draw_heatmaps
+from d2_frozen.study.cka.heatmap import Heatmap, draw_heatmaps
 from d2_frozen.study.cka.inputs import Batches, Sample, StopAsked
 from d2_frozen.study.cka.presets import Comparison, Panel
 from d2_frozen.study.jobs import write_json
@@ -87,7 +88,7 @@ class Measured:
         write_json(files[0], {**about, "panels": [_plain(panel) for panel in self.panels]})
         write_atomically(str(files[1]), self._write_arrays)
         picture = io.BytesIO()
-        drawn = [(panel.title, panel.rows, panel.columns, panel.cka) for panel in self.panels]
+        drawn = [Heatmap(panel.title, panel.rows, panel.columns, panel.cka) for panel in self.panels]
         draw_heatmaps(picture, drawn, caption)
         write_atomically(str(files[2]), lambda stream: stream.write(picture.getvalue()))
         return files
@@ -136,7 +137,7 @@ def measure(
     with StopAsked() as stop, contextlib.ExitStack() as hooks:
         for collector in collectors:
             hooks.enter_context(collector)
-        for batch in tqdm(batches, unit="batch", desc="CKA", mininterval=1):
+        for batch in tqdm(batches, unit="batch", desc="CKA", mininterval=1 if sys.stderr.isatty() else 30):
             done += 1
             if len(batch) >= MIN_EXAMPLES:
                 grams = [collector.grams(batch, number=done) for collector in collectors]
