@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from d2_frozen.backbone import FrozenBackbone
 from d2_frozen.study.cka.estimator import IMAGE, Gram, gram_of_rows
 from d2_frozen.study.cka.names import INPUT, tensors_in, tensors_in_arguments
 from detectron2.modeling.poolers import ROIPooler
@@ -70,9 +71,14 @@ class GramCollector:
         # All feature maps so far, in the order in which they come: name -> shape, and what an example of it is.
         self.seen: dict[str, tuple[tuple[int, ...], str]] = {}
         self._handles: list[Any] = []
+        self._plain: list[FrozenBackbone] = []
 
     def __enter__(self) -> GramCollector:
         for name, module in self.model.named_modules():
+            if isinstance(module, FrozenBackbone) and module.precision == "fp32":
+                # What it runs otherwise is made of its weights, and calls none of its modules.
+                module.forward = module.inner.forward  # type: ignore[method-assign]
+                self._plain.append(module)
             if not name:  # the model itself: its results are no feature maps
                 continue
             self._handles.append(module.register_forward_pre_hook(self._before(name), with_kwargs=True))
@@ -82,6 +88,8 @@ class GramCollector:
     def __exit__(self, *_: object) -> None:
         for handle in self._handles:
             handle.remove()
+        for module in self._plain:
+            del module.forward  # the class's own again
 
     @torch.no_grad()
     def grams(self, batch: Sequence[Mapping[str, Any]], number: int = 0) -> dict[str, Gram]:

@@ -170,8 +170,7 @@ def _compare(args: argparse.Namespace, comparison: Comparison, models: list[Any]
 
 
 def _print(panel: Any) -> None:
-    mean = panel.mean()
-    print(f"\n{panel.title}" + ("" if mean is None else f"; mean {mean:.3f}"))
+    print(f"\n{panel.title}" + ("" if np.isnan(panel.mean) else f"; mean {panel.mean:.3f}"))
     if len(panel.columns) <= _MOST_COLUMNS:
         rows = [
             [label, *(_cell(value, error) for value, error in zip(values, errors))]

@@ -19,6 +19,7 @@ from d2_frozen.engine.checkpoint import frozen_parts
 from d2_frozen.study.cka.estimator import MIN_EXAMPLES
 from detectron2.config import CfgNode
 from detectron2.data.build import trivial_batch_collator
+from detectron2.utils.env import seed_all_rng
 
 logger = logging.getLogger("d2_frozen.study")
 
@@ -51,6 +52,8 @@ class ModelSource:
         cfg.freeze()
         if not cfg.MODEL.WEIGHTS:
             logger.warning("MODEL.WEIGHTS is empty: what of the model is trained has random weights.")
+        # As train_net does: what the weights leave out (a random frozen backbone) is drawn as it was for training.
+        seed_all_rng(max(0, cfg.SEED))
         return TrainedModel(cfg, train_net.evaluation_model(cfg).eval())
 
     def _config(self, split: str) -> CfgNode:
@@ -75,6 +78,8 @@ class ModelSource:
             cfg.DATASETS.TEST = cfg.DATASETS.TRAIN
         if not cfg.DATASETS.TEST:
             raise ValueError(f"{file} has no images: DATASETS.{split.upper()} is empty.")
+        # Only then the modules inside a frozen backbone are what runs.
+        cfg.MODEL.FROZEN.PRECISION = "fp32"
         if "VIDEO" in cfg:
             # A clip is an example: two views of one video would not be independent ones.
             cfg.VIDEO.TEST.CLIPS = cfg.VIDEO.TEST.CROPS = 1

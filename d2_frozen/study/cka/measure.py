@@ -32,6 +32,7 @@ class MeasuredPanel:
         cka: NaN where there is none.
         standard_error: see :meth:`MinibatchCKA.standard_error`.
         batches: how many counted.
+        mean: of ``cka`` where there is one, without what compares a map with itself; NaN if nothing is left.
     """
 
     title: str
@@ -41,14 +42,10 @@ class MeasuredPanel:
     cka: np.ndarray
     standard_error: np.ndarray
     batches: np.ndarray
-
-    def mean(self) -> float | None:
-        """Over all cells that have a value; None if none has."""
-        values = self.cka[~np.isnan(self.cka)]
-        return float(values.mean()) if len(values) else None
+    mean: float
 
     @classmethod
-    def of(cls, panel: Panel, estimate: MinibatchCKA) -> MeasuredPanel:
+    def of(cls, panel: Panel, estimate: MinibatchCKA, two_models: bool) -> MeasuredPanel:
         row_of = {name: i for i, name in enumerate(estimate.x)}
         column_of = {name: i for i, name in enumerate(estimate.y)}
         places = [
@@ -58,14 +55,21 @@ class MeasuredPanel:
         def chosen(values: np.ndarray, missing: float) -> np.ndarray:
             return np.array([[values[place] if place else missing for place in row] for row in places])
 
+        cka = chosen(estimate.cka(), np.nan)
+        told = ~np.isnan(cka)
+        if not two_models:
+            told &= np.array(
+                [[pair is not None and pair[0] != pair[1] for pair in row] for row in panel.pairs]
+            )
         return cls(
             panel.title,
             panel.rows,
             panel.columns,
             panel.pairs,
-            chosen(estimate.cka(), np.nan),
+            cka,
             chosen(estimate.standard_error(), np.nan),
             chosen(estimate.batches, 0),
+            float(cka[told].mean()) if told.any() else float("nan"),
         )
 
 
@@ -151,7 +155,7 @@ def measure(
         if done < len(batches):
             return None
         raise ValueError(f"no batch has {MIN_EXAMPLES} examples that can be read.")
-    return Measured([MeasuredPanel.of(panel, estimate) for panel in panels], done)
+    return Measured([MeasuredPanel.of(panel, estimate, x_model is not y_model) for panel in panels], done)
 
 
 def _estimate_of(panels: Sequence[Panel]) -> MinibatchCKA:
@@ -172,5 +176,5 @@ def _plain(panel: MeasuredPanel) -> dict[str, Any]:
         "pairs": panel.pairs,
         **values,
         "batches": panel.batches.tolist(),
-        "mean": panel.mean(),
+        "mean": None if np.isnan(panel.mean) else panel.mean,
     }
