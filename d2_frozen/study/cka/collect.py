@@ -100,8 +100,9 @@ class GramCollector:
                 batch of frames, and its head then works on this clip alone.
             number: of the batch, for the draw of RoIs.
         """
-        calls = [[one] for one in batch] if "video" in batch[0] else [list(batch)]
-        self._number, self._whole = number, len(calls) == 1
+        of_clips = "video" in batch[0]
+        calls = [[one] for one in batch] if of_clips else [list(batch)]
+        self._number, self._whole, self._thing = number, len(calls) == 1, "clip" if of_clips else "image"
         self._grams: dict[str, Gram] = {}
         self._parts: dict[str, list[_Part]] = defaultdict(list)
         for first, inputs in enumerate(calls):
@@ -181,7 +182,7 @@ class GramCollector:
             self._take(name, (rois.rows, *tensor.shape[1:]), _Part(rows, rois.image_of, rois.kind))
 
     def _take(self, name: str, shape: Sequence[int], part: _Part) -> None:
-        self.seen.setdefault(name, (tuple(shape), "image" if part.kind == IMAGE else "RoI"))
+        self.seen.setdefault(name, (tuple(shape), self._thing if part.kind == IMAGE else "RoI"))
         if not self.wanted(name):
             return
         if self._whole:

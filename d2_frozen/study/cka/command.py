@@ -147,7 +147,7 @@ def _compare(args: argparse.Namespace, comparison: Comparison, models: list[Any]
     )
     name = args.name or args.preset or "globs"
     about = {
-        "images": result.batches * args.batch,
+        things: result.examples,
         "batch": args.batch,
         "side_px": batches.side,
         "rois_per_image": args.rois,
@@ -160,7 +160,7 @@ def _compare(args: argparse.Namespace, comparison: Comparison, models: list[Any]
     for panel in result.panels:
         _print(panel)
     names = " and ".join(model.cfg.OUTPUT_DIR for model in models)
-    caption = f"{names}: linear CKA, {about['images']} {things} in batches of {args.batch}"
+    caption = f"{names}: linear CKA, {result.examples} {things} in batches of {args.batch}"
     files = result.write(folder, name, about, caption)
     print("written: " + ", ".join(str(file) for file in files))
     if result.batches < len(batches):

@@ -75,10 +75,11 @@ class MeasuredPanel:
 
 @dataclass
 class Measured:
-    """Heatmaps over the first ``batches`` batches."""
+    """Heatmaps over the first ``batches`` batches, which had ``examples`` images or clips."""
 
     panels: list[MeasuredPanel]
     batches: int
+    examples: int
 
     def write(self, folder: Path, name: str, about: Mapping[str, Any], caption: str) -> list[Path]:
         """``NAME.json``, ``.npz`` and ``.png``; each whole or not at all.
@@ -137,13 +138,14 @@ def measure(
         ]
     panels: list[Panel] = []
     estimate: MinibatchCKA | None = None
-    done = 0
+    done = examples = 0
     with StopAsked() as stop, contextlib.ExitStack() as hooks:
         for collector in collectors:
             hooks.enter_context(collector)
         for batch in tqdm(batches, unit="batch", desc="CKA", mininterval=1 if sys.stderr.isatty() else 30):
             done += 1
-            if len(batch) >= MIN_EXAMPLES:
+            if len(batch) >= MIN_EXAMPLES:  # clips that cannot be read are missing
+                examples += len(batch)
                 grams = [collector.grams(batch, number=done) for collector in collectors]
                 if estimate is None:
                     panels = comparison.panels(list(collectors[0].seen), list(collectors[-1].seen))
@@ -155,7 +157,9 @@ def measure(
         if done < len(batches):
             return None
         raise ValueError(f"no batch has {MIN_EXAMPLES} examples that can be read.")
-    return Measured([MeasuredPanel.of(panel, estimate, x_model is not y_model) for panel in panels], done)
+    return Measured(
+        [MeasuredPanel.of(panel, estimate, x_model is not y_model) for panel in panels], done, examples
+    )
 
 
 def _estimate_of(panels: Sequence[Panel]) -> MinibatchCKA:
