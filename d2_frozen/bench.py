@@ -4,7 +4,7 @@ Frozen against full fine-tuning, by phase:
     python -m d2_frozen.bench --config-file configs/quickstart/detection.yaml [--json FILE] [KEY VALUE ...]
 The embedded engine against Detectron2 (which must be importable):
     python -m d2_frozen.bench --vs-detectron2 [--size 320] [--batch 2] [--json FILE] [KEY VALUE ...]
-A comparison that belongs to an app, by its name (--help after the name shows its options):
+Another comparison by its name (--help after the name shows its options):
     python -m d2_frozen.bench {comparisons} ...
 
 A and B take turns, so that a noisy machine disturbs both alike; the figures are medians, and what counts is their
@@ -22,9 +22,10 @@ from typing import Any
 from d2_frozen.benchmarks import engines, freezing
 from d2_frozen.benchmarks.measuring import write_json
 
-# Comparison of an app -> its module, imported only when it is asked for. The module has a function
+# Comparison -> its module, imported only when it is asked for, as some are an app's. The module has a function
 # main(arguments: list of str) -> dict: it reads its own options, prints tables and returns what --json writes.
-APP_COMPARISONS = {
+COMPARISONS = {
+    "forward": "d2_frozen.benchmarks.forward",
     "deformable": "seg_app.benchmarks.deformable",
     "mask2former": "seg_app.benchmarks.mask2former",
 }
@@ -34,8 +35,8 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     """Command line; returns what is also written with ``--json``."""
     arguments = sys.argv[1:] if arguments is None else arguments
     logging.basicConfig(level=logging.WARNING)
-    if arguments and arguments[0] in APP_COMPARISONS:
-        return importlib.import_module(APP_COMPARISONS[arguments[0]]).main(arguments[1:])
+    if arguments and arguments[0] in COMPARISONS:
+        return importlib.import_module(COMPARISONS[arguments[0]]).main(arguments[1:])
     args = _parser().parse_args(arguments)
     if args.vs_detectron2:
         settings = {
@@ -62,7 +63,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m d2_frozen.bench",
-        description=(__doc__ or "").format(comparisons="|".join(APP_COMPARISONS)),
+        description=(__doc__ or "").format(comparisons="|".join(COMPARISONS)),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--vs-detectron2", action="store_true", help="compare the two engines")

@@ -37,7 +37,12 @@ def _add_model_keys(cfg: CfgNode) -> None:
     # Bottom-up network under the neck: any name in Detectron2's BACKBONE registry that gives a feature pyramid.
     cfg.MODEL.FROZEN.BOTTOM_UP = "build_timm_backbone"
     # Arithmetic of the frozen forward only: "fp32" | "bf16" | "fp16". Neck and heads follow SOLVER.AMP.
+    # The lower two run on weights of their own; on a GPU, the float32 originals then stay in the computer's memory.
+    # docs/speed.md has times and errors of each.
     cfg.MODEL.FROZEN.PRECISION = "fp32"
+    # Compile the frozen forward: Swin and SwinV2 on a GPU as one recorded graph for each image size, everything else by
+    # torch.compile (on CPU it needs a C++ compiler). The first forwards take longer; docs/speed.md says how much.
+    cfg.MODEL.FROZEN.COMPILE = False
     # False: checkpoints hold the trained part and the backbone's fingerprint. True: the whole model, in one file.
     cfg.MODEL.FROZEN.SAVE_FULL_MODEL = False
 

@@ -87,17 +87,21 @@ class FrozenBackbone(_TransparentWrapper):
             forward, and again after the weights change; ``state_dict`` always holds the originals. In the lower two
             it has weights of its own on the images' device, and the originals stay in the computer's memory.
         name: for :meth:`fingerprint`; by default ``inner.name``, else inner's class.
+        compile: compile what runs, see fast/compiled.py; the first forward then takes longer.
     Raises:
         ValueError: unknown precision.
     """
 
-    def __init__(self, inner: Backbone, precision: str = "fp32", name: str | None = None) -> None:
+    def __init__(
+        self, inner: Backbone, precision: str = "fp32", name: str | None = None, compile: bool = False
+    ) -> None:
         if precision not in PRECISIONS:
             raise ValueError(
                 f"MODEL.FROZEN.PRECISION is {precision!r}; choose one of {', '.join(PRECISIONS)}."
             )
         super().__init__(inner)
         self.precision = precision
+        self.compile_forward = compile
         self.name: str = name or getattr(inner, "name", None) or type(inner).__name__
         # What answers in this network's place, sample by sample, while a batch is announced to it (by_sample.py).
         self.by_sample: SampleFeatures | None = None
@@ -162,7 +166,7 @@ class FrozenBackbone(_TransparentWrapper):
         state = (device, _tensor_versions(self.inner))
         if state != self._runner_state:
             self._runner = None  # before the next one takes its memory
-            self._runner = fast_network(self.inner, self.precision, device)
+            self._runner = fast_network(self.inner, self.precision, device, self.compile_forward)
             self._runner_state = state
         assert self._runner is not None
         return self._runner
@@ -222,23 +226,30 @@ def freeze_stages(inner: Backbone, stages: int) -> Backbone:
     return PartlyFrozenBackbone(inner, {name for part in parts[:stages] for name in part})
 
 
-def freeze_backbone(bottom_up: Backbone, freeze: str | int = "all", precision: str = "fp32") -> Backbone:
-    """Apply MODEL.BACKBONE.FREEZE and MODEL.FROZEN.PRECISION to a bottom-up network.
+def freeze_backbone(
+    bottom_up: Backbone, freeze: str | int = "all", precision: str = "fp32", compile: bool = False
+) -> Backbone:
+    """Apply MODEL.BACKBONE.FREEZE, MODEL.FROZEN.PRECISION and MODEL.FROZEN.COMPILE to a bottom-up network.
 
     Args:
         freeze: "all", "none", the last frozen stage by name ("stem", "res2" .. "res5"), or a number of parts as in
             :func:`freeze_stages`. Configs use names: their values may not change type.
     Raises:
-        ValueError: any other value, or a low precision for a network that trains.
+        ValueError: any other value, or a low precision or compilation for a network that trains.
     """
     if freeze == "all":
-        return FrozenBackbone(bottom_up, precision)
+        return FrozenBackbone(bottom_up, precision, compile=compile)
     if precision not in PRECISIONS:
         raise ValueError(f"MODEL.FROZEN.PRECISION is {precision!r}; choose one of {', '.join(PRECISIONS)}.")
     if precision != "fp32":
         raise ValueError(
             f"MODEL.FROZEN.PRECISION is {precision}, which is for MODEL.BACKBONE.FREEZE: all, but FREEZE is "
             f"{freeze!r}. Set it to fp32; SOLVER.AMP.ENABLED lowers the precision of parts that train."
+        )
+    if compile:
+        raise ValueError(
+            f"MODEL.FROZEN.COMPILE is True, which is for MODEL.BACKBONE.FREEZE: all, but FREEZE is {freeze!r}. "
+            "Set it to False."
         )
     if freeze == "none":
         return bottom_up

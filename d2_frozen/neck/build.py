@@ -42,7 +42,8 @@ def build_frozen_bottom_up(cfg: CfgNode, input_shape: ShapeSpec) -> Backbone:
             "MODEL.TIMM.DROP_PATH_RATE is %s, but MODEL.BACKBONE.FREEZE: all leaves nothing for it to act on.",
             cfg.MODEL.TIMM.DROP_PATH_RATE,
         )
-    return freeze_backbone(bottom_up, freeze=cfg.MODEL.BACKBONE.FREEZE, precision=cfg.MODEL.FROZEN.PRECISION)
+    frozen = cfg.MODEL.FROZEN
+    return freeze_backbone(bottom_up, cfg.MODEL.BACKBONE.FREEZE, frozen.PRECISION, frozen.COMPILE)
 
 
 def build_neck(cfg: CfgNode, bottom_up: Backbone) -> Backbone:

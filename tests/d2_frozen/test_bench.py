@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from d2_frozen.bench import APP_COMPARISONS
+from d2_frozen.bench import COMPARISONS
 from d2_frozen.benchmarks import engines
 from d2_frozen.benchmarks.measuring import alternate, phase_table, with_ratio
 
@@ -63,7 +63,7 @@ def test_comparisons_of_apps_are_found_by_name():
     code = "import sys, d2_frozen.bench; print([m for m in sys.modules if m.split('.')[0].endswith('_app')])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stdout.strip() == "[]", done.stderr
-    assert APP_COMPARISONS and all(importlib.util.find_spec(module) for module in APP_COMPARISONS.values())
+    assert COMPARISONS and all(importlib.util.find_spec(module) for module in COMPARISONS.values())
 
 
 def test_both_engines_can_do_the_tasks():

@@ -32,12 +32,16 @@ class WindowLayout(NamedTuple):
         out_of: (B * h * w,) int64: the place of each token.
         padding: (windows * B * N,) bool, or None where nothing is padded.
         kinds: (mask number, windows of this kind times B) in the order of the places.
+        places: (windows * B, N) int32: as ``into``, with -1 for padding.
+        kind_of: (windows * B,) int32: mask number of each window.
     """
 
     into: Tensor
     out_of: Tensor
     padding: Tensor | None
     kinds: tuple[tuple[int, int], ...]
+    places: Tensor
+    kind_of: Tensor
 
 
 def window_layout(
@@ -78,6 +82,8 @@ def window_layout(
         out_of.to(device),
         padding.to(device) if padding.any() else None,
         tuple((int(n), int(c) * batch) for n, c in zip(numbers, counts)),
+        into.view(-1, window[0] * window[1]).int().to(device),
+        kind.repeat_interleave(batch).int().to(device),
     )
 
 

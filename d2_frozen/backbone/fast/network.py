@@ -10,9 +10,12 @@ neither precision, nor device, nor folding changes them, so that float32 needs n
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
+from d2_frozen.backbone.fast.compiled import compiled_network
 from d2_frozen.backbone.fast.folding import folded_copy
 from d2_frozen.backbone.fast.sharing import convert_tensors, with_shared_tensors
 from d2_frozen.backbone.fast.swin import fast_swin
@@ -21,26 +24,24 @@ PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float
 
 
 @torch.no_grad()
-def fast_network(inner: nn.Module, precision: str, device: torch.device) -> nn.Module:
+def fast_network(inner: nn.Module, precision: str, device: torch.device, compile: bool = False) -> nn.Module:
     """A module that gives the maps of ``inner``, in eval mode, for float32 images on ``device``.
 
     Its outputs have the dtype of the precision. It must be made again when a tensor of ``inner`` changes.
     """
     network = fast_swin(inner) or folded_copy(inner) or inner
     dtype = PRECISIONS[precision]
-    if dtype == torch.float32:
-        return network
-    if network is inner:
-        network = with_shared_tensors(inner)
-    return _Converted(network, dtype, device)
+    if dtype != torch.float32:
+        network = with_shared_tensors(inner) if network is inner else network
+        convert_tensors(network, device, dtype)
+    if compile:
+        network = compiled_network(network, device)
+    return network if dtype == torch.float32 else _InPrecision(network, dtype)
 
 
-class _Converted(nn.Module):
-    """A network in another precision, or on another device, than its weights came in."""
-
-    def __init__(self, network: nn.Module, dtype: torch.dtype, device: torch.device) -> None:
+class _InPrecision(nn.Module):
+    def __init__(self, network: Any, dtype: torch.dtype) -> None:
         super().__init__()
-        convert_tensors(network, lambda t: t.to(device, dtype if t.is_floating_point() else t.dtype))
         self.network = network
         self.dtype = dtype
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 
@@ -15,17 +15,26 @@ def with_shared_tensors(module: nn.Module) -> nn.Module:
     return copy.deepcopy(module, memo).eval()
 
 
-def convert_tensors(module: nn.Module, convert: Callable[[Tensor], Tensor]) -> None:
-    """Replace each tensor of the module, where others may share it: in the module only.
+def convert_tensors(module: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
+    """Replace each tensor of the module by one in ``dtype`` on ``device``; others that share it keep theirs.
 
-    nn.Module's own ``to`` would change the shared parameters themselves.
+    nn.Module's own ``to`` would change the shared parameters themselves. What a module names in ``in_float32`` keeps
+    its precision.
     """
     done: dict[int, Tensor] = {}
+
+    def converted(tensor: Tensor, exact: bool) -> Tensor:
+        if id(tensor) not in done:
+            change = tensor.is_floating_point() and not exact
+            done[id(tensor)] = tensor.detach().to(device, dtype if change else tensor.dtype)
+        return done[id(tensor)]
+
     for part in module.modules():
+        exact = getattr(part, "in_float32", ())
         for name, parameter in part._parameters.items():
             if parameter is not None:
-                new = done.setdefault(id(parameter), convert(parameter.detach()))
+                new = converted(parameter, name in exact)
                 part._parameters[name] = nn.Parameter(new, requires_grad=False)
         for name, buffer in part._buffers.items():
             if buffer is not None:
-                part._buffers[name] = done.setdefault(id(buffer), convert(buffer))
+                part._buffers[name] = converted(buffer, name in exact)

@@ -5,7 +5,7 @@ In: a :class:`TimmBackbone` on timm's Swin or SwinV2 (SwinV2-G too).  Out: the s
 - SwinV2's position bias (a small network and 16 sigmoid) and logit scale (clamp, exp) are numbers, computed once;
   so is Swin's look-up in its table, and the masks of shifted windows.
 - Roll, padding, window partition and their inverses are one gather before and one behind attention (layouts.py).
-- Attention is fused (window_attention.py).
+- Attention is fused (kernels.py).
 
 Weights are those of the network, not copies, where precision and device are the same.
 """
@@ -22,6 +22,7 @@ from timm.models.swin_transformer import SwinTransformer, SwinTransformerBlock
 from timm.models.swin_transformer_v2 import SwinTransformerV2, SwinTransformerV2Block
 from torch import Tensor, nn
 
+from d2_frozen.backbone.fast.kernels import attend_by_torch, kernels_work
 from d2_frozen.backbone.fast.layouts import Bounded, Size, WindowLayout, window_layout, window_masks
 from d2_frozen.backbone.fast.sharing import with_shared_tensors
 from d2_frozen.backbone.swin_v2 import PadsBeforeShift, SwinBlock, SwinV2Block
@@ -63,11 +64,20 @@ class FastSwin(nn.Module):
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         """(B, 3, H, W) -> {name: (B, C, h, w)}, in memory channels last."""
+        return self.run(images, self.prepare(images))
+
+    def prepare(self, images: Tensor) -> list[list[WindowLayout]]:
+        """The layout of each block for images of this size."""
+        batch, _, height, width = images.shape
+        size = (height // self.stem.patch[0], width // self.stem.patch[1])
+        key = (batch, size, images.device)
+        return self._layouts.get(key, lambda: self._all_layouts(batch, size, images.device))
+
+    def run(self, images: Tensor, layouts: list[list[WindowLayout]]) -> dict[str, Tensor]:
+        """As :meth:`forward`, with what :meth:`prepare` gave."""
         batch, _, height, width = images.shape
         x = self.stem(images)  # (B * h * w, C)
         size = (height // self.stem.patch[0], width // self.stem.patch[1])
-        key = (batch, size, images.device)
-        layouts = self._layouts.get(key, lambda: self._all_layouts(batch, size, images.device))
         maps = {}
         for index, stage in enumerate(self.stages):
             if stage.merging is not None:
@@ -147,7 +157,10 @@ class _Stage(nn.Module):
 class _Block(nn.Module):
     """One block of either network, on tokens in the order of the map."""
 
+    in_float32 = ("head_scale",)  # a kernel reads it, and 100 in bfloat16 may be 0.2 off
+
     qk_scale: Tensor
+    head_scale: Tensor
     bias: Tensor
 
     def __init__(self, block: Any) -> None:
@@ -161,14 +174,18 @@ class _Block(nn.Module):
         self.qkv = _linear(attention.qkv.weight, _qkv_bias(attention))
         self.proj, self.fc1, self.fc2 = attention.proj, block.mlp.fc1, block.mlp.fc2
         self.act = block.mlp.act
+        self.gelu = type(self.act) is nn.GELU and self.fc1.bias is not None
         self.norm1, self.norm2 = block.norm1, block.norm2
         self.norm3 = getattr(block, "norm3", None)  # SwinV2-G's, on the main branch
+        self.width = self.proj.in_features // self.heads
         if self.cosine:
             scale = attention.logit_scale.clamp(max=math.log(100.0)).exp().flatten()  # (heads,)
-            self.register_buffer("qk_scale", torch.stack((scale, torch.ones_like(scale)))[..., None])
             self.scale = 1.0
+            self.register_buffer("qk_scale", torch.stack((scale, torch.ones_like(scale)))[..., None])
         else:
             self.scale = attention.scale
+            scale = torch.full((self.heads,), self.scale)
+        self.register_buffer("head_scale", scale)
         bias = _position_bias(attention, self.cosine)  # (1, heads, N, N)
         if any(self.shift):
             bias = bias + window_masks(self.window, self.shift).to(bias)[:, None]
@@ -176,15 +193,22 @@ class _Block(nn.Module):
 
     def forward(self, x: Tensor, layout: WindowLayout) -> Tensor:
         """(B * h * w, C) -> the same."""
+        kernels = kernels_work(x.device, x.dtype, self.window[0] * self.window[1], self.width)
+        attention = self.attention_by_kernel if kernels else self.attention
         if self.cosine:
-            x = x + self.norm1(self.attention(x, layout))
-            x = x + self.norm2(self.mlp(x))
+            add = _add_normalised_by_kernel if kernels else _add_normalised
+            x = add(x, attention(x, layout), self.norm1)
+            x = add(x, self.mlp(x), self.norm2)
         else:
-            x = x + self.attention(self.norm1(x), layout)
+            x = x + attention(self.norm1(x), layout)
             x = x + self.mlp(self.norm2(x))
         return x if self.norm3 is None else self.norm3(x)
 
     def mlp(self, x: Tensor) -> Tensor:
+        if self.gelu and x.is_cuda and x.dtype != torch.float32 and type(self.fc1) is nn.Linear:
+            # GELU inside the GEMM: cuBLAS has the tanh form, which differs by less than low precision rounds.
+            hidden = torch._addmm_activation(self.fc1.bias, x, self.fc1.weight.t(), use_gelu=True)
+            return self.fc2(hidden)
         return self.fc2(self.act(self.fc1(x)))
 
     def attention(self, x: Tensor, layout: WindowLayout) -> Tensor:
@@ -192,19 +216,20 @@ class _Block(nn.Module):
         x = x[layout.into]
         if layout.padding is not None:
             x = x.masked_fill(layout.padding[:, None], 0.0)
-        length = self.window[0] * self.window[1]
-        qkv = self.qkv(x).view(-1, length, 3, self.heads, x.shape[-1] // self.heads)
+        qkv = self.qkv(x).view(-1, self.window[0] * self.window[1], 3, self.heads, self.width)
         q, k, v = self._queries_keys_values(qkv)  # (windows, heads, N, d) each
-        outs, start = [], 0
-        for kind, count in layout.kinds:
-            part = slice(start, start + count)
-            out = F.scaled_dot_product_attention(
-                q[part], k[part], v[part], attn_mask=self.bias[kind : kind + 1], scale=self.scale
-            )
-            outs.append(out.transpose(1, 2).reshape(count * length, -1))
-            start += count
-        out = outs[0] if len(outs) == 1 else torch.cat(outs)
+        out = attend_by_torch(q, k, v, self.bias, layout.kinds, self.scale)
         return self.proj(out[layout.out_of])
+
+    def attention_by_kernel(self, x: Tensor, layout: WindowLayout) -> Tensor:
+        """As :meth:`attention`, by a kernel that finds the windows itself."""
+        from d2_frozen.backbone.fast.triton_kernels import attend_in_windows
+
+        padding = None if layout.padding is None else self.qkv.bias
+        out = attend_in_windows(
+            self.qkv(x), padding, layout.places, layout.kind_of, self.bias, self.head_scale, self.cosine
+        )
+        return self.proj(out)
 
     def _queries_keys_values(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         q, k, v = qkv.permute(2, 0, 3, 1, 4)
@@ -215,6 +240,16 @@ class _Block(nn.Module):
             length = torch.linalg.vector_norm(qk, dim=-1, keepdim=True).clamp(min=shortest)
             q, k = (qk * (self.qk_scale / length)).permute(2, 0, 3, 1, 4)
         return q, k, v
+
+
+def _add_normalised(x: Tensor, y: Tensor, norm: nn.LayerNorm) -> Tensor:
+    return x + norm(y)
+
+
+def _add_normalised_by_kernel(x: Tensor, y: Tensor, norm: nn.LayerNorm) -> Tensor:
+    from d2_frozen.backbone.fast.triton_kernels import add_normalised
+
+    return add_normalised(x, y, norm.weight, norm.bias, norm.eps)
 
 
 def _is_plain_mlp(mlp: Any) -> bool:

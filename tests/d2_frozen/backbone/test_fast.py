@@ -1,6 +1,10 @@
 """The fast forward gives the maps of the network that it was made of."""
 
 import copy
+import importlib.util
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -9,6 +13,7 @@ from torch import nn
 from d2_frozen.backbone import FrozenBackbone, create_timm_backbone
 from d2_frozen.backbone.fast import fast_network
 from d2_frozen.backbone.fast.folding import folded_copy
+from d2_frozen.backbone.fast.kernels import kernels_work
 from d2_frozen.backbone.fast.layouts import Bounded, window_layout, window_masks
 from d2_frozen.backbone.fast.swin import FastSwin, fast_swin
 
@@ -233,12 +238,48 @@ def test_low_precision_keeps_its_originals_out_of_the_accelerator():
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("compile", [False, True])
 @pytest.mark.parametrize("name", ["swinv2_pico_window8_256", "swin_tiny_patch4_window7_224", "resnet18"])
-def test_on_a_gpu(name, precision):
+def test_on_a_gpu(name, compile, precision):
+    """Each size three times: as it is, recorded, replayed; then weights that change."""
     backbone = network(name)
-    batch = images(96, 160)
-    truth = backbone(batch)
-    wrapped = FrozenBackbone(backbone, precision).to("cuda")
-    maps = {key: value.cpu() for key, value in wrapped(batch.cuda()).items()}
-    assert_same_maps(maps, truth, {"fp32": 1e-3, "bf16": 0.05, "fp16": 0.01}[precision])
+    wrapped = FrozenBackbone(copy.deepcopy(backbone), precision, compile=compile).to("cuda")
+    for _ in range(2):
+        for height, width in [(96, 160), (256, 256), (96, 160)]:
+            batch = images(height, width)
+            truth = backbone(batch)
+            for _turn in range(3):
+                maps = {key: value.cpu() for key, value in wrapped(batch.cuda()).items()}
+                assert_same_maps(maps, truth, {"fp32": 1e-3, "bf16": 0.05, "fp16": 0.01}[precision])
+        for tensor in (next(backbone.parameters()), next(wrapped.parameters())):
+            tensor.mul_(2)
     assert {p.device.type for p in wrapped.parameters()} == {"cuda" if precision == "fp32" else "cpu"}
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("length", [49, 64, 144])
+def test_triton_kernels_run_on_a_gpu(length, dtype, caplog):
+    assert kernels_work(torch.device("cuda", 0), dtype, length, 32), caplog.text
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None, reason="Triton is not installed (CPU build of torch)"
+)
+def test_triton_kernels_in_their_interpreter():
+    """On CPU; TRITON_INTERPRET must be set before Triton is imported. 72 tokens: more than one block of keys."""
+    code = """
+import torch
+from d2_frozen.backbone.fast.kernels import kernel_difference
+for dtype, length, width, tolerance in ((torch.float32, 72, 16, 1e-5), (torch.float16, 25, 32, 1e-2)):
+    error = kernel_difference(torch.device("cpu"), dtype, length, width)
+    assert error < tolerance, (dtype, length, width, error)
+print("agrees")
+"""
+    environment = {
+        **os.environ,
+        "TRITON_INTERPRET": "1",
+        "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
+    }
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert done.stdout.strip() == "agrees", done.stderr

@@ -243,6 +243,8 @@ def test_freeze_key():
         freeze_backbone(TinyBackbone(), "all", "int8")
     with pytest.raises(ValueError, match="MODEL.FROZEN.PRECISION"):
         freeze_backbone(TinyBackbone(), "none", "bf16")
+    with pytest.raises(ValueError, match="MODEL.FROZEN.COMPILE"):
+        freeze_backbone(TinyBackbone(), "res2", compile=True)
 
 
 def test_ddp_leaves_frozen_tensors_alone(tmp_path):

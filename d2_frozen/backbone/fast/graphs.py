@@ -1,0 +1,65 @@
+"""A network on CUDA without the time that Python takes to start its kernels: one recorded graph for each image size.
+
+In: a network whose work depends on the size of the images only.  Out: the same maps, by ``torch.cuda.CUDAGraph``.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from d2_frozen.backbone.fast.layouts import Bounded
+
+# A graph keeps its maps and a copy of its images; what lies between is shared by all.
+_KEPT_GRAPHS = 8
+
+
+class Recorded(NamedTuple):
+    """A graph, and what it reads and writes."""
+
+    graph: Any
+    images: Tensor
+    maps: dict[str, Tensor]
+    kept: Any  # what else the graph reads, and nobody else may keep
+
+
+class GraphPerSize(nn.Module):
+    """Records the network at the second batch of a size, and replays it from then on.
+
+    Args:
+        network: has ``prepare(images)``, everything that depends on the size alone, and ``run(images, prepared)``.
+    """
+
+    def __init__(self, network: Any) -> None:
+        super().__init__()
+        self.network = network
+        self.graphs: Bounded[Recorded] = Bounded(_KEPT_GRAPHS)
+        self._seen: Counter[tuple] = Counter()
+        self._pool: Any = None
+
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        """(B, 3, H, W) on CUDA -> {name: (B, C, h, w)}."""
+        key = (images.shape, images.dtype, images.device)
+        self._seen[key] += 1
+        if self._seen[key] == 1:
+            return self.network(images)
+        recorded = self.graphs.get(key, lambda: self._record(images))
+        recorded.images.copy_(images)
+        recorded.graph.replay()
+        # The next replay writes over them.
+        return {name: feature.clone() for name, feature in recorded.maps.items()}
+
+    def _record(self, images: Tensor) -> Recorded:
+        if self._pool is None:
+            self._pool = torch.cuda.graph_pool_handle()
+        own = images.clone()
+        prepared = self.network.prepare(own)
+        graph = torch.cuda.CUDAGraph()
+        # "thread_local": a loader's thread may pin memory meanwhile.
+        recording = torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local")
+        with torch.cuda.device(images.device), recording:
+            maps = self.network.run(own, prepared)
+        return Recorded(graph, own, maps, prepared)

@@ -1,0 +1,231 @@
+"""How fast is the frozen forward, mode by mode, against the network as timm runs it, and how exact is it?
+
+    python -m d2_frozen.bench forward [--name swinv2_base_window8_256] [--size 512] [--batch 1] [--modes MODE ...]
+
+Modes: ``timm`` and a precision (timm's network as it is), ``autocast`` and a precision (the same under torch.autocast,
+as Detectron2's AMP runs it), or a precision alone (MODEL.FROZEN.PRECISION); ``+compile`` behind it compiles.
+Random weights, but for those that start at 0, and images of noise. On a GPU also the share of the measured peak rates.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import time
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from tabulate import tabulate
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from d2_frozen.backbone import FrozenBackbone, TimmBackbone, create_timm_backbone
+from d2_frozen.backbone.fast import PRECISIONS
+from d2_frozen.benchmarks.measuring import Clock, Seconds, alternate, machine_facts, write_json
+
+DEFAULT_MODES = ("timm-fp32", "autocast-bf16", "timm-bf16", "fp32", "bf16")
+Maps = dict[str, Tensor]
+
+
+def main(arguments: list[str]) -> dict[str, Any]:
+    """Command line; returns what ``--json`` writes."""
+    args = _parser().parse_args(arguments)
+    result = compare(args.name, args.size, args.batch, args.modes, args.rounds, args.warmup, args.cpu_time)
+    print(report(result))
+    write_json(result, args.json)
+    return result
+
+
+def compare(
+    name: str, size: int, batch: int, modes: list[str], rounds: int, warmup: int, cpu_time: bool = False
+) -> dict[str, Any]:
+    """Seconds, error and GPU memory of each mode; a mode that fails is reported with its error, the others go on."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    backbone = lively_backbone(name).to(device)
+    images = torch.randn(batch, 3, size, size, generator=torch.Generator().manual_seed(0)).to(device)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        truth = backbone(images)
+    flops = counter.get_total_flops()
+    now = Clock(cpu_time)
+    subjects: dict[str, Callable[[], Seconds]] = {}
+    facts: dict[str, dict[str, Any]] = {}
+    for mode in modes:
+        run = _runner(mode, backbone)
+        started = time.perf_counter()
+        try:
+            if device.type == "cuda":
+                torch.cuda.reset_peak_memory_stats()
+            maps = run(images)
+            run(images)  # the second batch of a size may be recorded
+            facts[mode] = {
+                "error": relative_errors(maps, truth),
+                "first two s": time.perf_counter() - started,
+            }
+            if device.type == "cuda":
+                facts[mode]["peak MiB"] = torch.cuda.max_memory_allocated() / 2**20
+        except Exception as reason:  # one mode that a machine cannot run must not hide the others
+            facts[mode] = {"failed": f"{type(reason).__name__}: {str(reason).splitlines()[0][:200]}"}
+            continue
+        subjects[mode] = _timed(run, images, now)
+    for mode, seconds in alternate(subjects, rounds, warmup).items():
+        facts[mode]["seconds"] = seconds["forward"]
+        facts[mode]["TFLOP/s"] = flops / seconds["forward"] / 1e12
+    result = {"machine": machine_facts(), "name": name, "size": size, "batch": batch, "TFLOP": flops / 1e12}
+    result["unit"] = "CPU seconds" if cpu_time else "seconds"
+    result["modes"] = facts
+    if device.type == "cuda":
+        result["peaks"] = measured_peaks(device)
+        result["GB"] = {
+            mode: least_traffic(run_of, images) / 1e9 for mode, run_of in _swin_modes(modes, backbone)
+        }
+    return result
+
+
+def report(result: dict[str, Any]) -> str:
+    """The result as a table a person reads."""
+    head = f"{result['name']}  {result['batch']} x {result['size']} px  {result['TFLOP']:.2f} TFLOP  "
+    head += "  ".join(f"{k}: {v}" for k, v in result["machine"].items())
+    first = next((m["seconds"] for m in result["modes"].values() if "seconds" in m), float("nan"))
+    rows = []
+    for mode, one in result["modes"].items():
+        if "failed" in one:
+            rows.append([mode, one["failed"]])
+            continue
+        error = " ".join(f"{e:.1e}" for e in one["error"].values())
+        row = [mode, f"{one['seconds']:.4f}", f"{one['seconds'] / first:.3f}", error, f"{one['TFLOP/s']:.2f}"]
+        if "peaks" in result:
+            peaks = result["peaks"]
+            precision = mode.split("+")[0].split("-")[-1]
+            share = one["TFLOP/s"] / peaks[f"{'bf16' if precision == 'int8' else precision} TFLOP/s"]
+            rate = result["GB"].get(mode, float("nan")) / one["seconds"]
+            row += [f"{share:.2f}", f"{rate:.0f}", f"{rate / peaks['GB/s']:.2f}", f"{one['peak MiB']:.0f}"]
+        rows.append(row)
+    names = [result["unit"], "ratio", "error of " + ", ".join(next(iter(_errors(result)), {})), "TFLOP/s"]
+    if "peaks" in result:
+        names += ["of matmul", "GB/s (least)", "of copy", "peak MiB"]
+        head += "\npeaks: " + "  ".join(f"{k}: {v:.0f}" for k, v in result["peaks"].items())
+    return head + "\n" + tabulate(rows, headers=["forward", *names], disable_numparse=True)
+
+
+def lively_backbone(name: str) -> TimmBackbone:
+    """A network with random weights, none of which switches a branch off as SwinV2's start does."""
+    torch.manual_seed(0)
+    backbone = create_timm_backbone(name).eval().requires_grad_(False)
+    assert isinstance(backbone, TimmBackbone)
+    for key, tensor in backbone.named_parameters():
+        if key.endswith(("norm1.weight", "norm2.weight", "gamma")):
+            tensor.uniform_(0.1, 0.3)
+        elif key.endswith("logit_scale"):
+            tensor.uniform_(2.3, 4.0)
+    return backbone
+
+
+def relative_errors(maps: Maps, truth: Maps) -> Seconds:
+    """Norm of the difference over norm of the map, by feature."""
+    return {k: ((maps[k].float() - t).norm() / t.norm()).item() for k, t in truth.items()}
+
+
+def measured_peaks(device: torch.device) -> dict[str, float]:
+    """What this GPU reaches: TFLOP/s of a matmul of 8192 x 8192, GB/s of a copy (read and write)."""
+    found = {}
+    for precision in ("fp32", "bf16", "fp16"):
+        a = torch.randn(8192, 8192, device=device, dtype=PRECISIONS[precision])
+        found[f"{precision} TFLOP/s"] = 2 * 8192**3 / _best(partial(torch.matmul, a, a)) / 1e12
+    block = torch.empty(2**29, dtype=torch.uint8, device=device)
+    other = torch.empty_like(block)
+    found["GB/s"] = 2 * block.numel() / _best(lambda: other.copy_(block)) / 1e9
+    return found
+
+
+def least_traffic(backbone: FrozenBackbone, images: Tensor) -> float:
+    """Bytes a Swin network moves if each GEMM, attention and norm reads its inputs and writes its outputs once.
+
+    26 tokens x channels per block: qkv 1 + 3, attention 3 + 1, proj 1 + 1, norm with residual 3, MLP 1 + 4 and 4 + 1,
+    norm with residual 3.
+    """
+    size = {"fp32": 4, "bf16": 2, "fp16": 2, "int8": 2}[backbone.precision]
+    total = 0.0
+    height, width = images.shape[2] // 4, images.shape[3] // 4
+    for stage in backbone.inner.network.layers:
+        if not isinstance(stage.downsample, nn.Identity):
+            height, width = -(-height // 2), -(-width // 2)
+        tokens, channels = images.shape[0] * height * width, stage.blocks[0].mlp.fc1.in_features
+        total += len(stage.blocks) * size * (26 * tokens * channels + 12 * channels**2)
+    return total
+
+
+def _best(function: Callable[[], Any]) -> float:
+    """Seconds of the fastest of ten calls."""
+    now, times = Clock(), []
+    for _ in range(12):
+        start = now()
+        function()
+        times.append(now() - start)
+    return min(times[2:])
+
+
+def _swin_modes(modes: list[str], backbone: TimmBackbone) -> list[tuple[str, FrozenBackbone]]:
+    if not hasattr(backbone.network, "layers") or not hasattr(backbone.network.layers[0], "blocks"):
+        return []
+    if not hasattr(backbone.network.layers[0].blocks[0], "window_size"):
+        return []
+    return [(mode, FrozenBackbone(backbone, mode.split("+")[0].split("-")[-1])) for mode in modes]
+
+
+def _runner(mode: str, backbone: TimmBackbone) -> Callable[[Tensor], Maps]:
+    kind, _, compiled = mode.partition("+")
+    if compiled not in ("", "compile"):
+        raise ValueError(f"mode {mode!r}: only +compile may follow a precision")
+    family, _, precision = kind.rpartition("-")
+    if not family:
+        return FrozenBackbone(backbone, precision, compile=bool(compiled))
+    dtype = PRECISIONS[precision]
+    if family == "timm":
+        network: Any = backbone if dtype == torch.float32 else copy.deepcopy(backbone).to(dtype)
+        call = torch.compile(network) if compiled else network
+
+        def run(images: Tensor) -> Maps:
+            with torch.no_grad():
+                return call(images.to(dtype))
+
+        return run
+    if family == "autocast":
+
+        def run_autocast(images: Tensor) -> Maps:
+            with torch.no_grad(), torch.autocast(images.device.type, dtype=dtype):
+                return backbone(images)
+
+        return run_autocast
+    raise ValueError(f"mode {mode!r} is none of timm-PRECISION, autocast-PRECISION, PRECISION")
+
+
+def _timed(run: Callable[[Tensor], Maps], images: Tensor, now: Clock) -> Callable[[], Seconds]:
+    def once() -> Seconds:
+        start = now()
+        run(images)
+        return {"forward": now() - start}
+
+    return once
+
+
+def _errors(result: dict[str, Any]) -> list[Seconds]:
+    return [one["error"] for one in result["modes"].values() if "error" in one]
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m d2_frozen.bench forward",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--name", default="swinv2_base_window8_256", help="timm's name of the network")
+    parser.add_argument("--size", type=int, default=512, help="side of the images in pixels")
+    parser.add_argument("--batch", type=int, default=1, help="images at once")
+    parser.add_argument("--modes", nargs="+", default=list(DEFAULT_MODES), help="the first is 1.00")
+    parser.add_argument("--rounds", type=int, default=10, help="measured forwards of each")
+    parser.add_argument("--warmup", type=int, default=2, help="forwards of each before measuring")
+    parser.add_argument("--cpu-time", action="store_true", help="count CPU seconds instead of the clock")
+    parser.add_argument("--json", help="also write the result to this file")
+    return parser
