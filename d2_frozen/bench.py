@@ -28,6 +28,7 @@ COMPARISONS = {
     "forward": "d2_frozen.benchmarks.forward",
     "deformable": "seg_app.benchmarks.deformable",
     "mask2former": "seg_app.benchmarks.mask2former",
+    "video": "video_app.benchmarks.video",
 }
 
 

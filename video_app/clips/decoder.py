@@ -143,6 +143,11 @@ class ClipDecoder:
             self.close()
             raise
 
+    @property
+    def process_id(self) -> int | None:
+        """Of the decoding process; None before the first video."""
+        return self._child._process.pid if self._child is not None else None
+
     def close(self) -> None:
         """End the process; the next read starts another."""
         if self._child is not None:

@@ -1,0 +1,96 @@
+"""The comparison runs on generated clips and says all that it should; nothing is timed here."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+
+from d2_frozen.bench import main
+from video_app.benchmarks.reading import memory_growth_mib
+from video_app.clips.decoder import BadClip, ClipDecoder, VideoReading
+from video_app.clips.reader import installed_readers
+from video_app.clips.sampling import SamplingPlan
+from video_app.moving_shapes import generate
+
+ROOT = Path(__file__).resolve().parents[3]
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Path:
+    """Ten clips of 32 px, a backbone with random weights, two blocks."""
+    generate(tmp_path / "clips", train=10, val=0, size_px=32, frames=16)
+    path = tmp_path / "tiny.yaml"
+    path.write_text(f"""
+_BASE_: {ROOT / "configs/Base-Frozen-Video.yaml"}
+MODEL: {{DEVICE: cpu, VIDEO_HEAD: {{NUM_BLOCKS: 1, WIDTH: 64}}}}
+DATASETS:
+  REGISTER: [{{name: t_bench_video, type: video_list, list: {tmp_path}/clips/train.txt}}]
+  TRAIN: [t_bench_video]
+VIDEO: {{NUM_FRAMES: 2, CROP_SIZE: 32, SHORT_SIDE: 32}}
+SOLVER: {{IMS_PER_BATCH: 2}}
+""")
+    return path
+
+
+def test_every_part_is_measured(config: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    few = [
+        "--rounds",
+        "1",
+        "--warmup",
+        "0",
+        "--clips",
+        "2",
+        "--opens",
+        "2",
+        "--batches",
+        "1",
+        "--workers",
+        "1",
+    ]
+    found = main(["video", "--config-file", str(config), *few, "--json", str(tmp_path / "found.json")])
+    assert json.loads((tmp_path / "found.json").read_text()) == found
+    assert list(found["reading"]) == installed_readers()
+    assert set(found["model"]) == {"frozen forward", "head step", "both"}
+    loop = found["loop"]["1"]
+    assert loop["whole / alone"] == pytest.approx(loop["whole loop"] / loop["loader alone"])
+    printed = capsys.readouterr().out
+    for heading in ("decode + sample", "growth, MiB", "frozen forward", "head step", "whole / alone"):
+        assert heading in printed
+
+
+def test_a_frozen_video_model_is_asked_for(config: Path) -> None:
+    with pytest.raises(SystemExit, match="FREEZE all"):
+        main(["video", "--config-file", str(config), "MODEL.BACKBONE.FREEZE", "none"])
+    with pytest.raises(SystemExit, match="is a config of detection"):
+        main(["video", "--config-file", str(ROOT / "configs/quickstart/detection.yaml")])
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory of a process is read from /proc")
+@pytest.mark.parametrize("reader", [*installed_readers(), "folder"])
+def test_readers_do_not_grow(video: Path, tmp_path: Path, reader: str) -> None:
+    """150 files, every third one cut short or no video. A leak of one frame each (56 KiB) would be 8 MiB."""
+    cut, text = tmp_path / "cut.mp4", tmp_path / "text.mp4"
+    cut.write_bytes(video.read_bytes()[:-500])
+    text.write_text("not a video")
+    files = [str(video), str(video), str(cut), str(video), str(video), str(text)]
+    if reader == "folder":
+        for k in range(3):
+            cv2.imwrite(str(tmp_path / f"{k}.png"), np.zeros((120, 160, 3), np.uint8))
+        files = [str(tmp_path)]
+    decoder = ClipDecoder(VideoReading("auto", short_side_px=64))
+    decoder.readers = [reader] if reader != "folder" else decoder.readers
+
+    def read(count: int) -> None:
+        try:
+            decoder.read(files[count % len(files)], SamplingPlan("uniform", frames=4))
+        except BadClip:
+            assert files[count % len(files)] in (str(cut), str(text))
+
+    try:
+        assert memory_growth_mib(decoder, read, opens=150) < 5
+    finally:
+        decoder.close()

@@ -1,0 +1,1 @@
+"""Comparisons of this app in ``python -m d2_frozen.bench``: one file each, with ``main(arguments) -> dict``."""
