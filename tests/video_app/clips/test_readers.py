@@ -172,6 +172,24 @@ def test_a_container_that_claims_more_than_it_holds(
         assert numbers_of(clip.read([36])) == [36]
 
 
+@each_reader
+def test_a_header_that_claims_more_time_than_there_is(
+    write_video: WriteVideo, numbers_of: Numbers, reader: str
+) -> None:
+    """Frames are counted from what is in the file: twice the duration adds none."""
+    path = write_video("a.mkv")
+    data = bytearray(path.read_bytes())
+    place = data.index(b"\x44\x89\x88") + 3  # Matroska's Duration, 8 bytes, milliseconds
+    (duration_ms,) = struct.unpack(">d", data[place : place + 8])
+    assert duration_ms == pytest.approx(1600, abs=50)
+    data[place : place + 8] = struct.pack(">d", 2 * duration_ms)
+    path.write_bytes(data)
+    with av.open(str(path)) as file:
+        assert file.duration == pytest.approx(3_200_000, abs=100_000)  # microseconds
+    with open_clip(str(path), reader) as clip:
+        assert len(clip) == 40 and numbers_of(clip.read([39])) == [39]
+
+
 def test_choice_of_readers(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("video_app.clips.reader.installed_readers", lambda: ["decord", "pyav"])
     assert reader_order("auto") == ["decord", "pyav"]
