@@ -11,7 +11,6 @@ import pytest
 import torch
 from torch import nn
 
-from d2_frozen import add_frozen_config
 from d2_frozen.data import register_from_config
 from detectron2.config import CfgNode, get_cfg
 from detectron2.data import DatasetCatalog, MetadataCatalog
@@ -57,7 +56,7 @@ class Reddest(nn.Module):
 
 @pytest.fixture
 def cfg(tmp_path: Path, write_picture_folders: Callable[[Path], None]) -> Iterator[CfgNode]:
-    cfg = add_video_config(add_frozen_config(get_cfg()))
+    cfg = add_video_config(get_cfg())
     write_picture_folders(tmp_path)
     (tmp_path / "list.txt").write_text("blue 0\nred 1\nbroken.mp4 1\n")
     (tmp_path / "classes.txt").write_text("blue\nred\n")
