@@ -19,6 +19,7 @@ from detectron2.config import CfgNode, get_cfg
 APPS = {
     "FrozenSegmentor": "seg_app",
     "FrozenVideoClassifier": "video_app",
+    "FrozenVideoSweep": "video_app",
 }
 DETECTION = "d2_frozen.detection"
 

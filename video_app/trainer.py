@@ -6,11 +6,17 @@ import os
 from collections.abc import Iterable
 from typing import Any
 
+import torch
+from torch import nn
+
 from d2_frozen.data import build_test_loader, build_train_loader
 from d2_frozen.engine import FrozenTrainer
 from detectron2.config import CfgNode
 from detectron2.evaluation import DatasetEvaluator
 from video_app.clips.mapper import ClipMapper
+from video_app.evaluation import TopKEvaluator
+from video_app.models.sweep import SWEEP, FrozenVideoSweep, candidates
+from video_app.sweep import SweepEvaluator, build_sweep_optimizer, report, sweep_inside
 
 
 class VideoTrainer(FrozenTrainer):
@@ -31,8 +37,22 @@ class VideoTrainer(FrozenTrainer):
     def build_evaluator(
         cls, cfg: CfgNode, dataset_name: str, output_folder: str | None = None
     ) -> DatasetEvaluator:
-        """Top-1, top-5 and so on; files go to ``OUTPUT_DIR/inference``."""
-        from video_app.evaluation import TopKEvaluator
-
+        """Top-1, top-5 and so on, of each head of a sweep; files go to ``OUTPUT_DIR/inference``."""
         folder = output_folder or os.path.join(cfg.OUTPUT_DIR, "inference")
+        if cfg.MODEL.META_ARCHITECTURE == SWEEP:
+            return SweepEvaluator(dataset_name, len(candidates(cfg)), output_dir=folder)
         return TopKEvaluator(dataset_name, output_dir=folder)
+
+    @classmethod
+    def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
+        """As every task's; a sweep has one for each head."""
+        if isinstance(model, FrozenVideoSweep):
+            return build_sweep_optimizer(cfg, model)
+        return super().build_optimizer(cfg, model)
+
+    @classmethod
+    def test(cls, cfg: CfgNode, model: nn.Module, evaluators: Any = None) -> dict[str, Any]:
+        """As Detectron2's. After a sweep also its table and its best head as files; see :mod:`video_app.sweep`."""
+        results = super().test(cfg, model, evaluators)
+        sweep = sweep_inside(model)
+        return results if sweep is None or not cfg.DATASETS.TEST else report(cfg, sweep, results)

@@ -126,7 +126,14 @@ def test_triton_is_chosen(dtype: torch.dtype, device: torch.device) -> None:
 def test_a_step_of_training_and_evaluation(amp: bool, flags: Flags) -> None:
     """The head moves, the backbone does not; then the whole command, with evaluation and pictures."""
     # The scale of AMP's losses begins so high that the first steps are left out, and falls by half with each.
-    options = ("MODEL.DEVICE", "cuda", "SOLVER.AMP.ENABLED", str(amp), "SOLVER.MAX_ITER", "12" if amp else "1")
+    options = (
+        "MODEL.DEVICE",
+        "cuda",
+        "SOLVER.AMP.ENABLED",
+        str(amp),
+        "SOLVER.MAX_ITER",
+        "12" if amp else "1",
+    )
     cfg = setup(flags(*options))
     trainer = SegmentationTrainer(cfg)
     trainer.resume_or_load(resume=False)

@@ -43,6 +43,10 @@ def prepare_datasets(cfg: CfgNode, train: bool = True) -> None:
         raise ValueError(
             "TEST.AUG.ENABLED is for images. Videos are tested on several views: VIDEO.TEST.CLIPS and CROPS."
         )
+    if cfg.MODEL.VIDEO_HEAD.SWEEP.SAVE not in ("best", "all"):
+        raise ValueError(
+            f"MODEL.VIDEO_HEAD.SWEEP.SAVE is {cfg.MODEL.VIDEO_HEAD.SWEEP.SAVE!r}; choose best or all."
+        )
     if cfg.DATALOADER.ASPECT_RATIO_GROUPING:
         raise ValueError(
             "DATALOADER.ASPECT_RATIO_GROUPING is True, but sizes of videos are not known before they are read; set it "

@@ -1,4 +1,4 @@
-"""Video models. Importing registers FrozenVideoClassifier and the heads."""
+"""Video models. Importing registers FrozenVideoClassifier, FrozenVideoSweep and the heads."""
 
 from video_app.models.classifier import FrozenVideoClassifier
 from video_app.models.config import add_video_head_config
@@ -11,11 +11,13 @@ from video_app.models.heads import (
     TemporalVideoHead,
     build_video_head,
 )
+from video_app.models.sweep import FrozenVideoSweep
 
 __all__ = [
     "VIDEO_HEADS_REGISTRY",
     "AttentiveProbe",
     "FrozenVideoClassifier",
+    "FrozenVideoSweep",
     "GlobalVideoHead",
     "LinearVideoHead",
     "SpatialTemporalVideoHead",

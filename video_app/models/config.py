@@ -1,4 +1,4 @@
-"""Config keys of the video heads, and of how clips go through the backbone."""
+"""Config keys of the video heads, of how clips go through the backbone, and of the probe sweep."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ def add_video_head_config(cfg: CfgNode) -> CfgNode:
     cfg.MODEL.VIDEO_HEAD = CfgNode()
     _add_head_keys(cfg.MODEL.VIDEO_HEAD)
     _add_block_keys(cfg.MODEL.VIDEO_HEAD)
+    _add_sweep_keys(cfg.MODEL.VIDEO_HEAD)
     return cfg
 
 
@@ -51,3 +52,15 @@ def _add_block_keys(head: CfgNode) -> None:
     head.DROPOUT = 0.0
     # Stochastic depth: chance that a clip skips the last block's branches; rises linearly from 0 at the first block.
     head.DROP_PATH = 0.1
+
+
+def _add_sweep_keys(head: CfgNode) -> None:
+    # MODEL.META_ARCHITECTURE FrozenVideoSweep: many heads on one frozen forward, every combination of these lists. Each
+    # trains exactly as it would alone (but for SOLVER.AMP on a GPU, where they share the scale of the loss and skip
+    # the same steps). [] means one value: that of VIDEO_HEAD.NAME, SOLVER.BASE_LR, SOLVER.WEIGHT_DECAY.
+    head.SWEEP = CfgNode()
+    head.SWEEP.NAMES = []
+    head.SWEEP.LR = []
+    head.SWEEP.WEIGHT_DECAY = []
+    # Heads that are written as runs of their own, OUTPUT_DIR/sweep/NN/{config.yaml, model_final.pth}: "best" or "all".
+    head.SWEEP.SAVE = "best"

@@ -1,0 +1,104 @@
+"""A head of a sweep is what it would be alone, whatever becomes of the others."""
+
+from __future__ import annotations
+
+import json
+from argparse import Namespace
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from d2_frozen import tasks
+from d2_frozen.train_net import argument_parser, main, setup
+from detectron2.modeling import build_model
+from video_app.models.sweep import Candidate, candidates
+from video_app.trainer import VideoTrainer
+
+Flags = Callable[..., Namespace]
+SWEEP = (
+    *("MODEL.META_ARCHITECTURE", "FrozenVideoSweep"),
+    *("MODEL.VIDEO_HEAD.SWEEP.NAMES", "['TemporalVideoHead','AttentiveProbe','LinearVideoHead']"),
+    *("MODEL.VIDEO_HEAD.SWEEP.LR", "[0.01,0.001]"),
+)
+
+
+def weights(path: Path) -> dict[str, torch.Tensor]:
+    return torch.load(path, weights_only=True)["model"]
+
+
+def test_candidates_are_every_combination(tiny_config: Path) -> None:
+    cfg = tasks.read_config(tiny_config, [*SWEEP, "MODEL.VIDEO_HEAD.SWEEP.WEIGHT_DECAY", "[0.0,'1e-2']"])
+    found = candidates(cfg)
+    assert len(found) == 3 * 2 * 2 and found[1] == Candidate("TemporalVideoHead", 0.01, 0.01)
+    alone = found[-1].config(cfg)
+    assert alone.MODEL.META_ARCHITECTURE == "FrozenVideoClassifier"
+    assert (alone.MODEL.VIDEO_HEAD.NAME, alone.SOLVER.BASE_LR) == ("LinearVideoHead", 0.001)
+    assert candidates(alone) == [found[-1]]
+    for lr in ("[0.01,0.01]", "[0.0]", "['a']"):
+        with pytest.raises(ValueError, match="SWEEP"):
+            candidates(tasks.read_config(tiny_config, [*SWEEP, "MODEL.VIDEO_HEAD.SWEEP.LR", lr]))
+
+
+@pytest.mark.parametrize("clip", ["none", "full_model"])
+def test_each_head_is_as_if_alone_and_resumes(flags: Flags, tmp_path: Path, clip: str) -> None:
+    """Dropout, drop-path, schedule, decay and clipping included: equal bits."""
+    options = ["TEST.PICTURES", "0"]
+    if clip == "full_model":
+        options += ["SOLVER.CLIP_GRADIENTS.ENABLED", "True", "SOLVER.CLIP_GRADIENTS.CLIP_TYPE", clip]
+        options += ["SOLVER.CLIP_GRADIENTS.CLIP_VALUE", "0.1"]
+    out = tmp_path / "sweep"
+    results = main(flags(*options, *SWEEP, "MODEL.VIDEO_HEAD.SWEEP.SAVE", "all", "OUTPUT_DIR", str(out)))
+    table = json.loads((out / "sweep.json").read_text())
+    assert len(table["heads"]) == 6 and results["video"] == results[f"head_{table['best']:02d}"]
+    assert results["video"]["top1"] == max(results[f"head_{k:02d}"]["top1"] for k in range(6))
+
+    for number in (1, 2):
+        row = table["heads"][number]
+        alone = tmp_path / f"alone{number}"
+        own = ["MODEL.VIDEO_HEAD.NAME", row["name"], "SOLVER.BASE_LR", str(row["lr"])]
+        single = main(flags(*options, *own, "OUTPUT_DIR", str(alone)))
+        expected = weights(alone / "model_final.pth")
+        found = weights(out / f"sweep/{number:02d}/model_final.pth")
+        assert expected.keys() == found.keys()
+        assert all(torch.equal(expected[key], found[key]) for key in expected)
+        assert single["video"] == results[f"head_{number:02d}"]
+    if clip == "none":
+        return
+
+    # The folder of a head is that of a run: its config and weights are all that evaluation needs.
+    folder = out / "sweep/02"
+    arguments = ["--config-file", str(folder / "config.yaml"), "--eval-only"]
+    again = main(argument_parser().parse_args([*arguments, "MODEL.WEIGHTS", str(folder / "model_final.pth")]))
+    assert again["video"] == results["head_02"]
+
+    parts = tmp_path / "parts"
+    trainer = VideoTrainer(setup(flags(*options, *SWEEP, "OUTPUT_DIR", str(parts))))
+    trainer.resume_or_load(resume=False)
+    trainer.max_iter = 2
+    trainer.train()
+    (parts / "last_checkpoint").write_text("model_0000001.pth")
+    main(flags("--resume", *options, *SWEEP, "OUTPUT_DIR", str(parts)))
+    whole, resumed = weights(out / "model_final.pth"), weights(parts / "model_final.pth")
+    assert whole.keys() == resumed.keys() and all(torch.equal(whole[key], resumed[key]) for key in whole)
+
+
+def test_a_diverged_head_is_set_aside(flags: Flags, tmp_path: Path) -> None:
+    """A rate of 1e30 makes one head's loss no number; the other trains as if alone."""
+    options = ["TEST.PICTURES", "1", "MODEL.META_ARCHITECTURE", "FrozenVideoSweep"]
+    options += ["MODEL.VIDEO_HEAD.SWEEP.LR", "[1e30,0.001]", "SOLVER.MAX_ITER", "6"]
+    main(flags(*options, "OUTPUT_DIR", str(tmp_path / "sweep")))
+    table = json.loads((tmp_path / "sweep/sweep.json").read_text())
+    assert [row["state"] for row in table["heads"]] == ["diverged", ""] and table["best"] == 1
+    own = ["TEST.PICTURES", "0", "SOLVER.BASE_LR", "0.001", "SOLVER.MAX_ITER", "6"]
+    main(flags(*own, "OUTPUT_DIR", str(tmp_path / "alone")))
+    expected = weights(tmp_path / "alone/model_final.pth")
+    found = weights(tmp_path / "sweep/sweep/01/model_final.pth")
+    assert all(torch.equal(expected[key], found[key]) for key in expected)
+
+
+def test_a_sweep_needs_a_frozen_backbone(tiny_config: Path) -> None:
+    options = [*SWEEP, "MODEL.BACKBONE.FREEZE", "none", "MODEL.VIDEO_HEAD.NUM_CLASSES", "3"]
+    with pytest.raises(ValueError, match="FREEZE: all"):
+        build_model(tasks.read_config(tiny_config, options))
