@@ -26,6 +26,7 @@ from d2_frozen.benchmarks.measuring import write_json
 # main(arguments: list of str) -> dict: it reads its own options, prints tables and returns what --json writes.
 COMPARISONS = {
     "forward": "d2_frozen.benchmarks.forward",
+    "one_pass": "d2_frozen.benchmarks.one_pass",
     "deformable": "seg_app.benchmarks.deformable",
     "mask2former": "seg_app.benchmarks.mask2former",
     "video": "video_app.benchmarks.video",

@@ -84,12 +84,50 @@ def load_heads(
     named = [_name_and_file(str(file)) for file in files]
     names = distinct_names([name for name, _ in named])
     configs = [str(config) for config in config_files] or [""] * len(files)
-    heads = []
+    heads: list[Head] = []
     for name, (_, file), config in zip(names, named, configs):
-        heads.append(_load(name, file, config, device, list(options)))
+        facts = {key: value for key, value in read_checkpoint(file).items() if key != "model"}
+        cfg = _config(file, config, facts, list(options))
+        heads.append(build_head(name, cfg, _classes_in(facts), device=device, file=file))
         # One after the other, so that never more than two copies of a backbone are in memory.
-        share_equal_backbones([head.model for head in heads], [backbone_settings(head.cfg) for head in heads])
+        share_backbones(heads)
     return heads
+
+
+def build_head(
+    name: str, cfg: CfgNode, classes: Classes | None = None, *, device: str | None = None, file: str = ""
+) -> Head:
+    """The model of a config, with the weights of ``file`` where one is given (else new ones), ready to predict.
+
+    Args:
+        cfg: not frozen; its class count and device are filled in.
+    """
+    task = tasks.task_of(cfg)
+    prediction = task.prediction(cfg, classes)
+    if device:
+        cfg.MODEL.DEVICE = device
+    elif cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
+        cfg.MODEL.DEVICE = "cpu"
+    if cfg.INPUT.FORMAT not in ("RGB", "BGR"):
+        raise ValueError(f"{name}: INPUT.FORMAT is {cfg.INPUT.FORMAT!r}; prediction has RGB and BGR.")
+    cfg.MODEL.WEIGHTS = file
+    cfg.freeze()
+    if cfg.SEED >= 0:
+        seed_all_rng(cfg.SEED)  # a backbone of random weights is that of training again
+    model = build_model(cfg)
+    if file:
+        if classes is None:
+            logger.warning("%s does not name its classes; they are called by number.", file)
+        FrozenCheckpointer(model, strict=True).load(file, checkpointables=[])
+    model.eval()
+    return Head(name, file, task.name, cfg, classes, model, prediction)
+
+
+def share_backbones(heads: Sequence[Head]) -> list[list[int]]:
+    """See :func:`share_equal_backbones`."""
+    return share_equal_backbones(
+        [head.model for head in heads], [backbone_settings(head.cfg) for head in heads]
+    )
 
 
 def backbone_settings(cfg: CfgNode) -> Hashable:
@@ -104,30 +142,6 @@ def _without(node: Any) -> Any:
     if isinstance(node, dict):
         return {key: _without(value) for key, value in sorted(node.items()) if key not in _NO_MATTER}
     return node
-
-
-def _load(name: str, file: str, config_file: str, device: str | None, options: list[str]) -> Head:
-    facts = {key: value for key, value in read_checkpoint(file).items() if key != "model"}
-    cfg = _config(file, config_file, facts, options)
-    task = tasks.task_of(cfg)
-    classes = _classes_in(facts)
-    prediction = task.prediction(cfg, classes)
-    if device:
-        cfg.MODEL.DEVICE = device
-    elif cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
-        cfg.MODEL.DEVICE = "cpu"
-    if cfg.INPUT.FORMAT not in ("RGB", "BGR"):
-        raise ValueError(f"{file}: INPUT.FORMAT is {cfg.INPUT.FORMAT!r}; prediction has RGB and BGR.")
-    cfg.MODEL.WEIGHTS = file
-    cfg.freeze()
-    if classes is None:
-        logger.warning("%s does not name its classes; they are called by number.", file)
-    if cfg.SEED >= 0:
-        seed_all_rng(cfg.SEED)  # a backbone of random weights is that of training again
-    model = build_model(cfg)
-    FrozenCheckpointer(model, strict=True).load(file, checkpointables=[])
-    model.eval()
-    return Head(name, file, task.name, cfg, classes, model, prediction)
 
 
 def _config(file: str, config_file: str, facts: dict[str, Any], options: list[str]) -> CfgNode:

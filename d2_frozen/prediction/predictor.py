@@ -19,7 +19,7 @@ from PIL import Image
 from torch import nn
 
 from d2_frozen.backbone import PassMemory, frozen_parts
-from d2_frozen.prediction.heads import Head, load_heads
+from d2_frozen.prediction.heads import Head, load_heads, share_backbones
 from d2_frozen.tasks import Prediction
 from detectron2.data import transforms as T
 
@@ -49,9 +49,20 @@ class Predictor:
         size: int | None = None,
         options: Sequence[str] = (),
     ) -> None:
+        self._take(load_heads(heads, config_files, device, options), size)
+
+    @classmethod
+    def of(cls, heads: Sequence[Head], size: int | None = None) -> Predictor:
+        """Of heads that are built already (:func:`build_head`); those of equal backbones share one from now on."""
+        predictor = cls.__new__(cls)
+        share_backbones(heads)
+        predictor._take(list(heads), size)
+        return predictor
+
+    def _take(self, heads: list[Head], size: int | None) -> None:
         if size is not None and size < 1:
             raise ValueError(f"size is {size}; it is the long side in pixels.")
-        self.heads: list[Head] = load_heads(heads, config_files, device, options)
+        self.heads = heads
         self.size = size
         self.memory = PassMemory()
         self._models: dict[str, nn.Module] = {
@@ -111,14 +122,14 @@ class Predictor:
         groups: dict[Hashable, list[Head]] = defaultdict(list)
         for head in self.picture_heads:
             shared = tuple(id(part) for part in frozen_parts(head.model).values()) or id(head.model)
-            groups[shared, _network_input(head, *self._input_size(head, height, width))].append(head)
+            groups[shared, _network_input(head, *self.input_size(head, height, width))].append(head)
         return list(groups.values())
 
     def describe(self, height: int = 1080, width: int = 1920) -> str:
         """The plan in words, a line per pass."""
         lines = []
         for number, group in enumerate(self.plan(height, width), 1):
-            h, w = self._input_size(group[0], height, width)
+            h, w = self.input_size(group[0], height, width)
             names = " + ".join(head.name for head in group)
             part = next(iter(frozen_parts(group[0].model).values()), None)
             network = f"frozen {part.name}" if part is not None else "a network of its own"
@@ -140,29 +151,31 @@ class Predictor:
         try:
             with torch.no_grad(), self.memory.on(self._backbones):
                 for head in self.picture_heads:
-                    size = self._input_size(head, height, width)
+                    size = self.input_size(head, height, width)
                     if size not in resized:
                         resized[size] = [_resize(picture, size) for picture in pictures]
-                    wanted_h, wanted_w = _of_pictures(head).output_size(height, width)
-                    batch = [
-                        {
-                            "image": _as_tensor(one, head.cfg.INPUT.FORMAT),
-                            "height": wanted_h,
-                            "width": wanted_w,
-                        }
-                        for one in resized[size]
-                    ]
+                    batch = model_inputs(head, resized[size], height, width)
                     for result, found in zip(results, self._models[head.name](batch)):
                         result[head.name] = found
         finally:
             self.memory.forget()
         return results
 
-    def _input_size(self, head: Head, height: int, width: int) -> tuple[int, int]:
+    def input_size(self, head: Head, height: int, width: int) -> tuple[int, int]:
+        """(height, width) in pixels at which a head sees a picture of this size."""
         if self.size is None:
             return _of_pictures(head).input_size(height, width)
         scale = self.size / max(height, width)
         return max(1, int(height * scale + 0.5)), max(1, int(width * scale + 0.5))
+
+
+def model_inputs(head: Head, resized: Sequence[np.ndarray], height: int, width: int) -> list[dict[str, Any]]:
+    """What the model takes, of pictures at its size that were ``height`` x ``width`` pixels."""
+    wanted_h, wanted_w = _of_pictures(head).output_size(height, width)
+    return [
+        {"image": _as_tensor(one, head.cfg.INPUT.FORMAT), "height": wanted_h, "width": wanted_w}
+        for one in resized
+    ]
 
 
 def _of_pictures(head: Head) -> Prediction:
