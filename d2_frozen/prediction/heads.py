@@ -88,7 +88,8 @@ def load_heads(
     for name, (_, file), config in zip(names, named, configs):
         facts = {key: value for key, value in read_checkpoint(file).items() if key != "model"}
         cfg = _config(file, config, facts, list(options))
-        heads.append(build_head(name, cfg, _classes_in(facts), device=device, file=file))
+        classes = _classes_in(facts) or _built_in_classes(cfg)
+        heads.append(build_head(name, cfg, classes, device=device, file=file))
         # One after the other, so that never more than two copies of a backbone are in memory.
         share_backbones(heads)
     return heads
@@ -175,6 +176,16 @@ def _classes_in(facts: dict[str, Any]) -> Classes | None:
     if not names:
         return None
     return Classes([str(name) for name in names], [int(number) for number in facts["class_ids"]])
+
+
+def _built_in_classes(cfg: CfgNode) -> Classes | None:
+    """Of data that is known by name, such as COCO, whether its files are here or not; for the model zoo's heads."""
+    try:
+        classes = tasks.task_of(cfg).classes(cfg)
+    except (OSError, KeyError):
+        return None
+    counts = (cfg.MODEL.ROI_HEADS.NUM_CLASSES, cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES)
+    return classes if classes is not None and len(classes.names) in counts else None
 
 
 def _name_and_file(text: str) -> tuple[str, str]:

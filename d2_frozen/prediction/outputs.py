@@ -16,8 +16,9 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -59,8 +60,7 @@ class OutputFolder:
         _write_lines(done, list(self._done.values()))
         for name in self.heads:
             (folder / name).mkdir(exist_ok=True)
-            path = self.predictions(name)
-            _write_lines(path, [line for line in read_lines(path) if self._finished(line["file"])])
+            keep_lines(self.predictions(name), lambda line: self._finished(line["file"]))
         self._files: dict[Path, TextIO] = {}
 
     def predictions(self, head: str) -> Path:
@@ -78,8 +78,7 @@ class OutputFolder:
         if not stale:
             return
         for name in self.heads:
-            path = self.predictions(name)
-            _write_lines(path, [line for line in read_lines(path) if line["file"] not in stale])
+            keep_lines(self.predictions(name), lambda line: line["file"] not in stale)
         for name in stale:
             del self._done[name]
         _write_lines(self.folder / "done.jsonl", list(self._done.values()))
@@ -116,12 +115,10 @@ class OutputFolder:
         self.close()
         written = []
         for name, head in self.heads.items():
-            lines = list(read_lines(self.predictions(name)))
-            records = [line for line in lines if self._finished(line["file"])]
-            if len(records) < len(lines):  # of a video that broke off
-                _write_lines(self.predictions(name), records)
+            keep_lines(self.predictions(name), lambda line: self._finished(line["file"]))  # a video broke off
             if head.takes_clips:
                 continue
+            records = list(read_lines(self.predictions(name)))
             records.sort(key=lambda line: (line["file"], line.get("frame", -1)))
             path = head.prediction.collect(records, self.folder / name)  # type: ignore[union-attr]
             written += [path] if path else []
@@ -157,7 +154,7 @@ class OutputFolder:
     def _append(self, path: Path, line: dict[str, Any]) -> None:
         if path not in self._files:
             self._files[path] = open(path, "a", encoding="utf-8")  # noqa: SIM115
-        self._files[path].write(json.dumps(line, ensure_ascii=False) + "\n")
+        self._files[path].write(json.dumps(line) + "\n")
 
     def _flush(self) -> None:
         for file in self._files.values():
@@ -176,9 +173,27 @@ def read_lines(path: Path) -> Iterator[dict[str, Any]]:
                 logger.warning("%s has a line that was cut off; it is left out.", path)
 
 
+def keep_lines(path: Path, wanted: Callable[[dict[str, Any]], bool]) -> None:
+    """Leave only some lines of a JSONL file, and none that was cut off; the file is untouched where all are wanted."""
+    if not path.is_file():
+        return
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        with open(partial, "w", encoding="utf-8") as file:
+            for line in read_lines(path):
+                if wanted(line):
+                    file.write(json.dumps(line) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        if partial.stat().st_size != path.stat().st_size:
+            os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
 def _write_lines(path: Path, lines: list[dict[str, Any]]) -> None:
     if lines or path.exists():
-        write_text(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+        write_text(path, "".join(json.dumps(line) + "\n" for line in lines))
 
 
 def _facts(head: Head) -> dict[str, Any]:

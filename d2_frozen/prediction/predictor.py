@@ -34,7 +34,8 @@ class Predictor:
 
     Args:
         heads, config_files, device, options: see :func:`load_heads`.
-        size: long side in pixels to which pictures are resized, for every head.
+        size: long side in pixels to which pictures are resized, for every head; they are not padded to a square then,
+            as INPUT.SCALE_CROP.TEST_RESIZE "square" would have it.
     Attributes:
         heads: in the order given.
         memory: counts ``passes`` of backbones, and ``reused`` ones.
@@ -64,6 +65,10 @@ class Predictor:
             raise ValueError(f"size is {size}; it is the long side in pixels.")
         self.heads = heads
         self.size = size
+        for head in heads:
+            if size is not None and hasattr(head.model, "square"):
+                # Padding to a square of another size than the others' pictures would be a pass of its own.
+                vars(head.model)["square"] = 0
         self.memory = PassMemory()
         self._models: dict[str, nn.Module] = {
             head.name: _of_pictures(head).testing_model(head.model) for head in self.picture_heads

@@ -90,6 +90,13 @@ def test_heads_of_other_test_sizes_have_a_pass_each_until_a_size_is_given(save_h
     assert (forced.memory.passes, forced.memory.reused) == (1, 1)
 
 
+def test_a_given_size_replaces_the_padding_to_a_square(save_head: SaveHead) -> None:
+    files, options = [save_head("det"), save_head("seg")], ["INPUT.SCALE_CROP.TEST_RESIZE", "square"]
+    predictor = Predictor(files, options=options)  # the segmentation head has the key, and no use for it
+    assert len(predictor.plan(32, 64)) == 2
+    assert len(Predictor(files, options=options, size=64).plan(32, 64)) == 1
+
+
 def test_heads_of_other_weights_have_backbones_of_their_own(save_head: SaveHead) -> None:
     # Random weights follow SEED: another seed is a backbone of the same name with other weights.
     predictor = Predictor([save_head("det", seed=1), save_head("seg", seed=2)])
@@ -152,6 +159,20 @@ def test_files_without_names_need_a_config_with_the_count(save_head: SaveHead, t
     assert head.classes is None and head.prediction.classes == tasks.Classes(["1", "2"], [1, 2])
     (tmp_path / "config.yaml").write_text(head.cfg.dump())
     assert load_heads([file])[0].name == "det"
+
+
+def test_classes_of_known_data_are_known_without_it(save_head: SaveHead, tmp_path: Path) -> None:
+    """As of the model zoo's files: they name no classes, but their config names COCO."""
+    file = save_head("det", facts=False)
+    trained_on = ["DATASETS.TRAIN", "('coco_2017_train',)"]
+    with pytest.raises(CheckpointMismatchError, match="cls_score"):  # of 2 classes, not 80
+        load_heads(
+            [file], [tmp_path / "det.yaml"], options=[*trained_on, "MODEL.ROI_HEADS.NUM_CLASSES", "80"]
+        )
+    cfg = tasks.read_config(tmp_path / "det.yaml", [*trained_on, "MODEL.ROI_HEADS.NUM_CLASSES", "80"])
+    classes = tasks.task_of(cfg).classes(cfg)
+    assert classes is not None and (classes.names[0], classes.ids[0]) == ("person", 1)
+    assert (classes.names[79], classes.ids[79]) == ("toothbrush", 90)
 
 
 def test_a_config_inside_a_file_may_not_run_code_or_read_files(save_head: SaveHead) -> None:
