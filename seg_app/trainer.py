@@ -14,7 +14,7 @@ from d2_frozen.engine import FrozenTrainer
 from detectron2.config import CfgNode
 from detectron2.evaluation import DatasetEvaluator
 from seg_app.data import SegmentationMapper
-from seg_app.evaluation import LabelMapEvaluator, MultiScaleModel, sliding_window_of
+from seg_app.evaluation import LabelMapEvaluator, LabelModel, MultiScaleModel, sliding_window_of
 
 
 class SegmentationTrainer(FrozenTrainer):
@@ -43,8 +43,9 @@ class SegmentationTrainer(FrozenTrainer):
 
     @classmethod
     def test(cls, cfg: CfgNode, model: nn.Module, evaluators: Any = None) -> Any:
-        """At one size; TEST.SLIDING_WINDOW holds."""
-        return super().test(cfg, sliding_window_of(cfg, model), evaluators)
+        """At one size; TEST.SLIDING_WINDOW holds. Evaluators of your own are given all scores, others only labels."""
+        tested = sliding_window_of(cfg, model)
+        return super().test(cfg, tested if evaluators is not None else LabelModel(tested), evaluators)
 
     @classmethod
     def test_with_TTA(cls, cfg: CfgNode, model: nn.Module) -> dict[str, Any]:
@@ -52,4 +53,5 @@ class SegmentationTrainer(FrozenTrainer):
         folder = os.path.join(cfg.OUTPUT_DIR, "inference_TTA")
         evaluators = [cls.build_evaluator(cfg, name, output_folder=folder) for name in cfg.DATASETS.TEST]
         mapper = SegmentationMapper(False, augmentations=[], image_format=cfg.INPUT.FORMAT)
-        return evaluate_augmented(cfg, MultiScaleModel.from_config(cfg, model), mapper, evaluators)
+        tested = LabelModel(MultiScaleModel.from_config(cfg, model))
+        return evaluate_augmented(cfg, tested, mapper, evaluators)

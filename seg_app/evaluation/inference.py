@@ -1,6 +1,7 @@
-"""Testing at several sizes, each also mirrored, and piece by piece. Wrappers that are called like the model.
+"""Testing at several sizes, each also mirrored, and piece by piece; labels without all scores.
 
-What is averaged are scores in 0..1: those of mask heads as they are, softmax of pixel heads' logits.
+All are wrappers that are called like the model. What is averaged are scores in 0..1: those of mask heads as they are,
+softmax of pixel heads' logits.
 """
 
 from __future__ import annotations
@@ -11,12 +12,12 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from detectron2.config import CfgNode
 from seg_app.data.mapper import ResizeShortEdge
+from seg_app.models.score_maps import Given, Mean, Mirrored, Resized, ScoreMap, Softmax
 
 Batch = list[dict[str, Any]]
 
@@ -36,7 +37,45 @@ def sliding_window_of(cfg: CfgNode, model: nn.Module) -> nn.Module:
     return SlidingWindowModel(model, settings.SIZE, settings.OVERLAP) if settings.SIZE else model
 
 
-class SlidingWindowModel(nn.Module):
+class _Wrapper(nn.Module):
+    """What wrappers have in common: scores as maps that are computed when wanted, or all of them at once."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model.module if isinstance(model, DistributedDataParallel) else model
+        self.train(self.model.training)
+
+    def forward(self, batch: Batch) -> Batch:
+        """Per image {"sem_seg": (K, H, W) scores}."""
+        return [{"sem_seg": scores.all()} for scores in self.score_maps(batch)]
+
+    def score_maps(self, batch: Batch) -> list[ScoreMap]:
+        raise NotImplementedError
+
+
+class LabelModel(_Wrapper):
+    """Gives classes instead of scores, a few rows at a time: all scores of a large image may not fit into memory.
+
+    Results are {"sem_seg": labels}; ``labels.argmax(dim=0)`` gives (H, W) int64, and that is what evaluators ask for.
+    """
+
+    def forward(self, batch: Batch) -> Batch:
+        return [{"sem_seg": _Labels(scores.argmax())} for scores in self.score_maps(batch)]
+
+    def score_maps(self, batch: Batch) -> list[ScoreMap]:
+        return score_maps_of(self.model, batch)
+
+
+class _Labels:
+    def __init__(self, labels: Tensor) -> None:
+        self._labels = labels
+
+    def argmax(self, dim: int) -> Tensor:
+        assert dim == 0
+        return self._labels
+
+
+class SlidingWindowModel(_Wrapper):
     """Cuts images into overlapping windows, averages scores where they overlap.
 
     Args:
@@ -46,31 +85,55 @@ class SlidingWindowModel(nn.Module):
     """
 
     def __init__(self, model: nn.Module, size: int, overlap: float) -> None:
-        super().__init__()
-        self.model = _unwrapped(model)
+        super().__init__(model)
         self.size, self.overlap = size, overlap
-        self.train(self.model.training)
 
-    def forward(self, batch: Batch) -> Batch:
+    def score_maps(self, batch: Batch) -> list[ScoreMap]:
         return [self._one(item) for item in batch]
 
-    def _one(self, item: dict[str, Any]) -> dict[str, Any]:
-        image = item["image"]
-        h, w = image.shape[-2:]
+    def _one(self, item: dict[str, Any]) -> ScoreMap:
+        h, w = item["image"].shape[-2:]
         if max(h, w) <= self.size:
-            return {"sem_seg": chances_of(self.model, [item])[0]}
-        rows, columns = window_starts(h, self.size, self.overlap), window_starts(w, self.size, self.overlap)
-        total = covered = None
-        for y in rows:
-            pieces = [image[:, y : y + self.size, x : x + self.size] for x in columns]
-            for x, found in zip(columns, chances_of(self.model, [{"image": piece} for piece in pieces])):
-                if total is None or covered is None:
-                    total, covered = found.new_zeros(len(found), h, w), found.new_zeros(h, w)
-                total[:, y : y + self.size, x : x + self.size] += found
-                covered[y : y + self.size, x : x + self.size] += 1
-        assert total is not None and covered is not None
+            return chances_of(self.model, [item])[0]
         wanted = int(item.get("height", h)), int(item.get("width", w))
-        return {"sem_seg": _resized(total.div_(covered), wanted)}
+        return Resized(_Windows(self.model, item["image"], self.size, self.overlap), wanted)
+
+
+class _Windows(ScoreMap):
+    """Mean of the windows at each pixel. Windows are looked at when their rows are wanted, and then let go."""
+
+    def __init__(self, model: nn.Module, image: Tensor, size: int, overlap: float) -> None:
+        self.model, self.image, self.size = model, image, size
+        h, w = image.shape[-2:]
+        self.top = window_starts(h, size, overlap)
+        self.left = window_starts(w, size, overlap)
+        self._found: dict[int, list[ScoreMap]] = {}  # by top
+        first = self._windows(0)[0]
+        self.shape = (first.shape[0], h, w)
+        self.row_cost = self.shape[0] * w + first.row_cost
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        total = torch.zeros(self.shape[0], stop - start, self.shape[2])
+        covered = torch.zeros(stop - start, self.shape[2])
+        # Rows are asked for from above to below.
+        self._found = {y: found for y, found in self._found.items() if y + self.size > start}
+        for y in self.top:
+            upper, lower = max(y, start), min(y + self.size, stop)
+            if upper >= lower:
+                continue
+            for x, found in zip(self.left, self._windows(y)):
+                part = found.rows(upper - y, lower - y)
+                total, covered = total.to(part.device), covered.to(part.device)
+                at = (slice(upper - start, lower - start), slice(x, x + self.size))
+                total[(slice(None), *at)] += part
+                covered[at] += 1
+        return total.div_(covered)
+
+    def _windows(self, y: int) -> list[ScoreMap]:
+        if y not in self._found:
+            pieces = [self.image[:, y : y + self.size, x : x + self.size] for x in self.left]
+            self._found[y] = chances_of(self.model, [{"image": piece} for piece in pieces])
+        return self._found[y]
 
 
 def window_starts(length: int, size: int, overlap: float) -> list[int]:
@@ -81,7 +144,7 @@ def window_starts(length: int, size: int, overlap: float) -> list[int]:
     return [round(i * (length - size) / (count - 1)) for i in range(count)]
 
 
-class MultiScaleModel(nn.Module):
+class MultiScaleModel(_Wrapper):
     """Mean of the scores over several sizes of an image, each also mirrored.
 
     Args:
@@ -92,57 +155,47 @@ class MultiScaleModel(nn.Module):
     """
 
     def __init__(self, model: nn.Module, sizes: Sequence[int], max_size: int, flip: bool) -> None:
-        super().__init__()
+        super().__init__(model)
         if not sizes:
             raise ValueError("TEST.AUG.MIN_SIZES is empty; it lists short edges in pixels.")
-        self.model = _unwrapped(model)
         self.resizes = [ResizeShortEdge(size, max_size, "choice") for size in sizes]
         self.flip = flip
-        self.train(self.model.training)
 
     @classmethod
     def from_config(cls, cfg: CfgNode, model: nn.Module) -> MultiScaleModel:
         aug = cfg.TEST.AUG
         return cls(sliding_window_of(cfg, model), aug.MIN_SIZES, aug.MAX_SIZE, aug.FLIP)
 
-    def forward(self, batch: Batch) -> Batch:
-        """Images at the files' own resolution."""
+    def score_maps(self, batch: Batch) -> list[ScoreMap]:
+        """Of images at the files' own resolution."""
         return [self._one(item) for item in batch]
 
-    def _one(self, item: dict[str, Any]) -> dict[str, Any]:
+    def _one(self, item: dict[str, Any]) -> ScoreMap:
         image = item["image"]
         size = {
             "height": int(item.get("height", image.shape[-2])),
             "width": int(item.get("width", image.shape[-1])),
         }
         pixels = np.ascontiguousarray(image.permute(1, 2, 0).numpy())
-        total: Tensor | None = None
-        copies = 0
+        copies: list[ScoreMap] = []
         for resize in self.resizes:
-            copy = torch.from_numpy(np.array(resize.get_transform(pixels).apply_image(pixels))).permute(
-                2, 0, 1
-            )
-            for mirrored in (False, True)[: 1 + self.flip]:
-                (found,) = chances_of(self.model, [{"image": copy.flip(-1) if mirrored else copy, **size}])
-                found = found.flip(-1) if mirrored else found
-                total = found.clone() if total is None else total.add_(found)
-                copies += 1
-        assert total is not None
-        return {"sem_seg": total.div_(copies)}
+            resized = np.array(resize.get_transform(pixels).apply_image(pixels))
+            copy = torch.from_numpy(resized).permute(2, 0, 1)
+            copies += chances_of(self.model, [{"image": copy, **size}])
+            if self.flip:
+                copies += map(Mirrored, chances_of(self.model, [{"image": copy.flip(-1), **size}]))
+        return Mean(copies)
 
 
-def chances_of(model: nn.Module, batch: Batch) -> list[Tensor]:
-    """(K, H, W) scores per image that may be averaged."""
-    found = [result["sem_seg"] for result in model(batch)]
+def chances_of(model: nn.Module, batch: Batch) -> list[ScoreMap]:
+    """Scores per image that may be averaged."""
+    found = score_maps_of(model, batch)
     pixel_head = hasattr(model, "sem_seg_head") and getattr(model, "criterion", None) is None
-    return [one.softmax(dim=0) for one in found] if pixel_head else found
+    return [Softmax(one) for one in found] if pixel_head else found
 
 
-def _resized(scores: Tensor, size: tuple[int, int]) -> Tensor:
-    if tuple(scores.shape[-2:]) == size:
-        return scores
-    return F.interpolate(scores[None], size=size, mode="bilinear", align_corners=False)[0]
-
-
-def _unwrapped(model: nn.Module) -> nn.Module:
-    return model.module if isinstance(model, DistributedDataParallel) else model
+def score_maps_of(model: nn.Module, batch: Batch) -> list[ScoreMap]:
+    """Of any model that gives Detectron2's results; without all numbers in memory where it can do so."""
+    if hasattr(model, "score_maps"):
+        return model.score_maps(batch)
+    return [Given(result["sem_seg"]) for result in model(batch)]

@@ -18,7 +18,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data import detection_utils as utils
 from seg_app.data.label_maps import read_label_map
 from seg_app.data.mapper import SegmentationMapper
-from seg_app.evaluation.inference import sliding_window_of
+from seg_app.evaluation.inference import LabelModel, sliding_window_of
 
 _OPACITY = 0.6
 _LEGEND_CLASSES = 8
@@ -45,7 +45,7 @@ def write_prediction_sheet(cfg: CfgNode, model: nn.Module, dataset_name: str, co
 
     mapper = SegmentationMapper.from_config(cfg, is_train=False)
     pairs = predicted_pairs(
-        sliding_window_of(cfg, model),
+        LabelModel(sliding_window_of(cfg, model)),
         len(records),
         count,
         lambda indices: build_test_loader(cfg, dataset_name, mapper=mapper, indices=indices),

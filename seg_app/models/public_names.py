@@ -22,12 +22,13 @@ from seg_app.models import criterion as own_criterion
 from seg_app.models.config import add_mask_former_config
 from seg_app.models.deformable import deformable_attention
 from seg_app.models.deformable import module as own_attention
-from seg_app.models.inference import semantic_scores, top_instances
+from seg_app.models.inference import top_instances
 from seg_app.models.mask_former_head import Mask2FormerHead
 from seg_app.models.masked_decoder import MaskedTransformerDecoder
 from seg_app.models.matcher import HungarianMatcher as OwnMatcher
 from seg_app.models.pixel_decoder import MSDeformAttnPixelDecoder as OwnPixelDecoder
 from seg_app.models.position import SCALE, TEMPERATURE, sine_of_coordinates
+from seg_app.models.score_maps import ClassesOfQueries, Given
 from seg_app.models.segmentor import FrozenSegmentor
 
 # Values that the public add_maskformer2_config sets where ours are those of its ADE20K configs, and its other keys.
@@ -190,7 +191,7 @@ class MaskFormer(FrozenSegmentor):
         return super().from_config(cfg)
 
     def semantic_inference(self, mask_cls: Tensor, mask_pred: Tensor) -> Tensor:
-        return semantic_scores(mask_cls, mask_pred)
+        return ClassesOfQueries(mask_cls, Given(mask_pred)).all()
 
     def instance_inference(self, mask_cls: Tensor, mask_pred: Tensor) -> Any:
         return top_instances(mask_cls, mask_pred, self.max_instances)

@@ -20,7 +20,8 @@ from detectron2.config import CfgNode, configurable
 from detectron2.modeling import META_ARCH_REGISTRY, Backbone, build_backbone, build_sem_seg_head
 from detectron2.structures import ImageList
 from seg_app.models.criterion import SetCriterion
-from seg_app.models.inference import fit_to, semantic_scores, top_instances
+from seg_app.models.inference import top_instances
+from seg_app.models.score_maps import ClassesOfQueries, Cut, Given, Resized, ScoreMap
 from seg_app.models.targets import mask_targets, padded_labels
 
 Batch = list[dict[str, Any]]
@@ -147,12 +148,32 @@ class FrozenSegmentor(nn.Module):
 
     def forward(self, batched_inputs: Batch) -> dict[str, Tensor] | list[dict[str, Any]]:
         """Losses in training mode, else the results of every image at its wanted size."""
-        images = self.preprocess_image(batched_inputs)
-        features = self.backbone(images.tensor)
-        size = (images.tensor.shape[-2], images.tensor.shape[-1])
         if self.training:
-            return self._losses(features, batched_inputs, size)
-        return self._results(features, batched_inputs, images.image_sizes, size)
+            images = self.preprocess_image(batched_inputs)
+            size = (images.tensor.shape[-2], images.tensor.shape[-1])
+            return self._losses(self.backbone(images.tensor), batched_inputs, size)
+        results = []
+        for classes, masks, scores in self._found(batched_inputs):
+            result: dict[str, Any] = {}
+            if scores is not None:
+                result["sem_seg"] = scores.all()
+            if self.instance_on and classes is not None and masks is not None:
+                result["instances"] = top_instances(classes, masks.all(), self.max_instances)
+            results.append(result)
+        return results
+
+    def score_maps(self, batched_inputs: Batch) -> list[ScoreMap]:
+        """What "sem_seg" is made of, for images whose scores are too large for memory; not in training mode.
+
+        Raises:
+            ValueError: MODEL.MASK_FORMER.TEST.SEMANTIC_ON is False.
+        """
+        if not self.semantic_on:
+            raise ValueError(
+                "MODEL.MASK_FORMER.TEST.SEMANTIC_ON is False, so there are no scores of classes; set it to True."
+            )
+        assert not self.training
+        return [scores for _, _, scores in self._found(batched_inputs) if scores is not None]
 
     def preprocess_image(self, batched_inputs: Batch) -> ImageList:
         """Normalised images, padded to one size with zeros."""
@@ -171,45 +192,37 @@ class FrozenSegmentor(nn.Module):
         predictions = self.sem_seg_head(features, every_layer=every_layer, full_masks=False)
         return self.criterion.weighted(self.criterion(predictions, targets))
 
-    def _results(
-        self,
-        features: dict[str, Tensor],
-        batch: Batch,
-        image_sizes: Sequence[tuple[int, int]],
-        size: tuple[int, int],
-    ) -> list[dict[str, Any]]:
+    def _found(self, batch: Batch) -> Iterator[tuple[Tensor | None, ScoreMap | None, ScoreMap | None]]:
+        """Per image, at its wanted size: classes of queries and their masks (mask heads), scores of classes."""
+        images = self.preprocess_image(batch)
+        features = self.backbone(images.tensor)
+        padded = (images.tensor.shape[-2], images.tensor.shape[-1])
         wanted = [
-            (int(one.get("height", h)), int(one.get("width", w))) for one, (h, w) in zip(batch, image_sizes)
+            (int(one.get("height", h)), int(one.get("width", w)))
+            for one, (h, w) in zip(batch, images.image_sizes)
         ]
         if self.criterion is None:
-            logits, _ = self.sem_seg_head(features)
-            return [
-                {"sem_seg": fit_to(one, inner, *out)} for one, inner, out in zip(logits, image_sizes, wanted)
-            ]
+            for logits, inner, out in zip(self._pixel_logits(features), images.image_sizes, wanted):
+                yield None, None, Resized(Cut(logits, inner), out)
+            return
         predictions = self.sem_seg_head(features)
-        return [
-            self._result_of_masks(classes, masks, inner, out, size)
-            for classes, masks, inner, out in zip(
-                predictions["pred_logits"], predictions["pred_masks"], image_sizes, wanted
-            )
-        ]
-
-    def _result_of_masks(
-        self,
-        classes: Tensor,
-        masks: Tensor,
-        image_size: tuple[int, int],
-        wanted: tuple[int, int],
-        padded: tuple[int, int],
-    ) -> dict[str, Any]:
-        result: dict[str, Any] = {}
-        if self.resize_first:
-            masks = fit_to(fit_to(masks.float(), padded, *padded), image_size, *wanted)
-        if self.semantic_on:
+        for classes, given, inner, out in zip(
+            predictions["pred_logits"], predictions["pred_masks"], images.image_sizes, wanted
+        ):
+            masks: ScoreMap = Resized(Given(given), padded)
             if self.resize_first:
-                result["sem_seg"] = semantic_scores(classes, masks)
+                masks = Resized(Cut(masks, inner), out)
+                yield classes, masks, ClassesOfQueries(classes, masks) if self.semantic_on else None
             else:
-                result["sem_seg"] = fit_to(semantic_scores(classes, masks, padded), image_size, *wanted)
-        if self.instance_on:
-            result["instances"] = top_instances(classes, masks, self.max_instances)
-        return result
+                scores = Resized(Cut(ClassesOfQueries(classes, masks), inner), out)
+                yield classes, masks, scores if self.semantic_on else None
+
+    def _pixel_logits(self, features: dict[str, Tensor]) -> list[ScoreMap]:
+        """Of a pixel head; where it can be asked for them (as Detectron2's), before they are brought to full size."""
+        head: Any = self.sem_seg_head
+        stride = getattr(head, "stride", None) or getattr(head, "common_stride", None)
+        if stride is None or not hasattr(head, "layers"):
+            return [Given(one) for one in head(features)[0]]
+        small = head.layers(features)
+        size = (small.shape[-2] * stride, small.shape[-1] * stride)
+        return [Resized(Given(one), size) for one in small]

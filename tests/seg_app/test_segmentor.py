@@ -13,7 +13,6 @@ from detectron2.layers import ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY, Backbone, build_model
 from detectron2.structures import Instances
 from seg_app.models import add_mask_former_config
-from seg_app.models.inference import semantic_scores
 
 HEADS = ["Mask2FormerHead", "UPerNetHead", "LinearSegHead", "SemSegFPNHead"]
 
@@ -182,15 +181,17 @@ def test_instances_come_with_the_scores() -> None:
     assert len(result["instances"]) == 7 and result["instances"].pred_masks.shape == (7, 30, 20)
 
 
-def test_queries_are_summed_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    torch.manual_seed(0)
-    logits, masks = torch.randn(7, 4), torch.randn(7, 5, 6)
-    whole = semantic_scores(logits, masks, (9, 11))
-    monkeypatch.setattr("seg_app.models.inference._NUMBERS_AT_ONCE", 200)  # two queries at a time
-    assert torch.allclose(semantic_scores(logits, masks, (9, 11)), whole, atol=1e-6)
-    chance = logits.softmax(-1)[:, :3]
-    expected = torch.einsum("qk,qhw->khw", chance, masks.sigmoid())
-    assert torch.allclose(semantic_scores(logits, masks), expected, atol=1e-6)
+@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize("resize_first", [False, True])
+def test_score_maps_are_the_results_row_by_row(head, resize_first, monkeypatch: pytest.MonkeyPatch) -> None:
+    key = "MODEL.MASK_FORMER.TEST.SEM_SEG_POSTPROCESSING_BEFORE_INFERENCE"
+    model = model_of("MODEL.SEM_SEG_HEAD.NAME", head, key, resize_first).eval()
+    batch = [sample(50, 70), sample(33, 97, height=60, width=31)]
+    with torch.no_grad():
+        whole = [result["sem_seg"] for result in model(batch)]
+        monkeypatch.setattr("seg_app.models.score_maps._NUMBERS_AT_ONCE", 1)
+        for scores, expected in zip(model.score_maps(batch), whole):
+            assert torch.allclose(scores.all(), expected, atol=1e-5)
 
 
 def test_checkpoint_with_the_names_of_the_first_version(tmp_path) -> None:

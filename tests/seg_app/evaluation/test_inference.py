@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import weakref
+
 import pytest
 import torch
 from torch import nn
 
-from seg_app.evaluation import MultiScaleModel, SlidingWindowModel
+from seg_app.evaluation import LabelModel, MultiScaleModel, SlidingWindowModel
 from seg_app.evaluation.inference import window_starts
 
 
@@ -69,3 +71,35 @@ def test_mirrored_copies_are_mirrored_back() -> None:
 def test_mode_of_the_model_is_kept() -> None:
     model = PixelWise().eval()
     assert not SlidingWindowModel(model, 16, 0.5).training and not model.training
+
+
+@pytest.mark.parametrize(
+    "wrap", [lambda m: m, lambda m: SlidingWindowModel(m, 16, 0.4)], ids=["whole", "windows"]
+)
+def test_labels_are_the_classes_of_the_scores(wrap, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("seg_app.models.score_maps._NUMBERS_AT_ONCE", 500)  # a few rows at a time
+    item = {"image": torch.randint(0, 256, (3, 40, 50), dtype=torch.uint8), "height": 70, "width": 33}
+    model = wrap(PixelWise())
+    expected = model([item])[0]["sem_seg"].argmax(0)
+    assert torch.equal(LabelModel(model)([item])[0]["sem_seg"].argmax(dim=0), expected)
+    several = MultiScaleModel(model, [20, 61], 200, flip=True)
+    expected = several([item])[0]["sem_seg"].argmax(0)
+    assert torch.equal(LabelModel(several)([item])[0]["sem_seg"].argmax(dim=0), expected)
+
+
+def test_windows_are_looked_at_once_and_let_go(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Four rows of windows one after the other, at most two of them in memory."""
+    monkeypatch.setattr("seg_app.models.score_maps._NUMBERS_AT_ONCE", 1)
+    seen: list[weakref.ref] = []
+    alive: list[int] = []
+
+    class Watched(PixelWise):
+        def forward(self, batch):
+            results = super().forward(batch)
+            seen.extend(weakref.ref(result["sem_seg"]) for result in results)
+            alive.append(sum(scores() is not None for scores in seen))
+            return results
+
+    item = {"image": torch.randint(0, 256, (3, 50, 16), dtype=torch.uint8)}
+    LabelModel(SlidingWindowModel(Watched(), 16, 0.25))([item])
+    assert alive == [1, 2, 2, 2]
