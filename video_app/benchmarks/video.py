@@ -133,20 +133,27 @@ class _Step:
         torch.manual_seed(cfg.SEED)
         self.model = VideoTrainer.build_model(cfg).train()
         self.optimizer = VideoTrainer.build_optimizer(cfg, self.model)
+        self.amp = cfg.SOLVER.AMP.ENABLED
 
     def train(self, batch: list[dict[str, Any]]) -> None:
-        with EventStorage():
-            self._learn(sum(self.model(batch).values()))
+        with EventStorage(), self._precision():
+            loss = sum(self.model(batch).values())
+        self._learn(loss)
 
     def parts(self, batch: list[dict[str, Any]]) -> Seconds:
         now = Clock()
         start = now()
-        with torch.no_grad():
+        with torch.no_grad(), self._precision():
             maps, labels = self.model.training_batch(batch)
         seen = now()
-        self._learn(F.cross_entropy(self.model.head(maps), labels))
+        with self._precision():
+            loss = F.cross_entropy(self.model.head(maps), labels)
+        self._learn(loss)
         end = now()
         return {"frozen forward": seen - start, "head step": end - seen, "both": end - start}
+
+    def _precision(self) -> torch.autocast:
+        return torch.autocast(self.model.device.type, enabled=self.amp)
 
     def _learn(self, loss: torch.Tensor) -> None:
         self.optimizer.zero_grad()
