@@ -78,6 +78,34 @@ def test_predictions_are_written_as_label_maps(random_maps, tmp_path: Path) -> N
         assert min(image.size) > 100
 
 
+def test_more_than_255_classes_and_an_image_of_ignored_pixels(label_folders, tmp_path: Path) -> None:
+    """Ids above 255 come back from 16-bit files; an image without labels changes nothing; 1 of 3 is wrong."""
+    truth = {"a": np.uint16([[0, 299], [256, 65535]]), "b": np.full((2, 3), 65535, np.uint16)}
+    images, labels = label_folders(truth)
+    records = [
+        {"file_name": str(images / f"{name}.png"), "sem_seg_file_name": str(labels / f"{name}.png")}
+        for name in truth
+    ]
+    DatasetCatalog.register("many_classes", lambda: records)
+    MetadataCatalog.get("many_classes").set(
+        stuff_classes=[f"c{k}" for k in range(300)], ignore_label=65535, evaluator_type="sem_seg"
+    )
+    try:
+        evaluator = LabelMapEvaluator("many_classes", str(tmp_path / "out"))
+        evaluator.reset()
+        predicted = np.array([[0, 299], [255, 7]])
+        for record, found in zip(records, (predicted, np.zeros((2, 3), int))):
+            scores = torch.nn.functional.one_hot(torch.from_numpy(found), 300).permute(2, 0, 1)
+            evaluator.process([record], [{"sem_seg": scores}])
+        got = evaluator.evaluate()["sem_seg"]
+    finally:
+        DatasetCatalog.remove("many_classes")
+        MetadataCatalog.remove("many_classes")
+    assert got["pACC"] == pytest.approx(100 * 2 / 3) and got["mIoU"] == pytest.approx(100 * 2 / 3)
+    with Image.open(tmp_path / "out/predictions/many_classes/a.png") as image:
+        assert np.array(image).tolist() == predicted.tolist()
+
+
 def test_the_table_says_what_is_absent_and_what_is_mistaken() -> None:
     counts = np.array([[80, 20, 0], [10, 90, 0], [0, 0, 0]])
     lines = [line.split() for line in class_table(["cat", "dog", "fish"], counts).splitlines()[2:]]

@@ -47,7 +47,7 @@ def test_windows_cover_and_overlap(length: int, size: int, overlap: float) -> No
     assert all(0 < gap <= size * (1 - overlap) + 1 for gap in gaps)
 
 
-@pytest.mark.parametrize("size", [(40, 50), (12, 90), (16, 16)])
+@pytest.mark.parametrize("size", [(40, 50), (12, 90), (16, 16), (1, 90), (90, 1)])
 def test_pieces_of_a_pixelwise_model_make_the_whole(size: tuple[int, int]) -> None:
     item = {"image": torch.randint(0, 256, (3, *size), dtype=torch.uint8)}
     whole = PixelWise()([item])[0]["sem_seg"]
