@@ -278,7 +278,10 @@ def _recipe(loader: TrainLoader) -> list[Any]:
 
 
 def _plain(value: Any, depth: int = 12) -> Any:
-    """An object as nested tuples of plain values, equal for objects that were made alike."""
+    """An object as nested tuples of plain values, equal for objects that were made alike.
+
+    An object with a method ``recipe`` says itself what of it matters.
+    """
     if value is None or isinstance(value, (str, int, float, bool, bytes)):
         return value
     if isinstance(value, (torch.Tensor, np.ndarray)):
@@ -299,8 +302,11 @@ def _plain(value: Any, depth: int = 12) -> Any:
         return value.__module__, value.__qualname__, _plain([caught, value.__defaults__], depth - 1)
     if isinstance(value, types.MethodType):
         return value.__qualname__, _plain(value.__self__, depth - 1)
+    kind = type(value).__module__, type(value).__qualname__
+    if hasattr(value, "recipe"):
+        return *kind, _plain(value.recipe(), depth - 1)
     if hasattr(value, "__dict__"):
-        return type(value).__module__, type(value).__qualname__, _plain(vars(value), depth - 1)
+        return *kind, _plain(vars(value), depth - 1)
     return id(value)
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import signal
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 
@@ -101,8 +103,11 @@ def test_two_detection_heads_on_one_stream_equal_those_trained_alone(detection: 
     ]  # fmt: skip
     args = joint.parse(["--config-files", *map(str, files), "--output", str(tmp_path / "joint")])
     heads = joint.build_heads(args)
+    second = weakref.ref(heads[1].backbones[0].inner)
     run = JointTraining(heads)
+    gc.collect()
     assert heads[0].backbones[0] is heads[1].backbones[0] and run.backbones == [[0, 1]]
+    assert second() is None  # its memory is free
     results = run()
     # 6 iterations of a, 4 of them shared with b
     assert (run.memory.passes, run.memory.reused) == (6, 4)

@@ -112,6 +112,11 @@ class ClipMapper:
             return self._bad(record, reason)
         return {**_about(record), "video": video, "frame_indices": clip.indices.tolist()}
 
+    def recipe(self) -> dict[str, Any]:
+        """What decides the samples: not where bad files are noted, nor the process that decodes."""
+        others = ("bad_clips", "decoder")
+        return {"reading": self.decoder.reading, **{k: v for k, v in vars(self).items() if k not in others}}
+
     def views(
         self, path: str, plan: SamplingPlan, random: np.random.Generator
     ) -> tuple[torch.Tensor, DecodedClip]:
