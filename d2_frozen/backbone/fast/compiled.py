@@ -1,21 +1,121 @@
 """MODEL.FROZEN.COMPILE: the same network with less between its large operations.
 
-CUDA, Swin: graphs.py (its kernels are fused already; what is left is the time that Python takes to start them).
-Everything else: torch.compile, which needs a C++ compiler on CPU.
+- Swin on CUDA: its kernels are fused already; what is left is the time that Python takes to start them, so that each
+  image size is recorded as a graph (graphs.py).
+- Swin on CPU: what lies between GEMMs and attention becomes one loop each. These loops depend on the number of tokens
+  only, so that a new image size compiles nothing.
+- Everything else: torch.compile of the whole, with weights as constants on CPU. The second size compiles again, for any
+  size.
 """
 
 from __future__ import annotations
 
+import os
+import shutil
+import types
+from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from d2_frozen.backbone.fast.graphs import GraphPerSize
-from d2_frozen.backbone.fast.swin import FastSwin
+from d2_frozen.backbone.fast.layouts import WindowLayout
+from d2_frozen.backbone.fast.swin import Block, FastSwin
 
 
-def compiled_network(network: Any, device: torch.device) -> Any:
-    """``network`` compiled for ``device``; its weights must not change any more."""
-    if isinstance(network, FastSwin) and device.type == "cuda":
+def compiled_network(network: Any, device: torch.device) -> nn.Module:
+    """``network`` compiled for ``device``; its weights must not change any more.
+
+    Raises:
+        RuntimeError: there is no C++ compiler, which CPU needs.
+    """
+    if device.type == "cpu":
+        _require_compiler()
+    if not isinstance(network, FastSwin):
+        return _CompiledWhole(network)
+    if device.type == "cuda":
         return GraphPerSize(network)
-    return torch.compile(network)
+    loops: dict[tuple, _Loops] = {}
+    for block in network.blocks():
+        key = (block.heads, block.width, block.cosine)
+        if key not in loops:
+            loops[key] = _Loops(*key)
+        block.loops = loops[key]
+    return network
+
+
+class _CompiledWhole(nn.Module):
+    def __init__(self, network: Any) -> None:
+        super().__init__()
+        self.network = network
+        self.compiled: Any = torch.compile(network)
+
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        """(B, 3, H, W) -> {name: (B, C, h, w)}."""
+        with torch._inductor.config.patch(freezing=images.device.type == "cpu"):
+            return self.compiled(images)
+
+
+class _Loops:
+    """The loops of blocks of one width."""
+
+    def __init__(self, heads: int, width: int, cosine: bool) -> None:
+        def queries_keys_values(
+            qkv: Tensor, into: Tensor, padding: Tensor | None, bias: Tensor | None, scale: Tensor
+        ) -> tuple[Tensor, Tensor, Tensor]:
+            rows = qkv[into]
+            if padding is not None:
+                rows = torch.where(padding[:, None], torch.zeros_like(qkv[0]) if bias is None else bias, rows)
+            q, k, v = rows.view(-1, 3, heads, width).unbind(1)
+            if cosine:
+                q_long = q.float().square().sum(-1, keepdim=True).sqrt().clamp(min=1e-12)
+                k_long = k.float().square().sum(-1, keepdim=True).sqrt().clamp(min=1e-12)
+                q, k = q.float() * (scale[:, None] / q_long), k.float() / k_long
+            return q.to(qkv.dtype).contiguous(), k.to(qkv.dtype).contiguous(), v.contiguous()
+
+        def add_normalised(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+            return x + F.layer_norm(y, (heads * width,), weight, bias, eps)
+
+        self._queries_keys_values = _compiled_for_any_rows(queries_keys_values)
+        self._add_normalised = _compiled_for_any_rows(add_normalised)
+
+    def queries_keys_values(self, block: Block, qkv: Tensor, layout: WindowLayout) -> tuple[Tensor, ...]:
+        """(B * h * w, 3 C) -> three of (windows, heads, N, d)."""
+        parts = self._queries_keys_values(
+            _any_rows(qkv),
+            _any_rows(layout.into),
+            _any_rows(layout.padding),
+            block.qkv.bias,
+            block.head_scale,
+        )
+        length = block.window[0] * block.window[1]
+        return tuple(t.view(-1, length, block.heads, block.width).transpose(1, 2) for t in parts)
+
+    def add_normalised(self, x: Tensor, y: Tensor, norm: nn.LayerNorm) -> Tensor:
+        """x + norm(y), (B * h * w, C)."""
+        return self._add_normalised(_any_rows(x), _any_rows(y), norm.weight, norm.bias, norm.eps)
+
+
+def _compiled_for_any_rows(function: Callable) -> Callable:
+    """torch.compile with a code object of its own: what is compiled for one width does not count for another."""
+    own: Any = types.FunctionType(
+        function.__code__.replace(), function.__globals__, function.__name__, None, function.__closure__
+    )
+    return torch.compile(own)
+
+
+def _any_rows(tensor: Any) -> Any:
+    if tensor is not None:
+        torch._dynamo.maybe_mark_dynamic(tensor, 0)
+    return tensor
+
+
+def _require_compiler() -> None:
+    names = [name for name in (os.environ.get("CXX"), "g++", "clang++") if name]
+    if not any(shutil.which(name) for name in names):
+        raise RuntimeError(
+            f"MODEL.FROZEN.COMPILE needs a C++ compiler on CPU, but there is none of {', '.join(names)}. Install one "
+            "(apt install g++), or set MODEL.FROZEN.COMPILE to False."
+        )

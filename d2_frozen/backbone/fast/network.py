@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from d2_frozen.backbone.fast.compiled import compiled_network
 from d2_frozen.backbone.fast.folding import folded_copy
 from d2_frozen.backbone.fast.sharing import convert_tensors, with_shared_tensors
-from d2_frozen.backbone.fast.swin import fast_swin
+from d2_frozen.backbone.fast.swin import FastSwin, fast_swin
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -34,6 +34,9 @@ def fast_network(inner: nn.Module, precision: str, device: torch.device, compile
     if dtype != torch.float32:
         network = with_shared_tensors(inner) if network is inner else network
         convert_tensors(network, device, dtype)
+        if isinstance(network, FastSwin) and device.type == "cpu":
+            for block in network.blocks():
+                block.pack()
     if compile:
         network = compiled_network(network, device)
     return network if dtype == torch.float32 else _InPrecision(network, dtype)

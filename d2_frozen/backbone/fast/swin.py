@@ -13,6 +13,7 @@ Weights are those of the network, not copies, where precision and device are the
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from torch import Tensor, nn
 
 from d2_frozen.backbone.fast.kernels import attend_by_torch, kernels_work
 from d2_frozen.backbone.fast.layouts import Bounded, Size, WindowLayout, window_layout, window_masks
+from d2_frozen.backbone.fast.packed import pack
 from d2_frozen.backbone.fast.sharing import with_shared_tensors
 from d2_frozen.backbone.swin_v2 import PadsBeforeShift, SwinBlock, SwinV2Block
 from d2_frozen.backbone.swin_v2_giant import BlockWithMainNorm
@@ -65,6 +67,11 @@ class FastSwin(nn.Module):
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         """(B, 3, H, W) -> {name: (B, C, h, w)}, in memory channels last."""
         return self.run(images, self.prepare(images))
+
+    def blocks(self) -> Iterator[Block]:
+        """All blocks in the order of the forward pass."""
+        for stage in self.stages:
+            yield from stage.blocks
 
     def prepare(self, images: Tensor) -> list[list[WindowLayout]]:
         """The layout of each block for images of this size."""
@@ -143,7 +150,7 @@ class _Merging(nn.Module):
 
 class _Stage(nn.Module):
     merging: _Merging | None
-    blocks: Any  # a ModuleList of _Block
+    blocks: Any  # a ModuleList of Block
 
     def __init__(self, stage: Any) -> None:
         super().__init__()
@@ -151,14 +158,15 @@ class _Stage(nn.Module):
         merges = not isinstance(stage.downsample, nn.Identity)
         norm_first = isinstance(first, SwinTransformerBlock)
         self.merging = _Merging(stage.downsample, norm_first) if merges else None
-        self.blocks = nn.ModuleList(_Block(block) for block in stage.blocks)
+        self.blocks = nn.ModuleList(Block(block) for block in stage.blocks)
 
 
-class _Block(nn.Module):
+class Block(nn.Module):
     """One block of either network, on tokens in the order of the map."""
 
     in_float32 = ("head_scale",)  # a kernel reads it, and 100 in bfloat16 may be 0.2 off
 
+    qkv: Any  # a linear layer; packed.py may put another in its place
     qk_scale: Tensor
     head_scale: Tensor
     bias: Tensor
@@ -171,10 +179,13 @@ class _Block(nn.Module):
         self.shift: Size = tuple(block.shift_size)
         self.pad_first = isinstance(block, PadsBeforeShift)
         self.heads = attention.num_heads
+        self.loops: Any = None  # compiled.py's
         self.qkv = _linear(attention.qkv.weight, _qkv_bias(attention))
         self.proj, self.fc1, self.fc2 = attention.proj, block.mlp.fc1, block.mlp.fc2
         self.act = block.mlp.act
-        self.gelu = type(self.act) is nn.GELU and self.fc1.bias is not None
+        # torch's, or timm's, which is the same function.
+        exact = type(self.act).__name__ == "GELU" and getattr(self.act, "approximate", "none") == "none"
+        self.gelu = exact and self.fc1.bias is not None
         self.norm1, self.norm2 = block.norm1, block.norm2
         self.norm3 = getattr(block, "norm3", None)  # SwinV2-G's, on the main branch
         self.width = self.proj.in_features // self.heads
@@ -197,12 +208,20 @@ class _Block(nn.Module):
         attention = self.attention_by_kernel if kernels else self.attention
         if self.cosine:
             add = _add_normalised_by_kernel if kernels else _add_normalised
+            if self.loops is not None:
+                add = self.loops.add_normalised
             x = add(x, attention(x, layout), self.norm1)
             x = add(x, self.mlp(x), self.norm2)
         else:
             x = x + attention(self.norm1(x), layout)
             x = x + self.mlp(self.norm2(x))
         return x if self.norm3 is None else self.norm3(x)
+
+    def pack(self) -> None:
+        """Weights as oneDNN wants them, for low precision on CPU."""
+        self.qkv, self.proj, self.fc2 = pack(self.qkv), pack(self.proj), pack(self.fc2)
+        if self.gelu:
+            self.fc1, self.act = pack(self.fc1, gelu=True), nn.Identity()
 
     def mlp(self, x: Tensor) -> Tensor:
         if self.gelu and x.is_cuda and x.dtype != torch.float32 and type(self.fc1) is nn.Linear:
@@ -213,11 +232,14 @@ class _Block(nn.Module):
 
     def attention(self, x: Tensor, layout: WindowLayout) -> Tensor:
         """(B * h * w, C) -> the same, each token from the tokens of its window."""
-        x = x[layout.into]
-        if layout.padding is not None:
-            x = x.masked_fill(layout.padding[:, None], 0.0)
-        qkv = self.qkv(x).view(-1, self.window[0] * self.window[1], 3, self.heads, self.width)
-        q, k, v = self._queries_keys_values(qkv)  # (windows, heads, N, d) each
+        if self.loops is not None:
+            q, k, v = self.loops.queries_keys_values(self, self.qkv(x), layout)
+        else:
+            x = x[layout.into]
+            if layout.padding is not None:
+                x = x.masked_fill(layout.padding[:, None], 0.0)
+            qkv = self.qkv(x).view(-1, self.window[0] * self.window[1], 3, self.heads, self.width)
+            q, k, v = self._queries_keys_values(qkv)  # (windows, heads, N, d) each
         out = attend_by_torch(q, k, v, self.bias, layout.kinds, self.scale)
         return self.proj(out[layout.out_of])
 

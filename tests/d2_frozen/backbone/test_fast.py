@@ -3,6 +3,7 @@
 import copy
 import importlib.util
 import os
+import shutil
 import subprocess
 import sys
 
@@ -21,12 +22,13 @@ CPU = torch.device("cpu")
 SMALL = dict(embed_dim=32, depths=(2, 2, 2, 2), num_heads=(1, 2, 4, 8))
 
 
-def network(name, final_norm=False, **arguments):
+def network(name, final_norm=False, out_features=("res2", "res3", "res4", "res5"), **arguments):
     """A network whose every tensor matters: none left at 0 or 1, as some start."""
     torch.manual_seed(0)
-    backbone = (
-        create_timm_backbone(name, arguments=arguments, final_norm=final_norm).eval().requires_grad_(False)
+    backbone = create_timm_backbone(
+        name, out_features=out_features, arguments=arguments, final_norm=final_norm
     )
+    backbone.eval().requires_grad_(False)
     for tensor in [*backbone.parameters(), *(b for n, b in backbone.named_buffers() if "running" in n)]:
         if tensor.dim() == 1:
             tensor.copy_(
@@ -227,6 +229,27 @@ def test_low_precision_is_close(name, precision, relative):
     assert all(torch.equal(t, before[n]) for n, t in backbone.state_dict().items())
     assert_same_maps(low, backbone(batch), relative)
     assert all(m.dtype == torch.float32 and m.is_contiguous() and not m.is_inference() for m in low.values())
+
+
+@pytest.mark.skipif(
+    not any(map(shutil.which, ("g++", "clang++"))), reason="torch.compile needs a C++ compiler on CPU"
+)
+@pytest.mark.parametrize(("precision", "relative"), [("fp32", 1e-5), ("bf16", 0.05)])
+def test_compiled_swin_compiles_nothing_at_a_new_size(precision, relative):
+    """Whole windows first, then padded ones, then only sizes of those kinds."""
+    backbone = network("swinv2_tiny_window8_256", out_features=["res2"], **SMALL, window_size=5)
+    wrapped = FrozenBackbone(backbone, precision, compile=True)
+    sizes = [(160, 160), (64, 96), (160, 320), (96, 96), (320, 160), (64, 256)]
+    for number, size in enumerate(sizes):
+        batch = images(*size)
+        with torch._dynamo.config.patch(error_on_recompile=number > 1):
+            assert_same_maps(wrapped(batch), backbone(batch), relative)
+
+
+def test_without_a_compiler_the_error_says_so(monkeypatch):
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    with pytest.raises(RuntimeError, match="MODEL.FROZEN.COMPILE needs a C\\+\\+ compiler"):
+        FrozenBackbone(network("resnet18"), compile=True)(images(32, 32))
 
 
 def test_low_precision_keeps_its_originals_out_of_the_accelerator():
