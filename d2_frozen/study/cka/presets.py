@@ -200,28 +200,38 @@ def _video_blocks(names: Sequence[str]) -> list[Panel]:
 
 
 # Blocks of timm's and Detectron2's networks, and the maps that they give.
-_BLOCK = r"backbone(?:\.bottom_up)*\.(?:.+\.)?(?:blocks\.\d+|layer\d\.\d+|stages[._]\d\.\d+|res[2-5]\.\d+)"
-_BACKBONE = rf"{_BLOCK}|backbone(?:\.bottom_up)*\[(?:res\d|plain)\]"
+_BLOCK = r"backbone((?:\.bottom_up)*)\.(?:network\.)?((?:.+\.)?(?:blocks\.\d+|layer\d\.\d+|stages[._]\d\.\d+|res[2-5]\.\d+))"
+_MAP = r"backbone((?:\.bottom_up)*)\[(\w+)\]"
 
 
 def _backbone(names: Sequence[str]) -> list[Panel]:
-    layers = {name: re.sub(r"^backbone(\.bottom_up)*\.?(network\.)?", "", name) for name in names}
-    if not layers:
-        return []
-    same: list[list[Pair]] = [[(name, name) for name in layers]]
-    labels = list(layers.values())
-    return [
-        Panel("Backbone: the same layer of two models", ["same layer"], labels, same),
-        Panel.all_pairs("Backbone: layers of the first model (rows) and of the other", layers, layers),
-    ]
+    for pattern in (_BLOCK, _MAP):
+        found = _in_order(pattern, names)
+        # The innermost network: what stands on it may have such names too.
+        inner = max((prefix for prefix, _ in found), key=len, default="")
+        layers = {name: label for (prefix, label), name in found.items() if prefix == inner}
+        if layers:
+            same: list[list[Pair]] = [[(name, name) for name in layers]]
+            labels = list(layers.values())
+            return [
+                Panel("Backbone: the same layer of two models", ["same layer"], labels, same),
+                Panel.all_pairs(
+                    "Backbone: layers of the first model (rows) and of the other", layers, layers
+                ),
+            ]
+    return []
 
 
 def _found(pattern: str, names: Sequence[str]) -> dict[tuple[str, ...], str]:
     """What the groups of ``pattern`` hold -> the name; numbers in their order, not as text."""
-    fits = re.compile(pattern).fullmatch
-    found = {match.groups(default=""): name for name in names if (match := fits(name))}
+    found = _in_order(pattern, names)
     order = sorted(found, key=lambda groups: [_number(text) for text in groups])
     return {groups: found[groups] for groups in order}
+
+
+def _in_order(pattern: str, names: Sequence[str]) -> dict[tuple[str, ...], str]:
+    fits = re.compile(pattern).fullmatch
+    return {match.groups(default=""): name for name in names if (match := fits(name))}
 
 
 def _number(text: str) -> tuple[str, int]:
@@ -262,7 +272,7 @@ PRESETS = {
     ),
     "backbone": Preset(
         "the same layers of two models, for instance frozen and fine-tuned",
-        _BACKBONE,
+        f"{_BLOCK}|{_MAP}",
         _backbone,
         two_models=True,
     ),

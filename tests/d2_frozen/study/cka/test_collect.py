@@ -204,3 +204,17 @@ def test_modules_inside_a_frozen_backbone_are_seen() -> None:
         grams = collector.grams(images)
     torch.testing.assert_close(grams["backbone.conv"].matrix, grams["backbone[res2]"].matrix)
     assert "forward" not in vars(model.backbone)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_on_a_gpu_as_on_the_cpu() -> None:
+    model, images = Model(), batch((9, 30, 1, 2))
+    with GramCollector(model, anything, rois=5) as collector:
+        here = collector.grams(images)
+    model.cuda()
+    with GramCollector(model, anything, rois=5) as collector:
+        there = collector.grams([{key: value.cuda() for key, value in one.items()} for one in images])
+    assert here.keys() == there.keys()
+    for name, gram in here.items():
+        assert there[name].matrix.device.type == "cpu"
+        torch.testing.assert_close(there[name].matrix, gram.matrix, rtol=1e-2, atol=1e-2)  # TF32

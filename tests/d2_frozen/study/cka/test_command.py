@@ -14,6 +14,7 @@ from d2_frozen import train_net
 from d2_frozen.engine import FrozenCheckpointer
 from d2_frozen.study.__main__ import main
 from d2_frozen.study.cka import inputs, measure
+from d2_frozen.study.cka.presets import PRESETS
 from detectron2.utils.env import seed_all_rng
 
 ONE_LAYER = ("MODEL.BIFPN.NUM_LAYERS", "2")
@@ -107,15 +108,33 @@ def test_list_prints_names_shapes_and_examples(cka, capsys: pytest.CaptureFixtur
 def test_the_same_layers_of_two_models(cka, tmp_path: Path, tiny_config: Path) -> None:
     """The same pretrained backbone, frozen and not: equal before training, whatever stands on it."""
     shipped = ("MODEL.TIMM.PRETRAINED", "d2_frozen://swinv2_pico_fdsl.safetensors")
-    other = ["MODEL.BACKBONE.FREEZE", "none", "MODEL.NECK.NAME", "FPN", *shipped]
+    other = ["MODEL.BACKBONE.FREEZE", "none", *shipped]
     flags = ["--other-config-file", str(tiny_config), "--other-options", *other]
     assert cka("backbone", *flags, options=shipped) == 0
     same, pairs = result(tmp_path, "backbone")["panels"]
     np.testing.assert_allclose(same["cka"], 1, atol=1e-9)
-    assert "layers.3.blocks.1" in same["columns"] and "[res5]" in same["columns"]
-    assert len(same["columns"]) == 10 + 4
+    stages = [(0, 2), (1, 2), (2, 4), (3, 2)]  # the depths of this network
+    assert same["columns"] == [f"layers.{s}.blocks.{i}" for s, depth in stages for i in range(depth)]
     np.testing.assert_allclose(np.diag(np.array(pairs["cka"])), 1, atol=1e-9)
     assert cka("backbone") == 2
+
+
+def test_layers_of_a_backbone_are_those_of_its_innermost_network() -> None:
+    panels = PRESETS["backbone"].comparison().panels
+    neck = ["backbone.projections.res2.0", "backbone.bottom_up[res2]", "backbone[p2]"]
+    for layers in (
+        ["res2.0", "res2.10"],
+        ["network.blocks.0"],
+        ["network.stages_1.blocks.0"],
+        ["network.layer1.0"],
+    ):
+        names = [f"backbone.bottom_up.{layer}" for layer in layers]
+        assert [pair[0] for pair in panels(names + neck, names + neck)[0].pairs[0]] == names  # type: ignore[index]
+    plain = ["backbone.bottom_up.bottom_up.network.blocks.1", "backbone.bottom_up.stages.0.1"]
+    assert panels(plain, plain)[0].columns == ["blocks.1"]
+    assert panels(neck[1:], neck[1:])[0].columns == ["res2"]  # nothing but maps
+    alone = ["backbone.network.layers.0.blocks.1"]  # no neck
+    assert panels(alone, alone)[0].columns == ["layers.0.blocks.1"]
 
 
 def test_an_interrupted_run_writes_what_it_has(cka, tmp_path: Path, monkeypatch) -> None:
