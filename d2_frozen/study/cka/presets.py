@@ -200,7 +200,10 @@ def _video_blocks(names: Sequence[str]) -> list[Panel]:
 
 
 # Blocks of timm's and Detectron2's networks, and the maps that they give.
-_BLOCK = r"backbone((?:\.bottom_up)*)\.(?:network\.)?((?:.+\.)?(?:blocks\.\d+|layer\d\.\d+|stages[._]\d\.\d+|res[2-5]\.\d+))"
+_BLOCK = (
+    r"backbone((?:\.bottom_up)*)\.(?:network\.)?"
+    r"((?:.+\.)?(?:blocks\.\d+|layer\d\.\d+|stages[._]\d\.\d+|res[2-5]\.\d+))"
+)
 _MAP = r"backbone((?:\.bottom_up)*)\[(\w+)\]"
 
 

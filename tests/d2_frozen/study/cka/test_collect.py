@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import weakref
 
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -110,6 +111,21 @@ def test_stages_have_the_same_examples_and_other_boxes_have_others() -> None:
     assert grams["mask_head"].kind not in (grams["head"].kind, IMAGE)
     with GramCollector(Model(), anything) as other:
         assert other.grams(batch())["head"].kind != grams["head"].kind
+
+
+def test_a_second_map_cropped_at_the_same_boxes_has_the_same_examples() -> None:
+    class WithSemanticMap(Model):
+        def forward(self, batch: list[dict]) -> list[dict]:
+            x = torch.stack([one["image"] for one in batch])
+            boxes = [Boxes(one["boxes"]) for one in batch]
+            self.head(
+                self.box_pooler([x], boxes) + self.mask_pooler([x], [Boxes(b.tensor.clone()) for b in boxes])
+            )
+            return [{} for _ in batch]
+
+    with GramCollector(WithSemanticMap(), anything) as collector:
+        grams = collector.grams(batch())
+    assert grams["box_pooler"].kind == grams["mask_pooler"].kind == grams["head"].kind
 
 
 def test_some_rois_of_an_image_are_drawn_the_same_for_all_stages() -> None:
