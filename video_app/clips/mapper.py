@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from d2_frozen.caching import SLOT, FeatureCache, Slot
 from detectron2.config import CfgNode
 from video_app.clips.bad_clips import BadClips
 from video_app.clips.crops import TrainCrop, view_crops
@@ -28,7 +29,12 @@ class ClipMapper:
 
     A bad file is noted in ``bad_clips`` and then: in training the answer is None, for which the loader draws another
     video; in testing it is a sample without "video" but with "bad", the reason, which counts as wrong.
+
+    While ``cache`` is set, training samples get a slot in it, and a video whose features are there is not read: its
+    "video" is zeros of the right size that take no memory.
     """
+
+    cache: FeatureCache | None = None
 
     def __init__(
         self,
@@ -48,6 +54,7 @@ class ClipMapper:
             size_px: side of the square views.
             strict: raise on a bad file.
         """
+        self.reading = reading
         self.decoder = ClipDecoder(reading)
         self.plan = plan
         self.bad_clips = bad_clips
@@ -99,10 +106,14 @@ class ClipMapper:
             BadClip: with ``strict``, for a file that cannot be read.
         """
         # Both are drawn before the file is read, so that a draw does not depend on what is in it.
-        random = np.random.default_rng(np.random.randint(0, 2**31, size=4))
+        drawn = np.random.randint(0, 2**31, size=4)
+        random = np.random.default_rng(drawn)
         plan = self.plan.drawn(random) if self.train_crop is not None else self.plan
         path = record["file_name"]
         reason = self.bad_clips.reason(path)
+        slot = self._slot(path, drawn) if reason is None else None
+        if slot is not None and slot.place is not None and not self.cache.wants_pixels:
+            return {**_about(record), **dict(slot.about or {}), "video": self._placeholder(), SLOT: slot}
         if reason is None:
             try:
                 video, clip = self.views(path, plan, random)
@@ -110,7 +121,21 @@ class ClipMapper:
                 reason = str(err)
         if reason is not None:
             return self._bad(record, reason)
-        return {**_about(record), "video": video, "frame_indices": clip.indices.tolist()}
+        sample = {**_about(record), "video": video, "frame_indices": clip.indices.tolist()}
+        if slot is not None:
+            sample[SLOT] = slot._replace(about={"frame_indices": sample["frame_indices"]})
+        return sample
+
+    def _slot(self, path: str, drawn: np.ndarray) -> Slot | None:
+        """Frames and crop follow from the file, these settings, and the numbers that were drawn."""
+        if self.cache is None or self.train_crop is None:
+            return None
+        how = (self.reading.reader, self.reading.short_side_px, self.reading.folder_fps)
+        return self.cache.look_up(path, [how, self.plan, self.train_crop, self.size_px, self.bgr, drawn])
+
+    def _placeholder(self) -> torch.Tensor:
+        zero = torch.zeros((), dtype=torch.uint8)
+        return zero.expand(1, self.plan.frames, 3, self.size_px, self.size_px)
 
     def recipe(self) -> dict[str, Any]:
         """What decides the samples: not where bad files are noted, nor the process that decodes."""

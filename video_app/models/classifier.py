@@ -89,10 +89,12 @@ class FramesBackbone(nn.Module):
     def maps(self, clips: Tensor) -> dict[str, Tensor]:
         """(B, T, 3, H, W) uint8 -> {name: (B, T, C, h, w)}; every frame alone, a part of them at a time."""
         B, T = clips.shape[:2]
-        frames = clips.flatten(0, 1)
         # A network that trains keeps what it computes for its backward pass; passes would save nothing.
         keeps = torch.is_grad_enabled() and any(p.requires_grad for p in self.backbone.parameters())
-        passes = frames.split(len(frames) if keeps else self.frames_per_pass)
+        per_pass = B * T if keeps else self.frames_per_pass
+        # Whole clips, or parts of one: what is computed of a clip does not depend on its place in the batch.
+        some = clips.split(max(1, per_pass // T))
+        passes = [part for one in some for part in one.flatten(0, 1).split(per_pass)]
         parts = [self.backbone(self._normalised(part)) for part in passes]
         return {
             name: torch.cat([part[name] for part in parts]).unflatten(0, (B, T)) for name in self.features
