@@ -25,6 +25,7 @@ from d2_frozen.benchmarks.measuring import write_json
 # Comparison -> its module, imported only when it is asked for, as some are an app's. The module has a function
 # main(arguments: list of str) -> dict: it reads its own options, prints tables and returns what --json writes.
 COMPARISONS = {
+    "cache": "d2_frozen.benchmarks.caching",
     "forward": "d2_frozen.benchmarks.forward",
     "one_pass": "d2_frozen.benchmarks.one_pass",
     "deformable": "seg_app.benchmarks.deformable",

@@ -78,13 +78,13 @@ class Builder:
         self.model: nn.Module = trainer.build_model(cfg).train()
         FrozenCheckpointer(self.model, cfg.OUTPUT_DIR).resume_or_load(cfg.MODEL.WEIGHTS, resume=False)
         loader = trainer.build_train_loader(cfg)
-        cache = serve_features(cfg, self.model, loader)
-        if cache is None:
+        service = serve_features(cfg, self.model, loader)
+        if service is None or service.cache is None:
             raise ValueError(
                 "MODEL.FROZEN.CACHE.DIR is empty: there is nowhere to build. Set it, and VIEWS, in the config or "
                 "behind the command: MODEL.FROZEN.CACHE.DIR cache MODEL.FROZEN.CACHE.VIEWS 8."
             )
-        self.cfg, self.loader, self.cache = cfg, loader, cache
+        self.cfg, self.loader, self.service, self.cache = cfg, loader, service, service.cache
         images, views = len(loader.dataset), cfg.MODEL.FROZEN.CACHE.VIEWS
         # View by view: a cache that is built in part serves whole passes over the data.
         places = [Place(view * images + index, index) for view in range(views) for index in range(images)]
@@ -107,7 +107,7 @@ class Builder:
             if slot.place is not None:
                 present += 1
             elif slot.key and not statistics.full:
-                compute_features(self.model, sample)
+                compute_features(self.service, sample)
             size_told = size_told or self._tell_size(count)
             note = f"{present} were there  written {gib(statistics.written_bytes)}"
             progress(count, len(self.places), note, skipped=present)

@@ -9,67 +9,101 @@ were computed now or read.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from d2_frozen.caching import FEATURES, SLOT, FeatureCache
 
+if TYPE_CHECKING:
+    from d2_frozen.backbone.frozen import FrozenBackbone
+
 Compute = Callable[[Tensor], Mapping[str, Tensor]]
 Sample = Mapping[str, Any]
 
 
-class SampleFeatures:
-    """Set it as ``FrozenBackbone.by_sample``, and call :meth:`watch` on the model around it.
+class FeatureService:
+    """Tells the frozen backbone of a model, batch by batch in training, where its images come from.
 
     Args:
+        model: is called with a list of samples, and has ``preprocess_image`` if these are images.
+        frozen: the backbone in it.
         cache: stores what is computed; None computes all, sample by sample.
         names: the maps that the neck or head takes; others are left out. All if None.
     """
 
-    def __init__(self, cache: FeatureCache | None = None, names: Sequence[str] | None = None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        frozen: FrozenBackbone,
+        cache: FeatureCache | None = None,
+        names: Sequence[str] | None = None,
+    ) -> None:
+        self.model = model
+        self.frozen = frozen
         self.cache = cache
         self.names = None if names is None else tuple(names)
-        self._samples: list[Sample] = []
+        self._sizes: dict[tuple[int, int], tuple[int, int]] = {}
+        self._hooks = [
+            model.register_forward_pre_hook(self._before),
+            model.register_forward_hook(self._after, always_call=True),
+        ]
+
+    @contextlib.contextmanager
+    def serving(self, samples: Sequence[Sample]) -> Iterator[None]:
+        """Within, the images that the backbone gets are those of these samples, in this order."""
+        self.frozen.by_sample = Batch(samples, self._padded_hw, self.cache, self.names)
+        try:
+            yield
+        finally:
+            self.frozen.by_sample = None
+
+    def remove(self) -> None:
+        """The model is again as it was."""
+        for hook in self._hooks:
+            hook.remove()
+
+    def _before(self, module: nn.Module, arguments: tuple[Any, ...]) -> None:
+        if module.training:
+            self.frozen.by_sample = Batch(arguments[0], self._padded_hw, self.cache, self.names)
+
+    def _after(self, *_: Any) -> None:
+        self.frozen.by_sample = None
+
+    def _padded_hw(self, sample: Sample) -> tuple[int, int]:
+        own = tuple(sample["image"].shape[-2:])
+        if own not in self._sizes:
+            batch = self.model.preprocess_image([sample])  # type: ignore[operator]
+            self._sizes[own] = tuple(batch.tensor.shape[-2:])
+        return self._sizes[own]
+
+
+class Batch:
+    """Samples whose images a backbone is about to get; ``FrozenBackbone.by_sample`` while they come.
+
+    Args:
+        padded_hw: height and width to which a sample's image is padded when it is alone.
+        cache, names: as in :class:`FeatureService`.
+    """
+
+    def __init__(
+        self,
+        samples: Sequence[Sample],
+        padded_hw: Callable[[Sample], tuple[int, int]],
+        cache: FeatureCache | None = None,
+        names: Sequence[str] | None = None,
+    ) -> None:
+        self.cache = cache
+        self.names = names
+        self._samples = list(samples)
+        self._padded_hw = padded_hw
         self._next = 0
         # Of the next sample: how many of its images came already, and what was computed of them.
         self._row = 0
         self._begun: list[Mapping[str, Tensor]] = []
-        self._padded_hw: Callable[[Sample], tuple[int, int]] = lambda sample: tuple(
-            sample["image"].shape[-2:]
-        )
-
-    @property
-    def announced(self) -> bool:
-        """Is there a batch whose images will come?"""
-        return self._next < len(self._samples)
-
-    def watch(self, model: nn.Module) -> None:
-        """Let the model announce each training batch, a list of samples, when it is called."""
-        padded_hw = padded_hw_of(model)
-
-        def before(module: nn.Module, arguments: tuple[Any, ...]) -> None:
-            self.announce(arguments[0] if module.training else [], padded_hw)
-
-        def after(*_: Any) -> None:
-            self.announce([])
-
-        model.register_forward_pre_hook(before)
-        model.register_forward_hook(after, always_call=True)
-
-    def announce(
-        self, samples: Sequence[Sample], padded_hw: Callable[[Sample], tuple[int, int]] | None = None
-    ) -> None:
-        """The next images are those of these samples, in this order.
-
-        Args:
-            padded_hw: height and width to which a sample's image is padded when it is alone.
-        """
-        self._samples, self._next, self._row, self._begun = list(samples), 0, 0, []
-        if padded_hw is not None:
-            self._padded_hw = padded_hw
 
     def __call__(self, images: Tensor, compute: Compute, dtype: torch.dtype) -> dict[str, Tensor]:
         """(B, 3, H, W) normalised images -> maps of B rows in ``dtype``. A batch may come in several calls.
@@ -80,7 +114,7 @@ class SampleFeatures:
         parts: list[Mapping[str, Tensor]] = []
         at = 0
         while at < len(images):
-            if not self.announced:
+            if self._next == len(self._samples):
                 raise ValueError(
                     f"the backbone got {len(images)} images, {len(images) - at} more than the samples of the batch "
                     "have. With MODEL.FROZEN.CACHE.VIEWS above 0 it must get each image of a batch once, and in order."
@@ -116,19 +150,6 @@ class SampleFeatures:
         if len(self._begun) > 1:
             whole = {name: torch.cat([part[name] for part in self._begun]) for name in whole}
         self.cache.put(slot, whole)
-
-
-def padded_hw_of(model: nn.Module) -> Callable[[Sample], tuple[int, int]]:
-    """For a model with ``preprocess_image``: to which height and width is the image of a sample padded alone?"""
-    sizes: dict[tuple[int, int], tuple[int, int]] = {}
-
-    def padded_hw(sample: Sample) -> tuple[int, int]:
-        own = tuple(sample["image"].shape[-2:])
-        if own not in sizes:
-            sizes[own] = tuple(model.preprocess_image([sample]).tensor.shape[-2:])  # type: ignore[operator]
-        return sizes[own]
-
-    return padded_hw
 
 
 def rows_of(sample: Sample) -> int:

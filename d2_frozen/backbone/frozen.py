@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from d2_frozen.backbone.by_sample import SampleFeatures
+from d2_frozen.backbone.by_sample import Batch
 from d2_frozen.backbone.fast import PRECISIONS, fast_network
 from d2_frozen.backbone.stages import parameters_by_stage
 from detectron2.layers import ShapeSpec
@@ -103,8 +103,8 @@ class FrozenBackbone(_TransparentWrapper):
         self.precision = precision
         self.compile_forward = compile
         self.name: str = name or getattr(inner, "name", None) or type(inner).__name__
-        # What answers in this network's place, sample by sample, while a batch is announced to it (by_sample.py).
-        self.by_sample: SampleFeatures | None = None
+        # While a batch comes whose samples may bring features along: answers in this network's place (by_sample.py).
+        self.by_sample: Batch | None = None
         self._runner: nn.Module | None = None
         self._runner_state: tuple | None = None
         self._sha256 = ""
@@ -122,7 +122,7 @@ class FrozenBackbone(_TransparentWrapper):
 
     def __getstate__(self) -> dict:
         # deepcopy and pickle carry the originals only; the fast network is made again where it is needed.
-        return {**self.__dict__, "_runner": None, "_runner_state": None}
+        return {**self.__dict__, "_runner": None, "_runner_state": None, "by_sample": None}
 
     def train(self, mode: bool = True) -> FrozenBackbone:
         """Does nothing: a frozen backbone stays in eval mode."""
@@ -133,7 +133,7 @@ class FrozenBackbone(_TransparentWrapper):
         device = images.device.type
         outer = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else torch.float32
         with torch.no_grad(), torch.autocast(device, enabled=False):
-            if self.by_sample is not None and self.by_sample.announced:
+            if self.by_sample is not None:
                 return self.by_sample(images, self._compute, outer)
             return {name: feature.to(outer) for name, feature in self._compute(images).items()}
 

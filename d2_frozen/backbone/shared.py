@@ -54,7 +54,7 @@ class PassMemory:
 
     def _remembering(self, backbone: FrozenBackbone, forward: Callable[[Tensor], Maps]) -> Callable:
         def answer(images: Tensor) -> Maps:
-            if backbone.by_sample is not None and backbone.by_sample.announced:
+            if backbone.by_sample is not None:
                 return forward(images)  # where features are stored there are no pixels that could be compared
             kept = self._kept.setdefault(id(backbone), [])
             dtype = _autocast_dtype(images.device.type)

@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from d2_frozen.backbone import FrozenBackbone
-from d2_frozen.backbone.by_sample import SampleFeatures, padded_hw_of
+from d2_frozen.backbone.by_sample import FeatureService
 from d2_frozen.caching import FeatureCache, Space
 from d2_frozen.caching.features import DTYPES
 from d2_frozen.caching.keys import canonical
@@ -115,18 +115,14 @@ def maps_used(model: nn.Module) -> list[str]:
     return [name for name in names if name in wanted] or names
 
 
-def compute_features(model: nn.Module, sample: dict[str, Any]) -> None:
+def compute_features(service: FeatureService, sample: dict[str, Any]) -> None:
     """Run the frozen backbone for a sample, by which its features go into the cache; nothing else of the model."""
-    frozen = frozen_backbone_of(model)
-    assert frozen.by_sample is not None
-    frozen.by_sample.announce([sample], padded_hw_of(model))
-    try:
+    model: Any = service.model
+    with service.serving([sample]):
         if "video" in sample:
-            model.maps(sample["video"])  # type: ignore[operator]
+            model.maps(sample["video"])
         else:
-            frozen(model.preprocess_image([sample]).tensor)  # type: ignore[operator]
-    finally:
-        frozen.by_sample.announce([])
+            service.frozen(model.preprocess_image([sample]).tensor)
 
 
 def frozen_backbone_of(model: nn.Module) -> FrozenBackbone:
@@ -143,10 +139,11 @@ def frozen_backbone_of(model: nn.Module) -> FrozenBackbone:
     return found[0]
 
 
-def serve_features(cfg: CfgNode, model: nn.Module, loader: Iterable[Any]) -> FeatureCache | None:
+def serve_features(cfg: CfgNode, model: nn.Module, loader: Iterable[Any]) -> FeatureService | None:
     """Let a model take features from the cache and fill it, by what the samples of ``loader`` say.
 
-    With VIEWS above 0 and no DIR, the backbone only runs sample by sample.
+    With VIEWS above 0 and no DIR, the backbone only runs sample by sample. None without VIEWS. A service that the model
+    had before ends.
 
     Raises:
         ValueError: see :func:`check_cache_settings`; a loader or mapper that does not know of caches.
@@ -163,11 +160,12 @@ def serve_features(cfg: CfgNode, model: nn.Module, loader: Iterable[Any]) -> Fea
                 "that of d2_frozen.data.build_train_loader."
             )
         loader.use_cache(cache)
-    first = frozen.by_sample is None
-    frozen.by_sample = SampleFeatures(cache, maps_used(model))
-    if first:
-        frozen.by_sample.watch(model)
-    return cache
+    before = model.__dict__.get("feature_service")
+    if before is not None:
+        before.remove()
+    service = FeatureService(model, frozen, cache, maps_used(model))
+    model.__dict__["feature_service"] = service
+    return service
 
 
 class CacheReport(HookBase):

@@ -73,7 +73,8 @@ class FrozenTrainer(DefaultTrainer):
     def _batches(self, start_iteration: int) -> Iterable[Any]:
         loader = self.build_train_loader(self.cfg, start_iteration=start_iteration)
         # Only now, as a checkpoint may bring the weights of the frozen part.
-        self.feature_cache = serve_features(self.cfg, self.model_without_ddp, loader)
+        service = serve_features(self.cfg, self.model_without_ddp, loader)
+        self.feature_cache = service.cache if service is not None else None
         return loader
 
     @property
