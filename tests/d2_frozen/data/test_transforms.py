@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 from pycocotools import mask as coco_mask
 
 from d2_frozen.data import build_augmentations
@@ -127,3 +128,51 @@ def test_training_scale_is_relative_to_the_fitting_size(make_cfg):
 def test_bad_keys(make_cfg, pairs, message):
     with pytest.raises(ValueError, match=message):
         build_augmentations(make_cfg([], *pairs), is_train=True)
+
+
+def test_the_mapper_with_a_cache_gives_what_detectron2_gives(tmp_path, make_cfg):
+    """Same image, boxes and masks for the same draws; the record stays as it was, lists and arrays alike."""
+    import copy
+
+    from PIL import Image
+
+    from d2_frozen.caching import SLOT, FeatureCache, Store
+    from d2_frozen.data.cached_mapper import FrozenDatasetMapper
+    from d2_frozen.data.draws import seeded
+    from detectron2.data import DatasetMapper
+    from detectron2.structures import BoxMode
+
+    pixels = np.random.RandomState(0).randint(0, 255, (60, 80, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "a.png")
+    square = [10.0, 12.0, 50.0, 12.0, 50.0, 40.0, 10.0, 40.0]
+    common = {"bbox": [10.0, 12.0, 40.0, 28.0], "bbox_mode": BoxMode.XYWH_ABS, "category_id": 1}
+    record = {
+        "file_name": str(tmp_path / "a.png"),
+        "height": 60,
+        "width": 80,
+        "image_id": 1,
+        "annotations": [
+            {**common, "segmentation": [square]},
+            {**common, "segmentation": [np.array(square)]},
+            {**common, "segmentation": [square], "iscrowd": 1},
+        ],
+    }
+    cfg = make_cfg((), "INPUT.AUGMENTATION", "scale_crop", "INPUT.SCALE_CROP.SIZE", 48)
+    settings = dict(image_format="BGR", use_instance_mask=True, recompute_boxes=True)
+    plain = DatasetMapper(True, augmentations=build_augmentations(cfg, True), **settings)
+    cached = FrozenDatasetMapper(True, augmentations=build_augmentations(cfg, True), **settings)
+    cached.cache = FeatureCache(Store(tmp_path / "cache"), "fp32")
+    before = copy.deepcopy(record)
+    for seed in range(5):
+        with seeded(1, seed):
+            expected = plain(record)
+        with seeded(1, seed):
+            got = cached(record)
+        assert torch.equal(got["image"], expected["image"]) and got.pop(SLOT).place is None
+        assert got.keys() == expected.keys()
+        a, b = got["instances"], expected["instances"]
+        assert torch.equal(a.gt_boxes.tensor, b.gt_boxes.tensor) and torch.equal(a.gt_classes, b.gt_classes)
+        assert [[p.tolist() for p in m] for m in a.gt_masks.polygons] == [
+            [p.tolist() for p in m] for m in b.gt_masks.polygons
+        ]
+    assert str(record) == str(before)
