@@ -132,6 +132,8 @@ def _compare(args: argparse.Namespace, comparison: Comparison, models: list[Any]
     from d2_frozen.study.cka.inputs import Batches, check_same_input
     from d2_frozen.study.cka.measure import measure
 
+    if args.rois < 1:
+        raise ValueError(f"--rois {args.rois}: give at least 1 RoI per image.")
     if len(models) > 1:
         check_same_input(models[0].cfg, models[1].cfg)
     batches = Batches(models[0].cfg, args.images, args.batch, args.size, args.seed)

@@ -93,9 +93,9 @@ def _draw(axis: Axes, panel: Heatmap) -> AxesImage:
     large = _is_large(panel)
     size, angle = (5, 90) if large else (8, 40)
     axis.set_yticks(range(len(panel.rows)), _shortened(panel.rows), fontsize=size)
-    labels = axis.set_xticks(range(len(panel.columns)), _shortened(panel.columns), fontsize=size)
-    for tick in labels:
-        tick.label1.set(rotation=angle, ha="right", va="center" if large else "top", rotation_mode="anchor")
+    axis.set_xticks(range(len(panel.columns)), _shortened(panel.columns), fontsize=size)
+    for label in axis.get_xticklabels():
+        label.set(rotation=angle, ha="right", va="center" if large else "top", rotation_mode="anchor")
     axis.tick_params(length=2)
     if not large:
         for (i, j), value in np.ndenumerate(panel.values):

@@ -31,6 +31,8 @@ def test_report_links_tables_pictures_and_failures(tmp_path: Path) -> None:
     (run / "inference").mkdir(parents=True)
     (run / "result.json").write_text(json.dumps(RESULT))
     (run / "inference" / "predictions_shapes_val.jpg").write_bytes(b"picture")
+    (run / "cka").mkdir()
+    (run / "cka" / "bifpn.png").write_bytes(b"picture")
     (root / "table5.md").write_text("### Table 5. Larger\n\n| row | box AP |\n|---|---|\n| a | 1.0 ± 0.1 |\n")
     (root / "table5.png").write_bytes(b"picture")
     (root / "broken").mkdir()
@@ -46,6 +48,7 @@ def test_report_links_tables_pictures_and_failures(tmp_path: Path) -> None:
         )
         assert "table5.png" in content
         assert "table5/detection/a_frozen/seed1/inference/predictions_shapes_val.jpg" in content
+        assert "table5/detection/a_frozen/seed1/cka/bifpn.png" in content
     assert "ValueError: &lt;no&gt;" in page and "<no>" not in page
     assert "| a     | 1.0 ± 0.1 |" in text or "| a | 1.0 ± 0.1 |" in " ".join(text.split())
 
