@@ -158,7 +158,15 @@ class FrozenTrainer(DefaultTrainer):
 
 def facts_for_prediction(cfg: CfgNode) -> dict[str, Any]:
     """What a checkpoint holds beside tensors, so that the file alone predicts: config, and classes where known."""
-    classes = tasks.task_of(cfg).classes(cfg)
+    try:
+        classes = tasks.task_of(cfg).classes(cfg)
+    except (
+        OSError,
+        KeyError,
+        ValueError,
+    ) as err:  # the data went away; the weights must be saved nevertheless
+        logger.warning("Class names are not in the checkpoint: %s: %s", type(err).__name__, err)
+        classes = None
     named = {} if classes is None else {"classes": classes.names, "class_ids": classes.ids}
     return {"config": cfg.dump(), **named}
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -93,7 +94,16 @@ class PredictionRun:
         left = [item for item in items if not self.output.has(item)]
         self.output.drop_stale(left)
         total, unit = self._extent(left)
-        self._progress = tqdm(total=total, unit=unit, mininterval=0.5, dynamic_ncols=True, smoothing=0.1)
+        # A line every ten seconds where it goes into a file.
+        seconds = 0.5 if sys.stderr.isatty() else 10.0
+        self._progress = tqdm(
+            total=total,
+            unit=unit,
+            mininterval=seconds,
+            maxinterval=seconds,
+            dynamic_ncols=True,
+            smoothing=0.1,
+        )
         try:
             with logging_redirect_tqdm([logging.getLogger("d2_frozen")]):
                 self._predict(left)
