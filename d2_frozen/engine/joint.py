@@ -56,7 +56,6 @@ class JointHead:
         self.names = names or OwnNames()
         self.backbone_settings = backbone_settings
         self.done = trainer.start_iter - 1
-        self._by_sample: dict[int, Any] = {}
         self.begun = self.ended = self.failed = False
         # Leaving is for all heads together, after the iteration of the last.
         trainer._hooks = [hook for hook in trainer._hooks if not isinstance(hook, SaveAndLeaveOnSignal)]
@@ -68,22 +67,10 @@ class JointHead:
     @contextlib.contextmanager
     def turn(self) -> Iterator[FrozenTrainer]:
         """Within, catalogs, log and event storage are this head's."""
-        with self.names.active(), speaking(self.name), self._own_features(), contextlib.ExitStack() as stack:
+        with self.names.active(), speaking(self.name), contextlib.ExitStack() as stack:
             if self.begun:
                 stack.enter_context(self.trainer.storage)
             yield self.trainer
-
-    @contextlib.contextmanager
-    def _own_features(self) -> Iterator[None]:
-        """A shared backbone answers from the feature cache of the head whose turn it is."""
-        backbones = self.backbones
-        for backbone in backbones:
-            backbone.by_sample = self._by_sample.get(id(backbone))
-        try:
-            yield
-        finally:
-            for backbone in backbones:
-                self._by_sample[id(backbone)], backbone.by_sample = backbone.by_sample, None
 
     def begin(self) -> None:
         """What TrainerBase.train does before its loop."""
