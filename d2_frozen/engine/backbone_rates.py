@@ -25,7 +25,7 @@ def own_settings(cfg: CfgNode, model: nn.Module, groups: list[dict[str, Any]]) -
     """One group per parameter whose rate or decay differs from what ``groups`` say.
 
     Args:
-        groups: of all trained parameters, each with "lr".
+        groups: of all trained parameters with "lr"; some may be there again for their weight decay alone.
     Raises:
         ValueError: SOLVER.BACKBONE_MULTIPLIER or LAYER_DECAY is out of range, or there is nothing that it acts on.
     """
@@ -49,7 +49,7 @@ def own_settings(cfg: CfgNode, model: nn.Module, groups: list[dict[str, Any]]) -
         settings.setdefault(parameter, {})["weight_decay"] = decay
     if asked:
         assert bottom_up is not None
-        rate_of = {parameter: group["lr"] for group in groups for parameter in group["params"]}
+        rate_of = {p: group["lr"] for group in groups if "lr" in group for p in group["params"]}
         factors = rate_factors(bottom_up, solver.LAYER_DECAY)
         for name, parameter in trained.items():
             factor = solver.BACKBONE_MULTIPLIER * factors.get(name, 1.0)

@@ -174,3 +174,17 @@ def test_one_step_moves_by_the_rate():
         parameter.grad = torch.ones_like(parameter)
     optimizer.step()
     assert torch.allclose(before - weight, torch.full_like(weight, RATE * 0.5**8), atol=1e-7)
+
+
+def test_learned_queries_have_their_own_decay_and_the_heads_rate() -> None:
+    rates = ("SOLVER.BACKBONE_MULTIPLIER", 0.1, "SOLVER.WEIGHT_DECAY_EMBED", 0.01)
+    cfg = config("swin_tiny_patch4_window7_224", *rates, **SWIN)
+    model = model_of(cfg)
+    model.queries = nn.Embedding(3, 8)
+    found = settings(cfg, model)
+    assert found["queries.weight"] == (RATE, 0.01)
+    assert found["head.weight"] == (RATE, DECAY)
+    assert found["backbone.bottom_up.network.layers.0.blocks.0.mlp.fc1.weight"] == (
+        pytest.approx(RATE / 10),
+        DECAY,
+    )
