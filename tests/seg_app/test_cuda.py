@@ -1,4 +1,4 @@
-"""On a CUDA device: the Triton kernel against the exact computation, what chooses it, a step of training, inference."""
+"""On a CUDA device: the Triton kernel against the exact computation, what chooses it, training, inference."""
 
 from __future__ import annotations
 
@@ -122,18 +122,11 @@ def test_triton_is_chosen(dtype: torch.dtype, device: torch.device) -> None:
         assert implementation_for(device, dtype) == "triton"
 
 
-@pytest.mark.parametrize("amp", [False, True])
-def test_a_step_of_training_and_evaluation(amp: bool, flags: Flags) -> None:
+# With AMP the loss scale begins at 65536, and steps whose gradients overflow are left out until it has come down.
+@pytest.mark.parametrize("amp, steps", [(False, 1), (True, 16)])
+def test_training_and_evaluation(amp: bool, steps: int, flags: Flags) -> None:
     """The head moves, the backbone does not; then the whole command, with evaluation and pictures."""
-    # The scale of AMP's losses begins so high that the first steps are left out, and falls by half with each.
-    options = (
-        "MODEL.DEVICE",
-        "cuda",
-        "SOLVER.AMP.ENABLED",
-        str(amp),
-        "SOLVER.MAX_ITER",
-        "12" if amp else "1",
-    )
+    options = ("MODEL.DEVICE", "cuda", "SOLVER.AMP.ENABLED", str(amp), "SOLVER.MAX_ITER", str(steps))
     cfg = setup(flags(*options))
     trainer = SegmentationTrainer(cfg)
     trainer.resume_or_load(resume=False)
