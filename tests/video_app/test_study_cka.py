@@ -44,7 +44,9 @@ SEED: 1
 def test_blocks_and_pooling_query(config: Path, tmp_path: Path) -> None:
     flags = ["--config-file", str(config), "--batch", "6", "--output", str(tmp_path)]
     assert main(["cka", "video_blocks", *flags]) == 0
-    (panel,) = json.loads((tmp_path / "video_blocks.json").read_text())["panels"]
+    found = json.loads((tmp_path / "video_blocks.json").read_text())
+    assert (found["clips"], found["side_px"]) == (5, 32)
+    (panel,) = found["panels"]
     assert panel["rows"] == ["input", "block 1", "block 2", "query"]
     assert panel["columns"] == ["block 1", "block 2", "query"]
     values = np.array(panel["cka"])

@@ -151,7 +151,7 @@ def _compare(args: argparse.Namespace, comparison: Comparison, models: list[Any]
     about = {
         things: result.examples,
         "batch": args.batch,
-        "side_px": batches.side,
+        "side_px": batches.side if things == "images" else models[0].cfg.VIDEO.CROP_SIZE,
         "rois_per_image": args.rois,
         "seed": args.seed,
         "complete": result.batches == len(batches),
