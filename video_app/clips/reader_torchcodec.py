@@ -12,6 +12,13 @@ from video_app.clips.reader import Clip, ClipError, FewerFrames, checked, resize
 from video_app.clips.reader_pyav import PyAVClip
 
 torch.set_num_threads(1)
+try:
+    VideoDecoder(b"")
+except (
+    Exception
+) as err:  # of course it is no video; but from here on FFmpeg is loaded, or is known to be missing
+    if "Could not load libtorchcodec" in str(err):
+        raise ImportError(str(err)) from err
 
 
 class TorchCodecClip(Clip):
@@ -20,6 +27,7 @@ class TorchCodecClip(Clip):
     reader = "torchcodec"
 
     def __init__(self, path: str):
+        self._path = path
         with PyAVClip(path) as packets:
             self.times_s = packets.times_s
         try:
@@ -38,9 +46,32 @@ class TorchCodecClip(Clip):
             try:
                 picture = self._video.get_frame_at(index).data.numpy()
             except (RuntimeError, IndexError) as err:
-                raise ClipError(f"torchcodec: {_short(err)}") from err
+                held = self._held_of_a_cut_file(index)
+                raise (
+                    FewerFrames(held, len(self)) if held else ClipError(f"torchcodec: {_short(err)}")
+                ) from err
             frames[index] = resize_short_side(picture, short_side_px)
         return np.stack([frames[i] for i in asked])
+
+    def _held_of_a_cut_file(self, failed: int) -> int:
+        """How many frames decode; 0 where the file does not end early. It is PyAV that tells a cut file."""
+        with PyAVClip(self._path) as packets:
+            try:
+                packets.read([len(packets) - 1])
+                return 0
+            except FewerFrames as fewer:
+                # Fewer than for PyAV: the frames in front of a broken packet do not come out either.
+                held = min(fewer.held, failed)
+        while held and not self._decodes(held - 1):
+            held -= 1
+        return held
+
+    def _decodes(self, index: int) -> bool:
+        try:
+            self._video.get_frame_at(index)
+        except (RuntimeError, IndexError):
+            return False
+        return True
 
     def close(self) -> None:
         del self._video
