@@ -17,27 +17,33 @@ from torch import Tensor
 from d2_frozen.caching import SLOT, FeatureCache, Slot
 from d2_frozen.data.draws import remember_generators
 from d2_frozen.data.frames import FrameInput, PixelsNeeded, image_size
+from d2_frozen.data.reading import read_augmented
 from detectron2.data import DatasetMapper, detection_utils
 from detectron2.data import transforms as T
 
 
 class Augmented(NamedTuple):
-    """``image`` (3, h, w) uint8; ``sem_seg`` (h, w) or None; what was done; ``slot`` for the sample."""
+    """``image`` (3, h, w) uint8; ``sem_seg`` (h, w) or None; what was done; ``slot`` for the sample, with a cache."""
 
     image: Tensor
     sem_seg: np.ndarray | None
     transforms: TransformList
-    slot: Slot
+    slot: Slot | None
 
 
 class FrozenDatasetMapper(DatasetMapper):
-    """Detectron2's mapper. While ``cache`` is set, training samples get a slot, and images are read where needed."""
+    """Detectron2's mapper. While ``cache`` is set, training samples get a slot, and images are read where needed.
+
+    Attributes:
+        fast_reading: INPUT.FAST_READING, for training.
+    """
 
     cache: FeatureCache | None = None
+    fast_reading = False
 
     def __call__(self, dataset_dict: dict[str, Any]) -> dict[str, Any]:
         """As DatasetMapper; see the top of the file."""
-        if self.cache is None or not self.is_train:
+        if not self.is_train or (self.cache is None and not self.fast_reading):
             return super().__call__(dataset_dict)
         sample = _copied(dataset_dict)
         label_file = sample.pop("sem_seg_file_name", None)
@@ -52,8 +58,12 @@ class FrozenDatasetMapper(DatasetMapper):
             return image
 
         size = (sample["height"], sample["width"])
-        done = augment(self.cache, self.augmentations, path, size, read, labels, self.image_format)
-        sample["image"], sample[SLOT] = done.image, done.slot
+        done = augment(
+            self.cache, self.augmentations, path, size, read, labels, self.image_format, self.fast_reading
+        )
+        sample["image"] = done.image
+        if done.slot is not None:
+            sample[SLOT] = done.slot
         if done.sem_seg is not None:
             sample["sem_seg"] = torch.as_tensor(done.sem_seg.astype("long"))
         if "annotations" in sample:
@@ -62,22 +72,24 @@ class FrozenDatasetMapper(DatasetMapper):
 
 
 def augment(
-    cache: FeatureCache,
+    cache: FeatureCache | None,
     augmentations: T.Augmentation,
     path: str,
     image_hw: tuple[int, int],
     read: Callable[[], np.ndarray],
     sem_seg: np.ndarray | None = None,
-    *about_pixels: Any,
+    image_format: str = "RGB",
+    fast_reading: bool = False,
 ) -> Augmented:
     """Draw an augmentation, look for the features of what comes out, and make the pixels if they are not there.
 
-    Draws and pixels are those of ``augmentations(AugInput(read(), sem_seg=sem_seg))``.
+    Draws and pixels are those of ``augmentations(AugInput(read(), sem_seg=sem_seg))``; with ``fast_reading`` pixels as
+    :func:`read_augmented` gives them.
 
     Args:
         path, image_hw: the image file, and its height and width in pixels.
         read: gives its pixels, (h, w, 3) uint8.
-        about_pixels: what else decides how the file becomes pixels, such as the channel order.
+        image_format: order of the channels that ``read`` gives.
     """
     restore = remember_generators()
     inputs: T.AugInput = FrameInput(image_hw, sem_seg)
@@ -88,10 +100,14 @@ def augment(
         inputs = T.AugInput(read(), sem_seg=sem_seg)
         transforms = augmentations(inputs)
         pixels = inputs.image
-    slot = cache.look_up(path, [list(image_hw), list(about_pixels), transforms])
+    slot = None
+    if cache is not None:
+        slot = cache.look_up(path, [list(image_hw), image_format, fast_reading, transforms])
     height, width = inputs.image.shape[:2]
-    if slot.place is not None and not cache.wants_pixels:
+    if cache is not None and slot is not None and slot.place is not None and not cache.wants_pixels:
         return Augmented(placeholder(height, width), inputs.sem_seg, transforms, slot)
+    if pixels is None and fast_reading:
+        pixels = read_augmented(path, image_format, image_hw, transforms)
     if pixels is None:
         pixels = transforms.apply_image(read())
         if pixels.shape[:2] != (height, width):

@@ -335,7 +335,7 @@ def _batches_by_group(stream: Iterator[Place], size: int, group_of: Sequence[boo
 
 
 def _default_mapper(cfg: CfgNode, is_train: bool) -> FrozenDatasetMapper:
-    return FrozenDatasetMapper(
+    mapper = FrozenDatasetMapper(
         is_train,
         augmentations=build_augmentations(cfg, is_train),
         image_format=cfg.INPUT.FORMAT,
@@ -343,6 +343,8 @@ def _default_mapper(cfg: CfgNode, is_train: bool) -> FrozenDatasetMapper:
         instance_mask_format=cfg.INPUT.MASK_FORMAT,
         recompute_boxes=is_train and cfg.MODEL.MASK_ON and changes_frame(cfg),
     )
+    mapper.fast_reading = cfg.INPUT.FAST_READING
+    return mapper
 
 
 def _build_sampler(cfg: CfgNode, records: Sequence[Record]) -> Iterable[int]:

@@ -28,6 +28,7 @@ class SegmentationMapper:
         augmentations: in the order in which they run; label maps are resized by nearest neighbour.
         image_format: as Detectron2's ``read_image`` has it.
         ignore_value: what ignored pixels are for the model; the data's own number may be another one.
+        fast_reading: INPUT.FAST_READING, for training.
     """
 
     cache: FeatureCache | None = None
@@ -39,7 +40,9 @@ class SegmentationMapper:
         augmentations: Sequence[T.Augmentation],
         image_format: str = "RGB",
         ignore_value: int = 255,
+        fast_reading: bool = False,
     ) -> None:
+        self.fast_reading = fast_reading
         self.is_train = is_train
         self.augmentations = T.AugmentationList(list(augmentations))
         self.image_format = image_format
@@ -52,6 +55,7 @@ class SegmentationMapper:
             augmentations=build_augmentations(cfg, is_train),
             image_format=cfg.INPUT.FORMAT,
             ignore_value=cfg.MODEL.SEM_SEG_HEAD.IGNORE_VALUE,
+            fast_reading=cfg.INPUT.FAST_READING,
         )
 
     def __call__(self, record: dict[str, Any]) -> dict[str, Any]:
@@ -62,8 +66,8 @@ class SegmentationMapper:
             LabelMapError: image and label map differ in size, or the latter holds no ids.
         """
         record = dict(record)
-        if self.cache is not None and self.is_train:
-            return self._with_cache(record, self.cache)
+        if self.is_train and (self.cache is not None or self.fast_reading):
+            return self._drawn_first(record)
         image = self._image(record)
         labels, class_of = self._labels(record) if self.is_train else (None, None)
         if labels is not None:
@@ -75,7 +79,8 @@ class SegmentationMapper:
             record["sem_seg"] = torch.from_numpy(class_of[inputs.sem_seg.astype(np.int64)])
         return record
 
-    def _with_cache(self, record: dict[str, Any], cache: FeatureCache) -> dict[str, Any]:
+    def _drawn_first(self, record: dict[str, Any]) -> dict[str, Any]:
+        """The augmentation is drawn from the size of the label map; then the image is read as far as it is needed."""
         labels, class_of = self._labels(record)
 
         def read() -> np.ndarray:
@@ -85,10 +90,21 @@ class SegmentationMapper:
 
         height, width = labels.shape
         path = record["file_name"]
-        done = augment(cache, self.augmentations, path, (height, width), read, labels, self.image_format)
+        done = augment(
+            self.cache,
+            self.augmentations,
+            path,
+            (height, width),
+            read,
+            labels,
+            self.image_format,
+            self.fast_reading,
+        )
         record.setdefault("height", height)
         record.setdefault("width", width)
-        record["image"], record[SLOT] = done.image, done.slot
+        record["image"] = done.image
+        if done.slot is not None:
+            record[SLOT] = done.slot
         record["sem_seg"] = torch.from_numpy(class_of[done.sem_seg.astype(np.int64)])
         return record
 

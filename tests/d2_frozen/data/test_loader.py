@@ -221,3 +221,19 @@ def test_views_are_a_function_of_image_and_view(shapes):
     few = by_pass(*views, "DATASETS.SUBSET.PERCENT", 40.0)
     assert {sample[0] for part in few for sample in part} < {sample[0] for sample in first}
     assert {s[1] for part in few for s in part} <= {s[1] for part in (first, second) for s in part}
+
+
+def test_fast_reading_changes_pixels_a_little_and_nothing_else(shapes):
+    exact, fast = (
+        [
+            sample
+            for batch in islice(build_train_loader(shapes("INPUT.FAST_READING", on)), 6)
+            for sample in batch
+        ]
+        for on in (False, True)
+    )
+    for a, b in zip(exact, fast):
+        assert a.keys() == b.keys() and a["file_name"] == b["file_name"]
+        assert torch.equal(a["instances"].gt_boxes.tensor, b["instances"].gt_boxes.tensor)
+        assert a["image"].shape == b["image"].shape
+        assert (a["image"].float() - b["image"].float()).abs().mean() < 4

@@ -1,0 +1,72 @@
+"""The short way to augmented pixels leads to the same place as the long one."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from d2_frozen.data.draws import seeded
+from d2_frozen.data.reading import read_augmented
+from d2_frozen.data.transforms import SquareCrop
+from detectron2.data import detection_utils
+from detectron2.data import transforms as T
+
+
+def smooth_picture(height: int, width: int, stretch: float = 1.0) -> np.ndarray:
+    """Photo-like: waves of 40 to 70 pixels, times ``stretch``."""
+    y, x = np.mgrid[:height, :width] / stretch
+    waves = [np.sin(x / a + y / b + c) for a, b, c in ((7, 11, 0), (9, -8, 1), (-6, 10, 2))]
+    return (127 + 100 * np.stack(waves, axis=-1)).astype(np.uint8)
+
+
+def both_ways(path, image_format, augmentations, seed):
+    """(short, long) arrays for the same draw."""
+    image = detection_utils.read_image(str(path), format=image_format)
+    inputs = T.AugInput(image)
+    with seeded(1, seed):
+        transforms = T.AugmentationList(augmentations)(inputs)
+    return read_augmented(str(path), image_format, image.shape[:2], transforms), inputs.image
+
+
+@pytest.mark.parametrize("image_format", ["RGB", "BGR"])
+@pytest.mark.parametrize("suffix", ["png", "jpg"])
+def test_a_window_of_the_resized_image_is_resized_alone(tmp_path, suffix, image_format):
+    """Scales 0.6 to 2 (no reduced decoding): equal, but for one level of 255 in a few pixels of a hundred."""
+    path = tmp_path / f"a.{suffix}"
+    Image.fromarray(smooth_picture(90, 130)).save(path)
+    augmentations = [T.ResizeScale(0.9, 3.0, 100, 100), SquareCrop(100), T.RandomFlip()]
+    for seed in range(8):
+        short, long = both_ways(path, image_format, augmentations, seed)
+        difference = np.abs(short.astype(int) - long.astype(int))
+        assert short.shape == long.shape == (100, 100, 3)
+        assert difference.max() <= 1 and (difference > 0).mean() < 0.05
+
+
+@pytest.mark.parametrize("scale", [0.45, 0.2, 0.11])
+def test_reduced_decoding_is_close(tmp_path, scale):
+    path = tmp_path / "a.jpg"
+    Image.fromarray(smooth_picture(400, 600, stretch=4)).save(path, quality=95)
+    new_h, new_w = round(400 * scale), round(600 * scale)
+    augmentations = [T.Resize((new_h, new_w)), T.RandomCrop("relative", (0.7, 0.7))]
+    short, long = both_ways(path, "RGB", augmentations, 3)
+    assert short.shape == long.shape
+    assert np.abs(short.astype(int) - long.astype(int)).mean() < 1.5
+
+
+def test_other_kinds_take_the_long_way(tmp_path):
+    path = tmp_path / "a.jpg"
+    picture, exif = Image.fromarray(smooth_picture(40, 60)), Image.Exif()
+    picture.save(path)
+    resize, flip = T.ResizeTransform(40, 60, 20, 30), T.HFlipTransform(60)
+    assert read_augmented(str(path), "RGB", (40, 60), T.TransformList([resize])) is not None
+    assert read_augmented(str(path), "RGB", (40, 60), T.TransformList([flip, resize])) is None
+    assert read_augmented(str(path), "RGB", (40, 60), T.TransformList([])) is None
+    assert read_augmented(str(path), "L", (40, 60), T.TransformList([resize])) is None
+    assert read_augmented(str(path), "RGB", (41, 60), T.TransformList([resize])) is None
+    exif[0x0112] = 6
+    picture.save(path, exif=exif)
+    assert read_augmented(str(path), "RGB", (60, 40), T.TransformList([resize])) is None
+    path.write_bytes(b"no image")
+    with pytest.raises(OSError, match="cannot read the image .*a.jpg"):
+        read_augmented(str(path), "RGB", (40, 60), T.TransformList([resize]))
