@@ -28,6 +28,7 @@ COMPARISONS = {
     "cache": "d2_frozen.benchmarks.caching",
     "forward": "d2_frozen.benchmarks.forward",
     "one_pass": "d2_frozen.benchmarks.one_pass",
+    "reading": "d2_frozen.benchmarks.reading",
     "deformable": "seg_app.benchmarks.deformable",
     "mask2former": "seg_app.benchmarks.mask2former",
     "video": "video_app.benchmarks.video",
