@@ -203,6 +203,10 @@ def _config(config_file: str, options: list[str]) -> CfgNode:
         raise SystemExit(
             "python -m d2_frozen.bench video measures a frozen backbone: MODEL.BACKBONE.FREEZE all."
         )
+    # Of a sweep, one head, that of MODEL.VIDEO_HEAD.NAME; and without the cache, which is there to leave out what is
+    # measured here.
+    cfg.MODEL.META_ARCHITECTURE = "FrozenVideoClassifier"
+    cfg.MODEL.FROZEN.CACHE.DIR, cfg.MODEL.FROZEN.CACHE.VIEWS = "", 0
     cfg.SEED = max(cfg.SEED, 0)
     cfg.OUTPUT_DIR = tempfile.mkdtemp(prefix="d2_frozen_bench_")
     task.prepare_datasets(cfg, train=True)
