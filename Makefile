@@ -1,5 +1,6 @@
 # make quickstart   install, generate a small labelled world, train, evaluate, write pictures (minutes, CPU is enough)
 # make quickstart-segmentation   the same world, with a class for every pixel
+# make quickstart-video   clips whose classes no single frame tells, three heads on one frozen forward
 # make test         install and run the tests
 # make lint         formatting, lint, types
 #
@@ -12,7 +13,7 @@ OUTPUT ?= output/quickstart_detection
 # Any options of train_net.py, e.g. make quickstart ARGS="SOLVER.MAX_ITER 200"
 ARGS ?=
 
-.PHONY: quickstart quickstart-segmentation test lint format wheel clean
+.PHONY: quickstart quickstart-segmentation quickstart-video test lint format wheel clean
 
 quickstart: $(VENV)/.installed
 	$(BIN)/python -m d2_frozen.data.shapes --output datasets/shapes
@@ -22,6 +23,11 @@ quickstart-segmentation: OUTPUT = output/quickstart_segmentation
 quickstart-segmentation: $(VENV)/.installed
 	$(BIN)/python -m d2_frozen.data.shapes --output datasets/shapes
 	$(BIN)/python train_net.py --config-file configs/quickstart/segmentation.yaml OUTPUT_DIR $(OUTPUT) $(ARGS)
+
+quickstart-video: OUTPUT = output/quickstart_video
+quickstart-video: $(VENV)/.installed
+	$(BIN)/python -m video_app.moving_shapes --output datasets/moving_shapes --train 1000
+	$(BIN)/python train_net.py --config-file configs/quickstart/video.yaml OUTPUT_DIR $(OUTPUT) $(ARGS)
 
 test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest tests
