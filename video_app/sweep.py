@@ -115,6 +115,12 @@ def report(cfg: CfgNode, model: FrozenVideoSweep, results: dict[str, Any]) -> di
     Returns:
         The same with "video", the best head's metrics, in front.
     """
+    if not cfg.DATASETS.TEST:
+        if cfg.MODEL.VIDEO_HEAD.SWEEP.SAVE == "all" and comm.is_main_process():
+            for index in range(len(model.candidates)):
+                save_head(cfg, model, index)
+        logger.warning("DATASETS.TEST is empty, so there is no best head.")
+        return results
     several = len(cfg.DATASETS.TEST) > 1
     per_set = results if several else {name: results for name in cfg.DATASETS.TEST}
     first = per_set.get(cfg.DATASETS.TEST[0]) or {}

@@ -55,4 +55,4 @@ class VideoTrainer(FrozenTrainer):
         """As Detectron2's. After a sweep also its table and its best head as files; see :mod:`video_app.sweep`."""
         results = super().test(cfg, model, evaluators)
         sweep = sweep_inside(model)
-        return results if sweep is None or not cfg.DATASETS.TEST else report(cfg, sweep, results)
+        return results if sweep is None else report(cfg, sweep, results)

@@ -44,6 +44,10 @@ def _add_block_keys(head: CfgNode) -> None:
     head.NUM_BLOCKS = 4
     # Channels of the blocks; a linear layer leads to them. 0: as many as the backbone's map has, without that layer.
     head.WIDTH = 0
+    # Native size of the learned positions: frames, rows and columns of cells. 0: as VIDEO.NUM_FRAMES, and CROP_SIZE
+    # over the stride. They are interpolated to any other clip, so set it where VIDEO is not what the weights were
+    # trained on: (16, 7, 7) for those of 16 frames of 224 px on a map of stride 32.
+    head.POSITIONS = (0, 0, 0)
     # Attention heads; 0: one for every 64 channels.
     head.NUM_HEADS = 0
     # Hidden channels of the feed-forward layers, relative to the width.

@@ -7,7 +7,7 @@ Source: arXiv:2211.02043, Table 4 (linear, temporal and global blocks); attentiv
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -114,7 +114,7 @@ class TransformerVideoHead(nn.Module):
         side = math.ceil(video.CROP_SIZE / max(int(shape.stride) for shape in input_shape.values()))
         return {
             **_common(cfg, input_shape),
-            "grid": (video.NUM_FRAMES, side, side),
+            "grid": _native_grid(head.POSITIONS, (video.NUM_FRAMES, side, side)),
             "num_blocks": head.NUM_BLOCKS,
             "width": head.WIDTH,
             "num_heads": head.NUM_HEADS,
@@ -200,6 +200,15 @@ def _common(cfg: CfgNode, input_shape: Mapping[str, ShapeSpec]) -> dict[str, Any
         "num_classes": head.NUM_CLASSES,
         "classifier_dropout": head.CLASSIFIER_DROPOUT,
     }
+
+
+def _native_grid(asked: Sequence[int], own: tuple[int, int, int]) -> tuple[int, int, int]:
+    if len(asked) != 3 or min(asked) < 0:
+        raise ValueError(
+            f"MODEL.VIDEO_HEAD.POSITIONS is {tuple(asked)}; it must be frames, rows, columns, each 0 or more."
+        )
+    frames, rows, columns = (int(size) or default for size, default in zip(asked, own))
+    return frames, rows, columns
 
 
 def _check(num_blocks: int, width: int, num_heads: int, drop_path: float) -> None:

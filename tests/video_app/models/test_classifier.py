@@ -155,6 +155,19 @@ def test_a_plain_vit_and_a_network_without_norm() -> None:
         assert model.head.positions.size == (2, 64 // stride, 64 // stride)
 
 
+def test_weights_of_other_clips_fit_with_their_native_size() -> None:
+    """Trained on 2 frames of 64 px, tested on 5 frames of 96 px: the tables stay those of training."""
+    trained = build_model(config())
+    other = ["VIDEO.NUM_FRAMES", 5, "VIDEO.CROP_SIZE", 96]
+    tested = build_model(config(*other, "MODEL.VIDEO_HEAD.POSITIONS", (2, 2, 2))).eval()
+    tested.load_state_dict(trained.state_dict())
+    views = torch.randint(0, 256, (1, 5, 3, 96, 96), dtype=torch.uint8)
+    assert tested([{"video": views}])[0]["scores"].shape == (3,)
+    assert build_model(config(*other)).head.positions.size == (5, 3, 3)
+    with pytest.raises(ValueError, match="POSITIONS"):
+        build_model(config("MODEL.VIDEO_HEAD.POSITIONS", (2, -1, 2)))
+
+
 def test_several_maps_and_a_neck() -> None:
     views = torch.randint(0, 256, (1, 2, 3, 64, 64), dtype=torch.uint8)
     two = build_model(config("MODEL.VIDEO_HEAD.IN_FEATURES", ["res4", "res5"], "MODEL.VIDEO_HEAD.WIDTH", 64))

@@ -99,9 +99,10 @@ def test_clips_do_not_see_each_other() -> None:
         assert torch.allclose(head({"res5": x})[1:2], head({"res5": x[1:2]}), atol=1e-5)
 
 
+@pytest.mark.parametrize("blocks", [1, 2])
 @pytest.mark.parametrize("kind", [LinearVideoHead, *WITH_BLOCKS])
-def test_any_size_runs_and_one_frame_too(kind: type) -> None:
-    head = head_of(kind)
+def test_any_size_runs_and_one_frame_too(kind: type, blocks: int) -> None:
+    head = head_of(kind, blocks)
     for size in ((4, 2, 3), (1, 2, 3), (7, 1, 5)):
         scores = head({"res5": clips(2, *size)})
         assert scores.shape == (2, 5) and torch.isfinite(scores).all()
