@@ -27,6 +27,7 @@ from d2_frozen.benchmarks.measuring import write_json
 COMPARISONS = {
     "cache": "d2_frozen.benchmarks.caching",
     "forward": "d2_frozen.benchmarks.forward",
+    "step": "d2_frozen.benchmarks.step",
     "one_pass": "d2_frozen.benchmarks.one_pass",
     "reading": "d2_frozen.benchmarks.reading",
     "deformable": "seg_app.benchmarks.deformable",

@@ -52,7 +52,7 @@ def training_task(settings: dict[str, Any], now: Clock) -> Task:
     cfg = _config(settings)
     model = _calm_model(cfg).train()
     optimizer = build_optimizer(cfg, model)
-    batch = _generated_batch(settings["size"], settings["batch"], cfg.MODEL.ROI_HEADS.NUM_CLASSES)
+    batch = generated_batch(settings["size"], settings["batch"], cfg.MODEL.ROI_HEADS.NUM_CLASSES)
 
     def run(turn: int) -> Run:
         torch.manual_seed(_SEED + turn)  # for the draws of anchors and proposals
@@ -86,7 +86,7 @@ def inference_task(settings: dict[str, Any], now: Clock) -> Task:
     # the full number of objects per image.
     with torch.no_grad():
         model.get_parameter("roi_heads.box_predictor.cls_score.weight").mul_(_SHARPNESS)
-    batch = _generated_batch(settings["size"], settings["batch"], cfg.MODEL.ROI_HEADS.NUM_CLASSES)
+    batch = generated_batch(settings["size"], settings["batch"], cfg.MODEL.ROI_HEADS.NUM_CLASSES)
 
     def run(turn: int) -> Run:
         one = {**batch[turn % len(batch)]}
@@ -153,7 +153,7 @@ def _calm_model(cfg: CfgNode) -> nn.Module:
     return model
 
 
-def _generated_batch(size: int, count: int, num_classes: int) -> list[dict[str, Any]]:
+def generated_batch(size: int, count: int, num_classes: int) -> list[dict[str, Any]]:
     """Blurred noise with octagons on it, as DatasetMapper would give it."""
     draw = np.random.default_rng(_SEED)
     batch = []

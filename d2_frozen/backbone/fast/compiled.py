@@ -78,15 +78,15 @@ class _Loops:
         def add_normalised(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
             return x + F.layer_norm(y, (heads * width,), weight, bias, eps)
 
-        self._queries_keys_values = _compiled_for_any_rows(queries_keys_values)
-        self._add_normalised = _compiled_for_any_rows(add_normalised)
+        self._queries_keys_values = compiled_for_any_rows(queries_keys_values)
+        self._add_normalised = compiled_for_any_rows(add_normalised)
 
     def queries_keys_values(self, block: Block, qkv: Tensor, layout: WindowLayout) -> tuple[Tensor, ...]:
         """(B * h * w, 3 C) -> three of (windows, heads, N, d)."""
         parts = self._queries_keys_values(
-            _any_rows(qkv),
-            _any_rows(layout.into),
-            _any_rows(layout.padding),
+            mark_any_rows(qkv),
+            mark_any_rows(layout.into),
+            mark_any_rows(layout.padding),
             block.qkv.bias,
             block.head_scale,
         )
@@ -95,18 +95,22 @@ class _Loops:
 
     def add_normalised(self, x: Tensor, y: Tensor, norm: nn.LayerNorm) -> Tensor:
         """x + norm(y), (B * h * w, C)."""
-        return self._add_normalised(_any_rows(x), _any_rows(y), norm.weight, norm.bias, norm.eps)
+        return self._add_normalised(mark_any_rows(x), mark_any_rows(y), norm.weight, norm.bias, norm.eps)
 
 
-def _compiled_for_any_rows(function: Callable) -> Callable:
-    """torch.compile with a code object of its own: what is compiled for one width does not count for another."""
+def compiled_for_any_rows(function: Callable) -> Callable:
+    """torch.compile with a code object of its own: what is compiled for one width does not count for another.
+
+    Tensors whose number of rows varies go through :func:`mark_any_rows` at each call.
+    """
     own: Any = types.FunctionType(
         function.__code__.replace(), function.__globals__, function.__name__, None, function.__closure__
     )
     return torch.compile(own)
 
 
-def _any_rows(tensor: Any) -> Any:
+def mark_any_rows(tensor: Any) -> Any:
+    """The same tensor or None; what is compiled for it takes any number of rows."""
     if tensor is not None:
         torch._dynamo.maybe_mark_dynamic(tensor, 0)
     return tensor

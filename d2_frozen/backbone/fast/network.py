@@ -20,7 +20,8 @@ from d2_frozen.backbone.fast.folding import folded_copy
 from d2_frozen.backbone.fast.sharing import convert_tensors, with_shared_tensors
 from d2_frozen.backbone.fast.swin import FastSwin, fast_swin
 
-PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+# Of everything but the linear layers: "int8" has these in 8 bits.
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "int8": torch.bfloat16}
 
 
 @torch.no_grad()
@@ -34,12 +35,23 @@ def fast_network(inner: nn.Module, precision: str, device: torch.device, compile
     if dtype != torch.float32:
         network = with_shared_tensors(inner) if network is inner else network
         convert_tensors(network, device, dtype)
-        if isinstance(network, FastSwin) and device.type == "cpu":
+        if precision == "int8":
+            _quantise(network, device)
+        elif isinstance(network, FastSwin) and device.type == "cpu":
             for block in network.blocks():
                 block.pack()
     if compile:
         network = compiled_network(network, device)
     return network if dtype == torch.float32 else _InPrecision(network, dtype)
+
+
+def _quantise(network: nn.Module, device: torch.device) -> None:
+    from d2_frozen.backbone.fast.int8 import quantise
+
+    quantise(network, device)
+    if isinstance(network, FastSwin):
+        for block in network.blocks():
+            block.gelu = False  # it would go into a GEMM of bfloat16
 
 
 class _InPrecision(nn.Module):

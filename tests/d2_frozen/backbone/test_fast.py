@@ -246,6 +246,21 @@ def test_compiled_swin_compiles_nothing_at_a_new_size(precision, relative):
             assert_same_maps(wrapped(batch), backbone(batch), relative)
 
 
+@pytest.mark.skipif(importlib.util.find_spec("torchao") is None, reason="torchao is not installed")
+def test_int8_is_close(caplog):
+    backbone = network("swinv2_pico_window8_256")
+    batch = images(64, 96)
+    low = FrozenBackbone(backbone, "int8")(batch)
+    assert_same_maps(low, backbone(batch), 0.1)
+    assert {t.dtype for t in backbone.parameters()} == {torch.float32} and "slower than bf16" in caplog.text
+
+
+def test_int8_without_torchao_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torchao", None)
+    with pytest.raises(RuntimeError, match="pip install torchao"):
+        FrozenBackbone(network("swinv2_pico_window8_256"), "int8")(images(32, 32))
+
+
 def test_without_a_compiler_the_error_says_so(monkeypatch):
     monkeypatch.setattr(shutil, "which", lambda name: None)
     with pytest.raises(RuntimeError, match="MODEL.FROZEN.COMPILE needs a C\\+\\+ compiler"):

@@ -240,7 +240,7 @@ def test_freeze_key():
     with pytest.raises(ValueError, match="3 parts"):
         freeze_backbone(TinyBackbone(), 4)
     with pytest.raises(ValueError, match="MODEL.FROZEN.PRECISION"):
-        freeze_backbone(TinyBackbone(), "all", "int8")
+        freeze_backbone(TinyBackbone(), "all", "int4")
     with pytest.raises(ValueError, match="MODEL.FROZEN.PRECISION"):
         freeze_backbone(TinyBackbone(), "none", "bf16")
     with pytest.raises(ValueError, match="MODEL.FROZEN.COMPILE"):

@@ -1,0 +1,198 @@
+"""What does the fast frozen forward save in a training step? The same detector, its backbone frozen in several ways.
+
+    python -m d2_frozen.bench step [--subjects naive fp32 bf16 full] [--size 512] [--batch 2] [--memory] [KEY VALUE ...]
+
+``naive`` is how a backbone is frozen in Detectron2: ``requires_grad = False`` on its parameters, and nothing else
+(timm's network as it is, in training mode, inside the model's graph). A precision, also with ``+compile``, is this
+project's frozen backbone. ``full`` is fine-tuning. Weights and images are generated; every subject has the same.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import subprocess
+import sys
+from typing import Any
+
+import torch
+from tabulate import tabulate
+from torch import nn
+
+from d2_frozen.benchmarks.engine_worker import generated_batch
+from d2_frozen.benchmarks.measuring import Clock, Seconds, alternate, machine_facts, phase_table, write_json
+from d2_frozen.engine.allocator import keep_freed_memory
+from d2_frozen.engine.hooks import peak_memory_mib
+from d2_frozen.train_net import read_config
+from detectron2.utils.events import EventStorage
+
+DEFAULT_CONFIG = "configs/Base-Frozen-RCNN.yaml"
+DEFAULT_OPTIONS = ["MODEL.TIMM.NAME", "swinv2_base_window8_256"]
+_PHASES = ("backbone", "neck+heads", "backward+update", "step")
+
+
+def main(arguments: list[str]) -> dict[str, Any]:
+    """Command line; returns what ``--json`` writes."""
+    args = _parser().parse_args(arguments)
+    if not torch.cuda.is_available():
+        keep_freed_memory()  # as train_net.py does
+    now = Clock(args.cpu_time)
+    options = [*DEFAULT_OPTIONS, *args.opts]
+    if args.memory_of:
+        subject = _Subject(args.memory_of, args.config_file, options, args.size, args.batch, now)
+        for _ in range(args.rounds):
+            subject.step()
+        print(json.dumps({"peak": peak_memory_mib()}))
+        return {}
+    subjects = {
+        name: _Subject(name, args.config_file, options, args.size, args.batch, now) for name in args.subjects
+    }
+    measured = alternate({name: s.step for name, s in subjects.items()}, args.rounds, args.warmup)
+    del subjects
+    result = {"machine": machine_facts(), "config": args.config_file, "options": options, "size": args.size}
+    result |= {"batch": args.batch, "unit": "CPU seconds" if args.cpu_time else "seconds", "step": measured}
+    if args.memory:
+        result["peak memory MiB"] = {name: _memory_in_child(name, args) for name in args.subjects}
+    print(report(result))
+    write_json(result, args.json)
+    return result
+
+
+def report(result: dict[str, Any]) -> str:
+    """The result as tables a person reads."""
+    head = f"{result['config']} {' '.join(result['options'])}  {result['batch']} x {result['size']} px  "
+    head += "  ".join(f"{k}: {v}" for k, v in result["machine"].items())
+    steps, memory = result["step"], result.get("peak memory MiB", {})
+    rows = dict(steps)
+    first = next(iter(steps))
+    for name in list(steps)[1:]:
+        rows[f"{name} / {first}"] = {p: steps[name][p] / steps[first][p] for p in _PHASES}
+    if "full" in steps:
+        rows |= {
+            f"{n} / full": {p: steps[n][p] / steps["full"][p] for p in _PHASES} for n in steps if n != "full"
+        }
+    table = phase_table(f"training step, {result['unit']}", rows, list(_PHASES))
+    if not memory:
+        return f"{head}\n{table}"
+    cells = [[n, f"{m:.0f}", f"{m / memory[first]:.2f}"] for n, m in memory.items()]
+    return f"{head}\n{table}\n\n" + tabulate(cells, headers=["peak memory, MiB", "", f"/ {first}"])
+
+
+class _Subject:
+    """One model with its optimiser, on the same generated batch at each step."""
+
+    def __init__(
+        self, name: str, config_file: str, options: list[str], size: int, batch: int, now: Clock
+    ) -> None:
+        from d2_frozen.engine import FrozenTrainer
+
+        cfg = read_config(config_file, options)
+        cfg.MODEL.ROI_HEADS.NUM_CLASSES = max(cfg.MODEL.ROI_HEADS.NUM_CLASSES, 1)
+        cfg.MODEL.DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+        precision, _, compiled = name.partition("+")
+        frozen = name not in ("naive", "full")
+        cfg.MODEL.BACKBONE.FREEZE = "all" if frozen else "none"
+        if frozen:
+            cfg.MODEL.FROZEN.PRECISION, cfg.MODEL.FROZEN.COMPILE = precision, bool(compiled)
+        torch.manual_seed(0)
+        self.model = FrozenTrainer.build_model(cfg)
+        _enliven(self.model.backbone.bottom_up)
+        if name == "naive":
+            self.model.backbone.bottom_up.requires_grad_(False)
+        self.optimizer = FrozenTrainer.build_optimizer(cfg, self.model)
+        self.batch = generated_batch(size, batch, cfg.MODEL.ROI_HEADS.NUM_CLASSES)
+        self.now = now
+        self.backbone_seconds = 0.0
+        self._watch(self.model.backbone.bottom_up)
+
+    def _watch(self, bottom_up: nn.Module) -> None:
+        started = 0.0
+
+        def before(*_: Any) -> None:
+            nonlocal started
+            started = self.now()
+
+        def after(*_: Any) -> None:
+            self.backbone_seconds = self.now() - started
+
+        bottom_up.register_forward_pre_hook(before)
+        bottom_up.register_forward_hook(after)
+
+    def step(self) -> Seconds:
+        """Seconds of one step by phase."""
+        self.model.train()
+        batch = copy.deepcopy(self.batch)
+        torch.manual_seed(0)  # for the draws of anchors and proposals
+        start = self.now()
+        with EventStorage():
+            loss = sum(self.model(batch).values())
+        forwarded = self.now()
+        self.optimizer.zero_grad()
+        loss.backward()
+        self.optimizer.step()
+        end = self.now()
+        return {
+            "backbone": self.backbone_seconds,
+            "neck+heads": forwarded - start - self.backbone_seconds,
+            "backward+update": end - forwarded,
+            "step": end - start,
+        }
+
+
+@torch.no_grad()
+def _enliven(bottom_up: nn.Module) -> None:
+    """SwinV2's branches start at 0; no pretrained one has that."""
+    for key, tensor in bottom_up.named_parameters():
+        if key.endswith(("norm1.weight", "norm2.weight")):
+            tensor.fill_(0.2)
+
+
+def _memory_in_child(name: str, args: argparse.Namespace) -> float:
+    command = [
+        sys.executable,
+        "-W",
+        "ignore",
+        "-m",
+        "d2_frozen.bench",
+        "step",
+        "--memory-of",
+        name,
+        "--rounds",
+        "2",
+    ]
+    command += [
+        "--config-file",
+        args.config_file,
+        "--size",
+        str(args.size),
+        "--batch",
+        str(args.batch),
+        *args.opts,
+    ]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"measuring memory failed: {' '.join(command)}\n{done.stderr[-2000:]}")
+    return json.loads(done.stdout.strip().splitlines()[-1])["peak"]
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m d2_frozen.bench step",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--subjects", nargs="+", default=["naive", "fp32", "bf16"], help="the first is 1.00")
+    parser.add_argument("--config-file", default=DEFAULT_CONFIG)
+    parser.add_argument("--size", type=int, default=512, help="side of the images in pixels")
+    parser.add_argument("--batch", type=int, default=2, help="images per step")
+    parser.add_argument("--rounds", type=int, default=5, help="measured steps of each")
+    parser.add_argument("--warmup", type=int, default=1, help="steps of each before measuring")
+    parser.add_argument(
+        "--memory", action="store_true", help="also peak memory, in a process of its own each"
+    )
+    parser.add_argument("--cpu-time", action="store_true", help="count CPU seconds instead of the clock")
+    parser.add_argument("--json", help="also write the result to this file")
+    parser.add_argument("--memory-of", help=argparse.SUPPRESS)
+    parser.add_argument("opts", nargs=argparse.REMAINDER, help="config options: KEY VALUE ...")
+    return parser
