@@ -25,6 +25,7 @@ from d2_frozen import tasks
 from d2_frozen.benchmarks.measuring import Clock, Seconds, alternate, machine_facts, write_json
 from d2_frozen.data import training_records
 from d2_frozen.engine.allocator import keep_freed_memory
+from d2_frozen.train_net import read_config
 from detectron2.config import CfgNode
 from detectron2.utils.events import EventStorage
 from video_app.benchmarks.reading import memory_growth_mib, reading_task
@@ -195,7 +196,7 @@ def _config(config_file: str, options: list[str]) -> CfgNode:
     Raises:
         SystemExit: a config of another task, or one that trains its backbone.
     """
-    cfg = tasks.read_config(config_file, options)
+    cfg = read_config(config_file, options)
     task = tasks.task_of(cfg)
     if task.name != "action recognition":
         raise SystemExit(f"python -m d2_frozen.bench video: {config_file} is a config of {task.name}.")

@@ -26,7 +26,7 @@ def config(tmp_path: Path) -> Path:
     path = tmp_path / "tiny.yaml"
     path.write_text(f"""
 _BASE_: {ROOT / "configs/Base-Frozen-Video.yaml"}
-MODEL: {{DEVICE: cpu, VIDEO_HEAD: {{NUM_BLOCKS: 1, WIDTH: 64}}}}
+MODEL: {{VIDEO_HEAD: {{NUM_BLOCKS: 1, WIDTH: 64}}}}
 DATASETS:
   REGISTER: [{{name: t_bench_video, type: video_list, list: {tmp_path}/clips/train.txt}}]
   TRAIN: [t_bench_video]
