@@ -279,6 +279,13 @@ def exclude_frozen_from_ddp(model: nn.Module) -> nn.Module:
     return model
 
 
+def _contiguous(feature: Tensor, dtype: torch.dtype) -> Tensor:
+    """In ``dtype`` and contiguous, as heads may view it, whatever layout the fast network computes in; in one pass."""
+    if feature.dtype == dtype:
+        return feature.contiguous()
+    return torch.empty(feature.shape, dtype=dtype, device=feature.device).copy_(feature)
+
+
 def _tensor_versions(module: nn.Module) -> tuple:
     """Changes when a tensor of the module is replaced, moved, or written to in place."""
     return tuple(

@@ -295,8 +295,9 @@ def test_on_a_gpu(name, compile, precision):
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("length", [49, 64, 144])
+@pytest.mark.parametrize(
+    ("length", "dtype"), [(64, torch.float32), (49, torch.float16), (144, torch.bfloat16)]
+)
 def test_triton_kernels_run_on_a_gpu(length, dtype, caplog):
     assert kernels_work(torch.device("cuda", 0), dtype, length, 32), caplog.text
 
