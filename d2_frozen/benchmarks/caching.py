@@ -28,6 +28,7 @@ from d2_frozen.benchmarks.measuring import (
     with_ratio,
     write_json,
 )
+from d2_frozen.benchmarks.timed_step import PHASES, Watch, timed_step
 from d2_frozen.caching import SLOT
 from d2_frozen.caching.store import gib
 from d2_frozen.engine.allocator import keep_freed_memory
@@ -35,10 +36,8 @@ from d2_frozen.engine.caching import compute_features, frozen_backbone_of, serve
 from d2_frozen.train_net import read_config
 from detectron2.config import CfgNode
 from detectron2.utils.env import seed_all_rng
-from detectron2.utils.events import EventStorage
 
 DEFAULT_CONFIG = "configs/quickstart/detection.yaml"
-_PHASES = ("data", "backbone", "neck+heads", "backward+update", "step")
 
 
 def main(arguments: list[str]) -> dict[str, Any]:
@@ -80,7 +79,7 @@ def compare(
 def report(result: dict[str, Any]) -> str:
     """The result as a person reads it."""
     head = f"{result['config']}  " + "  ".join(f"{key}: {value}" for key, value in result["machine"].items())
-    table = phase_table(f"training step, {result['unit']}", result["training step"], list(_PHASES))
+    table = phase_table(f"training step, {result['unit']}", result["training step"], list(PHASES))
     ratio = result["cached step / head-only part of the live step"]
     return (
         f"{head}\n\n{table}\n\ncached step / head-only part of the live step, without data: {ratio:.2f}\n"
@@ -99,19 +98,7 @@ class _Subject:
         self.optimizer = self.trainer.build_optimizer(cfg, self.model)
         self.batches: Iterator[Any] = iter(self.trainer.build_train_loader(cfg))
         self.cache: Any = None
-        self.backbone_seconds = 0.0
-        started = 0.0
-
-        def before(*_: Any) -> None:
-            nonlocal started
-            started = self.now()
-
-        def after(*_: Any) -> None:
-            self.backbone_seconds += self.now() - started
-
-        frozen = frozen_backbone_of(self.model)
-        frozen.register_forward_pre_hook(before)
-        frozen.register_forward_hook(after)
+        self.backbone = Watch(frozen_backbone_of(self.model), now)
 
     def fill(self, batches: int) -> int:
         """Put the features of the first batches into the cache, and train from it; bytes per sample."""
@@ -136,24 +123,7 @@ class _Subject:
 
     def step(self) -> Seconds:
         """Seconds of one step by phase."""
-        self.backbone_seconds = 0.0
-        start = self.now()
-        batch = next(self.batches)
-        loaded = self.now()
-        with EventStorage():
-            loss = sum(self.model(batch).values())
-        forwarded = self.now()
-        self.optimizer.zero_grad()
-        loss.backward()
-        self.optimizer.step()
-        end = self.now()
-        return {
-            "data": loaded - start,
-            "backbone": self.backbone_seconds,
-            "neck+heads": forwarded - loaded - self.backbone_seconds,
-            "backward+update": end - forwarded,
-            "step": end - start,
-        }
+        return timed_step(self.model, self.optimizer, lambda: next(self.batches), self.backbone, self.now)
 
 
 def _config(config_file: str, options: list[str], folder: str, cached: bool) -> CfgNode:

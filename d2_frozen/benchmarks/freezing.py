@@ -11,17 +11,15 @@ from typing import Any
 
 import torch
 from tabulate import tabulate
-from torch import nn
 
 from d2_frozen.benchmarks.measuring import Clock, Seconds, alternate, machine_facts, phase_table, with_ratio
+from d2_frozen.benchmarks.timed_step import PHASES, Watch, timed_step
 from d2_frozen.engine.allocator import keep_freed_memory
 from d2_frozen.engine.hooks import peak_memory_mib
 from d2_frozen.train_net import read_config
 from detectron2.config import CfgNode
-from detectron2.utils.events import EventStorage
 
 DEFAULT_CONFIG = "configs/quickstart/detection.yaml"
-_PHASES = ("data", "backbone", "neck+heads", "backward+update", "step")
 _SUBJECTS = {"frozen": "all", "full": "none"}  # name -> MODEL.BACKBONE.FREEZE
 
 
@@ -51,7 +49,7 @@ def report(result: dict[str, Any]) -> str:
     """The result as tables a person reads."""
     blocks = [f"{result['config']}  " + "  ".join(f"{k}: {v}" for k, v in result["machine"].items())]
     for title in ("training step", "evaluation image"):
-        phases = [phase for phase in _PHASES if phase in result[title]["frozen"]]
+        phases = [phase for phase in PHASES if phase in result[title]["frozen"]]
         blocks.append(phase_table(f"{title}, {result['unit']}", result[title], phases))
     memory = result["peak memory MiB"]
     rows = [[name, f"{value:.2f}" if "/" in name else f"{value:.0f}"] for name, value in memory.items()]
@@ -82,48 +80,17 @@ class _Subject:
         self.optimizer = FrozenTrainer.build_optimizer(cfg, self.model)
         self.batches = iter(build_train_loader(cfg))
         self.test_batches = _cycle(lambda: build_test_loader(cfg, cfg.DATASETS.TEST[0]))
-        self.backbone_seconds = 0.0
-        self._watch(getattr(self.model.backbone, "bottom_up", self.model.backbone))
-
-    def _watch(self, bottom_up: nn.Module) -> None:
-        started = 0.0
-
-        def before(*_: Any) -> None:
-            nonlocal started
-            started = self.now()
-
-        def after(*_: Any) -> None:
-            self.backbone_seconds += self.now() - started
-
-        bottom_up.register_forward_pre_hook(before)
-        bottom_up.register_forward_hook(after)
+        self.backbone = Watch(getattr(self.model.backbone, "bottom_up", self.model.backbone), now)
 
     def train_step(self) -> Seconds:
         """Seconds of one step by phase."""
         self.model.train()
-        self.backbone_seconds = 0.0
-        start = self.now()
-        batch = next(self.batches)
-        loaded = self.now()
-        with EventStorage():
-            loss = sum(self.model(batch).values())
-        forwarded = self.now()
-        self.optimizer.zero_grad()
-        loss.backward()
-        self.optimizer.step()
-        end = self.now()
-        return {
-            "data": loaded - start,
-            "backbone": self.backbone_seconds,
-            "neck+heads": forwarded - loaded - self.backbone_seconds,
-            "backward+update": end - forwarded,
-            "step": end - start,
-        }
+        return timed_step(self.model, self.optimizer, lambda: next(self.batches), self.backbone, self.now)
 
     def test_image(self) -> Seconds:
         """Seconds per image at evaluation by phase."""
         self.model.eval()
-        self.backbone_seconds = 0.0
+        self.backbone.reset()
         start = self.now()
         batch = next(self.test_batches)
         loaded = self.now()
@@ -132,8 +99,8 @@ class _Subject:
         end = self.now()
         return {
             "data": loaded - start,
-            "backbone": self.backbone_seconds,
-            "neck+heads": end - loaded - self.backbone_seconds,
+            "backbone": self.backbone.seconds,
+            "neck+heads": end - loaded - self.backbone.seconds,
             "step": end - start,
         }
 

@@ -22,14 +22,15 @@ from torch import nn
 
 from d2_frozen.benchmarks.engine_worker import generated_batch
 from d2_frozen.benchmarks.measuring import Clock, Seconds, alternate, machine_facts, phase_table, write_json
+from d2_frozen.benchmarks.timed_step import PHASES, Watch, timed_step
 from d2_frozen.engine.allocator import keep_freed_memory
 from d2_frozen.engine.hooks import peak_memory_mib
 from d2_frozen.train_net import read_config
-from detectron2.utils.events import EventStorage
 
 DEFAULT_CONFIG = "configs/Base-Frozen-RCNN.yaml"
 DEFAULT_OPTIONS = ["MODEL.TIMM.NAME", "swinv2_base_window8_256"]
-_PHASES = ("backbone", "neck+heads", "backward+update", "step")
+# The batch is generated before the step.
+_PHASES = tuple(phase for phase in PHASES if phase != "data")
 
 
 def main(arguments: list[str]) -> dict[str, Any]:
@@ -103,41 +104,14 @@ class _Subject:
         self.optimizer = FrozenTrainer.build_optimizer(cfg, self.model)
         self.batch = generated_batch(size, batch, cfg.MODEL.ROI_HEADS.NUM_CLASSES)
         self.now = now
-        self.backbone_seconds = 0.0
-        self._watch(self.model.backbone.bottom_up)
-
-    def _watch(self, bottom_up: nn.Module) -> None:
-        started = 0.0
-
-        def before(*_: Any) -> None:
-            nonlocal started
-            started = self.now()
-
-        def after(*_: Any) -> None:
-            self.backbone_seconds = self.now() - started
-
-        bottom_up.register_forward_pre_hook(before)
-        bottom_up.register_forward_hook(after)
+        self.backbone = Watch(self.model.backbone.bottom_up, now)
 
     def step(self) -> Seconds:
         """Seconds of one step by phase."""
         self.model.train()
         batch = copy.deepcopy(self.batch)
         torch.manual_seed(0)  # for the draws of anchors and proposals
-        start = self.now()
-        with EventStorage():
-            loss = sum(self.model(batch).values())
-        forwarded = self.now()
-        self.optimizer.zero_grad()
-        loss.backward()
-        self.optimizer.step()
-        end = self.now()
-        return {
-            "backbone": self.backbone_seconds,
-            "neck+heads": forwarded - start - self.backbone_seconds,
-            "backward+update": end - forwarded,
-            "step": end - start,
-        }
+        return timed_step(self.model, self.optimizer, lambda: batch, self.backbone, self.now)
 
 
 @torch.no_grad()
