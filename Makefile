@@ -26,7 +26,7 @@ quickstart-segmentation: $(VENV)/.installed
 
 quickstart-video: OUTPUT = output/quickstart_video
 quickstart-video: $(VENV)/.installed
-	$(BIN)/python -m video_app.moving_shapes --output datasets/moving_shapes --train 1000
+	$(BIN)/python -m video_app.moving_shapes --output datasets/moving_shapes --train 1500
 	$(BIN)/python train_net.py --config-file configs/quickstart/video.yaml OUTPUT_DIR $(OUTPUT) $(ARGS)
 
 test: $(VENV)/.installed-dev

@@ -23,7 +23,7 @@ from av.video.stream import VideoStream
 from video_app.moving_shapes_render import CLASSES, render
 
 # A change of what is drawn or encoded makes older folders count as different.
-GENERATOR = "video_app.moving_shapes 1"
+GENERATOR = "video_app.moving_shapes 2"
 FPS = 16
 _MANIFEST = "manifest.json"
 

@@ -47,8 +47,8 @@ def render(label: int, random: np.random.Generator, size_px: int, frames: int) -
     Returns:
         ``frames`` pictures of (size_px, size_px, 3) uint8, RGB.
     """
-    ground = _texture(random, size_px, contrast=40)
-    skin = _texture(random, size_px, contrast=60)
+    ground = _texture(random, size_px, contrast=12)
+    skin = _texture(random, size_px, contrast=24)
     # A shape that stands out: on the other side of middle grey.
     skin = np.clip(skin.astype(int) + (110 if ground.mean() < 128 else -110), 0, 255).astype(np.uint8)
     outline = np.array(_SHAPES[int(random.integers(len(_SHAPES)))])

@@ -42,7 +42,7 @@ logger = logging.getLogger("d2_frozen.study")
 _WORLDS = {
     "detection": ("d2_frozen.data.shapes", "--output", "datasets/shapes"),
     "segmentation": ("d2_frozen.data.shapes", "--output", "datasets/shapes"),
-    "video": ("video_app.moving_shapes", "--output", "datasets/moving_shapes"),
+    "video": ("video_app.moving_shapes", "--output", "datasets/moving_shapes", "--train", "1500"),
 }
 # Where configs/mini look for backbones.
 _PRETRAINED = Path("output/study/pretrained")
