@@ -139,6 +139,7 @@ def test_layers_of_a_backbone_are_those_of_its_innermost_network() -> None:
 
 def test_an_interrupted_run_writes_what_it_has(cka, tmp_path: Path, monkeypatch) -> None:
     grams = measure.GramCollector.grams
+    before = signal.getsignal(signal.SIGINT)  # a shell starts background jobs with Ctrl-C ignored
 
     def then_ctrl_c(*arguments: object, **others: object) -> object:
         os.kill(os.getpid(), signal.SIGINT)
@@ -149,7 +150,7 @@ def test_an_interrupted_run_writes_what_it_has(cka, tmp_path: Path, monkeypatch)
     found = result(tmp_path, "bifpn")
     assert (found["complete"], found["images"]) == (False, 4)
     assert found["panels"][0]["standard_error"][0][0] is None  # of one batch
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGINT) is before
 
 
 def test_a_run_is_its_folder(cka, flags, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
