@@ -95,7 +95,8 @@ def encode(path: Path, pictures: Sequence[np.ndarray], fps: int = FPS) -> None:
         else:
             stream.codec_context.bit_rate = 160_000
         for number, picture in enumerate(pictures):
-            frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
+            # Converted here: where the encoder does it, a few bytes differ from one call to the next.
+            frame = av.VideoFrame.from_ndarray(picture, format="rgb24").reformat(format="yuv420p")
             frame.pts, frame.time_base = number, Fraction(1, fps)
             file.mux(stream.encode(frame))
         file.mux(stream.encode())
