@@ -36,8 +36,9 @@ def _add_model_keys(cfg: CfgNode) -> None:
     cfg.MODEL.FROZEN = CfgNode()
     # Bottom-up network under the neck: any name in Detectron2's BACKBONE registry that gives a feature pyramid.
     cfg.MODEL.FROZEN.BOTTOM_UP = "build_timm_backbone"
-    # Arithmetic of the frozen forward only: "fp32" | "bf16" | "fp16" | "int8" (linear layers in 8 bits, by torchao; for
-    # GPUs, slower than bf16 on CPU). Neck and heads follow SOLVER.AMP.
+    # Arithmetic of the frozen forward only: "fp32" | "bf16" | "fp16" | "int8" | "fp8" (linear layers in 8-bit
+    # integers or floats, by torchao; fp8 from Ada and Hopper on, int8 slower than bf16 on CPU). Neck and heads follow
+    # SOLVER.AMP.
     # Below fp32 it runs on weights of its own; on a GPU, the float32 originals then stay in the computer's memory.
     # docs/speed.md has times and errors of each.
     cfg.MODEL.FROZEN.PRECISION = "fp32"

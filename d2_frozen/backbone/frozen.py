@@ -83,7 +83,7 @@ class FrozenBackbone(_TransparentWrapper):
 
     Args:
         inner: the backbone to freeze, changed in place (gradients off, eval mode).
-        precision: "fp32", "bf16", "fp16" or "int8". What runs is a fast network made of the weights (fast/) at the
+        precision: one of PRECISIONS. What runs is a fast network made of the weights (fast/) at the
             first forward, and again after the weights change; ``state_dict`` always holds the originals. Below fp32 it
             has weights of its own on the images' device, and the originals stay in the computer's memory.
         name: for :meth:`fingerprint`; by default ``inner.name``, else inner's class.

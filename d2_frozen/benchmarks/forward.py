@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import sys
 import time
 from collections.abc import Callable
 from functools import partial
@@ -22,7 +23,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from d2_frozen.backbone import FrozenBackbone, TimmBackbone, create_timm_backbone
-from d2_frozen.backbone.fast import PRECISIONS
+from d2_frozen.backbone.fast import EIGHT_BITS, PRECISIONS
 from d2_frozen.benchmarks.measuring import Clock, Seconds, alternate, machine_facts, write_json
 
 DEFAULT_MODES = ("timm-fp32", "autocast-bf16", "timm-bf16", "fp32", "bf16")
@@ -66,8 +67,16 @@ def compare(
             if device.type == "cuda":
                 facts[mode]["peak MiB"] = torch.cuda.max_memory_allocated() / 2**20
         except Exception as reason:  # one mode that a machine cannot run must not hide the others
-            facts[mode] = {"failed": f"{type(reason).__name__}: {str(reason).splitlines()[0][:200]}"}
+            facts[mode] = {
+                "failed": f"{type(reason).__name__}: {(str(reason).splitlines() or [''])[0][:200]}"
+            }
             continue
+        finally:  # compiling may take long, and a run may be stopped
+            print(
+                f"{mode}: first forwards took {time.perf_counter() - started:.1f} s",
+                file=sys.stderr,
+                flush=True,
+            )
         subjects[mode] = _timed(run, images, now)
     for mode, seconds in alternate(subjects, rounds, warmup).items():
         facts[mode]["seconds"] = seconds["forward"]
@@ -98,7 +107,7 @@ def report(result: dict[str, Any]) -> str:
         if "peaks" in result:
             peaks = result["peaks"]
             precision = mode.split("+")[0].split("-")[-1]
-            share = one["TFLOP/s"] / peaks[f"{'bf16' if precision == 'int8' else precision} TFLOP/s"]
+            share = one["TFLOP/s"] / peaks[f"{'bf16' if precision in EIGHT_BITS else precision} TFLOP/s"]
             rate = result["GB"].get(mode, float("nan")) / one["seconds"]
             row += [f"{share:.2f}", f"{rate:.0f}", f"{rate / peaks['GB/s']:.2f}", f"{one['peak MiB']:.0f}"]
         rows.append(row)
@@ -145,7 +154,7 @@ def least_traffic(backbone: FrozenBackbone, images: Tensor) -> float:
     26 tokens x channels per block: qkv 1 + 3, attention 3 + 1, proj 1 + 1, norm with residual 3, MLP 1 + 4 and 4 + 1,
     norm with residual 3.
     """
-    size = {"fp32": 4, "bf16": 2, "fp16": 2, "int8": 2}[backbone.precision]
+    size = {"fp32": 4, "bf16": 2, "fp16": 2, "int8": 2, "fp8": 2}[backbone.precision]
     total = 0.0
     height, width = images.shape[2] // 4, images.shape[3] // 4
     for stage in backbone.inner.network.layers:

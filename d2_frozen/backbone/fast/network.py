@@ -20,8 +20,15 @@ from d2_frozen.backbone.fast.folding import folded_copy
 from d2_frozen.backbone.fast.sharing import convert_tensors, with_shared_tensors
 from d2_frozen.backbone.fast.swin import FastSwin, fast_swin
 
-# Of everything but the linear layers: "int8" has these in 8 bits.
-PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "int8": torch.bfloat16}
+# Of everything but the linear layers: "int8" and "fp8" have these in 8 bits.
+PRECISIONS = {
+    "fp32": torch.float32,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+    "int8": torch.bfloat16,
+    "fp8": torch.bfloat16,
+}
+EIGHT_BITS = ("int8", "fp8")
 
 
 @torch.no_grad()
@@ -35,8 +42,8 @@ def fast_network(inner: nn.Module, precision: str, device: torch.device, compile
     if dtype != torch.float32:
         network = with_shared_tensors(inner) if network is inner else network
         convert_tensors(network, device, dtype)
-        if precision == "int8":
-            _quantise(network, device)
+        if precision in EIGHT_BITS:
+            _quantise(network, precision, device)
         elif isinstance(network, FastSwin) and device.type == "cpu":
             for block in network.blocks():
                 block.pack()
@@ -45,10 +52,10 @@ def fast_network(inner: nn.Module, precision: str, device: torch.device, compile
     return network if dtype == torch.float32 else _InPrecision(network, dtype)
 
 
-def _quantise(network: nn.Module, device: torch.device) -> None:
-    from d2_frozen.backbone.fast.int8 import quantise
+def _quantise(network: nn.Module, precision: str, device: torch.device) -> None:
+    from d2_frozen.backbone.fast.quantised import quantise
 
-    quantise(network, device)
+    quantise(network, precision, device)
     if isinstance(network, FastSwin):
         for block in network.blocks():
             block.gelu = False  # it would go into a GEMM of bfloat16

@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import types
 
 import pytest
 import torch
@@ -255,10 +256,25 @@ def test_int8_is_close(caplog):
     assert {t.dtype for t in backbone.parameters()} == {torch.float32} and "slower than bf16" in caplog.text
 
 
-def test_int8_without_torchao_says_what_to_install(monkeypatch):
-    monkeypatch.setitem(sys.modules, "torchao", None)
-    with pytest.raises(RuntimeError, match="pip install torchao"):
+@pytest.mark.parametrize("torchao", [None, types.SimpleNamespace(__version__="0.0", quantization=None)])
+def test_int8_without_a_fitting_torchao_says_what_to_install(monkeypatch, torchao):
+    """It is not there; or it is too old."""
+    monkeypatch.setitem(sys.modules, "torchao", torchao)
+    with pytest.raises(RuntimeError, match="pip install (--upgrade )?torchao"):
         FrozenBackbone(network("swinv2_pico_window8_256"), "int8")(images(32, 32))
+
+
+def test_fp8_without_a_gpu_that_has_it_says_so():
+    with pytest.raises(RuntimeError, match="fp8 needs a GPU of compute capability 8.9 .* but runs on cpu"):
+        FrozenBackbone(network("swinv2_pico_window8_256"), "fp8")(images(32, 32))
+
+
+@pytest.mark.skipif(importlib.util.find_spec("torchao") is None, reason="torchao is not installed")
+def test_a_network_without_linear_layers_has_nothing_for_8_bits(caplog):
+    backbone = network("resnet18")
+    batch = images(64, 64)
+    assert_same_maps(FrozenBackbone(backbone, "int8")(batch), FrozenBackbone(backbone, "bf16")(batch), 0)
+    assert "resnet18 has none; it runs in bf16" in caplog.text
 
 
 def test_without_a_compiler_the_error_says_so(monkeypatch):
@@ -274,27 +290,54 @@ def test_low_precision_keeps_its_originals_out_of_the_accelerator():
     assert {t.device.type for t in low.parameters()} == {"cpu"}
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
-@pytest.mark.parametrize("compile", [False, True])
-@pytest.mark.parametrize("name", ["swinv2_pico_window8_256", "swin_tiny_patch4_window7_224", "resnet18"])
-def test_on_a_gpu(name, compile, precision):
-    """Each size three times: as it is, recorded, replayed; then weights that change."""
-    backbone = network(name)
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+GPU_TOLERANCE = {"fp32": 1e-3, "bf16": 0.05, "fp16": 0.01, "int8": 0.1, "fp8": 0.2}
+
+
+def check_on_gpu(name, precision, compile, arguments, sizes):
+    """Each size three times: as it is, recorded, replayed; then with other weights."""
+    backbone = network(name, **arguments)
     wrapped = FrozenBackbone(copy.deepcopy(backbone), precision, compile=compile).to("cuda")
     for _ in range(2):
-        for height, width in [(96, 160), (256, 256), (96, 160)]:
-            batch = images(height, width)
+        for size in sizes:
+            batch = images(*size)
             truth = backbone(batch)
             for _turn in range(3):
                 maps = {key: value.cpu() for key, value in wrapped(batch.cuda()).items()}
-                assert_same_maps(maps, truth, {"fp32": 1e-3, "bf16": 0.05, "fp16": 0.01}[precision])
+                assert_same_maps(maps, truth, GPU_TOLERANCE[precision])
         for tensor in (next(backbone.parameters()), next(wrapped.parameters())):
             tensor.mul_(2)
     assert {p.device.type for p in wrapped.parameters()} == {"cuda" if precision == "fp32" else "cpu"}
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@needs_gpu
+@pytest.mark.parametrize(
+    ("precision", "compile"),
+    [("fp32", False), ("fp32", True), ("bf16", False), ("bf16", True), ("fp16", False), ("fp16", True)],
+)
+@pytest.mark.parametrize("name", ["swinv2_tiny_window8_256", "swin_tiny_patch4_window7_224"])
+def test_on_a_gpu(name, precision, compile):
+    """Padded windows, whole windows (of 8), the first size again."""
+    check_on_gpu(name, precision, compile, SMALL, [(64, 96), (128, 128), (64, 96)])
+
+
+@needs_gpu
+@pytest.mark.parametrize(("precision", "compile"), [("fp32", False), ("bf16", False), ("bf16", True)])
+def test_another_network_on_a_gpu(precision, compile):
+    check_on_gpu("resnet18", precision, compile, {}, [(64, 96), (64, 64), (64, 96)])
+
+
+@needs_gpu
+@pytest.mark.skipif(importlib.util.find_spec("torchao") is None, reason="torchao is not installed")
+@pytest.mark.parametrize("compile", [False, True])
+@pytest.mark.parametrize("precision", ["fp8", "int8"])
+def test_eight_bits_on_a_gpu(precision, compile):
+    if precision == "fp8" and torch.cuda.get_device_capability() < (8, 9):
+        pytest.skip("this GPU has no 8-bit floats")
+    check_on_gpu("swinv2_tiny_window8_256", precision, compile, SMALL, [(64, 96), (128, 128), (64, 96)])
+
+
+@needs_gpu
 @pytest.mark.parametrize(
     ("length", "dtype"), [(64, torch.float32), (49, torch.float16), (144, torch.bfloat16)]
 )
