@@ -20,6 +20,7 @@ import sys
 from typing import Any
 
 from d2_frozen.benchmarks import engines, freezing
+from d2_frozen.benchmarks.arguments import one_of, parse_with_lists
 from d2_frozen.benchmarks.measuring import write_json
 
 # Comparison -> its module, imported only when it is asked for, as some are an app's. The module has a function
@@ -27,6 +28,7 @@ from d2_frozen.benchmarks.measuring import write_json
 COMPARISONS = {
     "cache": "d2_frozen.benchmarks.caching",
     "forward": "d2_frozen.benchmarks.forward",
+    "loader": "d2_frozen.benchmarks.loader",
     "step": "d2_frozen.benchmarks.step",
     "one_pass": "d2_frozen.benchmarks.one_pass",
     "reading": "d2_frozen.benchmarks.reading",
@@ -42,7 +44,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     logging.basicConfig(level=logging.WARNING)
     if arguments and arguments[0] in COMPARISONS:
         return importlib.import_module(COMPARISONS[arguments[0]]).main(arguments[1:])
-    args = _parser().parse_args(arguments)
+    args = parse_with_lists(_parser(), arguments, sections=one_of(engines.SECTIONS))
     if args.vs_detectron2:
         settings = {
             "config": args.config_file or engines.DEFAULT_CONFIG,
@@ -84,7 +86,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--batch", type=int, default=2, help="images per training step (--vs-detectron2)")
     parser.add_argument("--images", type=int, default=50, help="images per evaluation (--vs-detectron2)")
     parser.add_argument(
-        "--sections", nargs="+", choices=engines.SECTIONS, default=engines.SECTIONS, help="of --vs-detectron2"
+        "--sections",
+        nargs="+",
+        default=engines.SECTIONS,
+        help=f"of --vs-detectron2: {', '.join(engines.SECTIONS)}",
     )
     parser.add_argument(
         "--cpu-time",

@@ -20,6 +20,8 @@ import torch
 from tabulate import tabulate
 from torch import nn
 
+from d2_frozen.backbone.fast import PRECISIONS
+from d2_frozen.benchmarks.arguments import one_of, parse_with_lists
 from d2_frozen.benchmarks.engine_worker import generated_batch
 from d2_frozen.benchmarks.measuring import Clock, Seconds, alternate, machine_facts, phase_table, write_json
 from d2_frozen.benchmarks.timed_step import PHASES, Watch, timed_step
@@ -29,13 +31,14 @@ from d2_frozen.train_net import read_config
 
 DEFAULT_CONFIG = "configs/Base-Frozen-RCNN.yaml"
 DEFAULT_OPTIONS = ["MODEL.TIMM.NAME", "swinv2_base_window8_256"]
+_subject = one_of(["naive", "full", *PRECISIONS, *(f"{precision}+compile" for precision in PRECISIONS)])
 # The batch is generated before the step.
 _PHASES = tuple(phase for phase in PHASES if phase != "data")
 
 
 def main(arguments: list[str]) -> dict[str, Any]:
     """Command line; returns what ``--json`` writes."""
-    args = _parser().parse_args(arguments)
+    args = parse_with_lists(_parser(), arguments, subjects=_subject)
     if not torch.cuda.is_available():
         keep_freed_memory()  # as train_net.py does
     now = Clock(args.cpu_time)

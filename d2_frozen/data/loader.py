@@ -14,11 +14,13 @@ from contextlib import AbstractContextManager
 from itertools import islice
 from typing import Any, NamedTuple
 
+import cv2
 import torch
 from torch.utils.data import DataLoader, Dataset, SequentialSampler
 
 from d2_frozen.caching import FEATURES, SLOT, FeatureCache
 from d2_frozen.data.cached_mapper import FrozenDatasetMapper
+from d2_frozen.data.device import Pinnable
 from d2_frozen.data.draws import draw_index, image_number, seeded
 from d2_frozen.data.subset import training_records
 from d2_frozen.data.transforms import build_augmentations, changes_frame
@@ -28,7 +30,6 @@ from detectron2.data import (
     build_detection_test_loader,
     get_detection_dataset_dicts,
 )
-from detectron2.data.build import trivial_batch_collator
 from detectron2.data.samplers import (
     RandomSubsetTrainingSampler,
     RepeatFactorTrainingSampler,
@@ -90,6 +91,7 @@ def build_train_loader(
         wide=wide,
         start_iteration=start_iteration,
         num_workers=cfg.DATALOADER.NUM_WORKERS,
+        pin_memory=torch.device(cfg.MODEL.DEVICE).type == "cuda" and torch.cuda.is_available(),
     )
 
 
@@ -217,6 +219,7 @@ class TrainLoader:
         wide: Sequence[bool] | None = None,
         start_iteration: int = 0,
         num_workers: int = 0,
+        pin_memory: bool = False,
     ):
         """
         Args:
@@ -225,6 +228,7 @@ class TrainLoader:
             batch_size: of this rank.
             wide: per record, is it wider than high? Then a batch has images of one kind only.
             start_iteration, num_workers: see ``build_train_loader``; neither changes what a batch holds.
+            pin_memory: a thread puts what comes from the workers into pinned memory, for a GPU to fetch.
         """
         self.dataset = dataset
         self.sampler = sampler
@@ -232,6 +236,7 @@ class TrainLoader:
         self.wide = wide
         self.start_iteration = start_iteration
         self.num_workers = num_workers
+        self.pin_memory = pin_memory
         self.replaced = 0
         self.cache: FeatureCache | None = None
 
@@ -254,14 +259,17 @@ class TrainLoader:
             self.dataset,
             batch_sampler=_Places(self),
             num_workers=self.num_workers,
-            collate_fn=trivial_batch_collator,
+            collate_fn=Pinnable,
+            # Without workers there is no thread for it, and the copy to the GPU would not be faster.
+            pin_memory=self.pin_memory and self.num_workers > 0,
+            worker_init_fn=_one_thread,
             # Its own: otherwise starting the workers would draw from the global generator.
             generator=torch.Generator(),
         )
         for batch in batches:
-            for drawn in batch:
+            for drawn in batch.drawn:
                 self.tell(drawn)
-            yield [self._with_features(drawn) for drawn in batch]
+            yield [self._with_features(drawn) for drawn in batch.drawn]
 
     def _with_features(self, drawn: Drawn) -> Any:
         """The sample; features that its worker found are mapped into the memory of this process."""
@@ -306,6 +314,11 @@ class TrainLoader:
         rank, world_size = comm.get_rank(), comm.get_world_size()
         for count, index in enumerate(self.sampler):
             yield Place(rank + count * world_size, int(index))
+
+
+def _one_thread(worker: int) -> None:
+    """In a worker: torch does the same for itself; OpenCV's threads, one per core in each worker, would only queue."""
+    cv2.setNumThreads(0)
 
 
 class _Places:

@@ -12,7 +12,7 @@ import logging
 import signal
 import time
 import types
-from collections.abc import Hashable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from itertools import count
 from typing import Any
 
@@ -234,9 +234,11 @@ def share_streams(heads: Sequence[JointHead]) -> list[list[JointHead]]:
             groups.append((loader, [head]))
     for loader, group in groups:
         if loader is not None and len(group) > 1:
-            shared = _SharedBatches(loader, min(head.trainer.start_iter for head in group))
+            start, bring = min(head.trainer.start_iter for head in group), group[0].trainer.stream.bring
+            shared = _SharedBatches(loader, start, bring)
             for head in group:
-                head.trainer.stream.build = shared.from_iteration
+                # Brought to the device once, for all; none may be ahead of the others.
+                head.trainer.stream.build, head.trainer.stream.bring = shared.from_iteration, iter
     return [group for _, group in groups]
 
 
@@ -300,9 +302,15 @@ def _plain(value: Any, depth: int = 12) -> Any:
 class _SharedBatches:
     """One loader for several trainers that ask for the same iteration one after the other."""
 
-    def __init__(self, loader: TrainLoader, start_iteration: int) -> None:
+    def __init__(
+        self,
+        loader: TrainLoader,
+        start_iteration: int,
+        bring: Callable[[Iterable[list[Any]]], Iterable[list[Any]]] = iter,
+    ) -> None:
         loader.start_iteration = start_iteration
-        self._loader: Iterable[list[Any]] = loader
+        self._loader = loader
+        self._bring = bring
         self._batches: Iterator[list[Any]] | None = None
         self._at = start_iteration - 1
         self._batch: list[Any] = []
@@ -314,7 +322,7 @@ class _SharedBatches:
 
     def _get(self, iteration: int) -> list[Any]:
         if self._batches is None:
-            self._batches = iter(self._loader)
+            self._batches = iter(self._bring(self._loader))
         while self._at < iteration:
             self._batch = next(self._batches)
             self._at += 1

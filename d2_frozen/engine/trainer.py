@@ -19,6 +19,7 @@ from d2_frozen import tasks
 from d2_frozen.backbone import exclude_frozen_from_ddp
 from d2_frozen.caching import FeatureCache
 from d2_frozen.data import build_test_loader, build_train_loader
+from d2_frozen.data.device import on_device
 from d2_frozen.detection import evaluate_with_tta
 from d2_frozen.engine.caching import CacheReport, check_cache_settings, serve_features
 from d2_frozen.engine.checkpoint import FrozenCheckpointer
@@ -57,8 +58,12 @@ class FrozenTrainer(DefaultTrainer):
             logger.info("Parts of the model:\n%s", parts_table(model, optimizer))
         parallel = create_ddp_model(exclude_frozen_from_ddp(model), broadcast_buffers=False)
         self.feature_cache: FeatureCache | None = None
-        self.stream = ResumableStream(self._batches)
-        self._trainer = _loop_kind(cfg, parallel)(parallel, self.stream, optimizer)
+        # Detectron2 draws pictures of the training input from the computer's memory.
+        leave = ("instances", "proposals") if cfg.VIS_PERIOD > 0 else ()
+        self.stream = ResumableStream(
+            self._batches, lambda loader: on_device(loader, cfg.MODEL.DEVICE, leave)
+        )
+        self._trainer = loop_kind(cfg, parallel)(parallel, self.stream, optimizer)
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
         self.checkpointer = FrozenCheckpointer(
             model,
@@ -176,15 +181,21 @@ class ResumableStream:
 
     Attributes:
         build: start iteration -> batches from there on.
+        bring: these batches -> the same ones where the model is; it may take one ahead of its turn.
         start_iteration: where it begins.
     """
 
-    def __init__(self, build: Callable[[int], Iterable[Any]]) -> None:
+    def __init__(
+        self,
+        build: Callable[[int], Iterable[Any]],
+        bring: Callable[[Iterable[Any]], Iterable[Any]] = iter,
+    ) -> None:
         self.build = build
+        self.bring = bring
         self.start_iteration = 0
 
     def __iter__(self) -> Iterator[Any]:
-        return iter(self.build(self.start_iteration))
+        return iter(self.bring(self.build(self.start_iteration)))
 
 
 class _CPUAutocastTrainer(SimpleTrainer):
@@ -204,7 +215,8 @@ class _CPUAutocastTrainer(SimpleTrainer):
             del self.model.forward  # the class's own again
 
 
-def _loop_kind(cfg: CfgNode, model: nn.Module) -> type[SimpleTrainer]:
+def loop_kind(cfg: CfgNode, model: nn.Module) -> type[SimpleTrainer]:
+    """What runs a training step: by SOLVER.AMP and the model's device."""
     if not cfg.SOLVER.AMP.ENABLED:
         return SimpleTrainer
     on_gpu = next(model.parameters()).is_cuda

@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from tabulate import tabulate
 
 from d2_frozen import tasks
+from d2_frozen.benchmarks.arguments import parse_with_lists
 from d2_frozen.benchmarks.measuring import Clock, Seconds, alternate, machine_facts, write_json
 from d2_frozen.data import training_records
 from d2_frozen.engine.allocator import keep_freed_memory
@@ -41,7 +42,7 @@ _WHOLE, _LOADER = "whole loop", "loader alone"
 
 def main(arguments: list[str]) -> dict[str, Any]:
     """Command line; returns what is also written with ``--json``."""
-    args = _parser().parse_args(arguments)
+    args = parse_with_lists(_parser(), arguments, workers=int)
     cfg = _config(args.config_file, args.opts)
     if cfg.MODEL.DEVICE == "cpu":
         keep_freed_memory()  # as train_net.py does
@@ -228,7 +229,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--clips", type=int, default=20, help="files that each reader reads in a round")
     parser.add_argument("--opens", type=int, default=200, help="files over which memory may grow")
     parser.add_argument("--batches", type=int, default=8, help="of the loop, in a round")
-    parser.add_argument("--workers", type=int, nargs="+", default=[1, 2], help="of the loader")
+    parser.add_argument("--workers", nargs="+", default=[1, 2], help="of the loader")
     parser.add_argument("--json", help="also write the result to this file")
     parser.add_argument("opts", nargs=argparse.REMAINDER, help="config options: KEY VALUE ...")
     return parser

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from d2_frozen.bench import main
+from video_app.benchmarks import video
 from video_app.benchmarks.reading import memory_growth_mib
 from video_app.clips.decoder import BadClip, ClipDecoder, VideoReading
 from video_app.clips.reader import installed_readers
@@ -28,8 +29,8 @@ def config(tmp_path: Path) -> Path:
 _BASE_: {ROOT / "configs/Base-Frozen-Video.yaml"}
 MODEL: {{VIDEO_HEAD: {{NUM_BLOCKS: 1, WIDTH: 64}}}}
 DATASETS:
-  REGISTER: [{{name: t_bench_video, type: video_list, list: {tmp_path}/clips/train.txt}}]
-  TRAIN: [t_bench_video]
+  REGISTER: [{{name: {tmp_path.name}, type: video_list, list: {tmp_path}/clips/train.txt}}]
+  TRAIN: [{tmp_path.name}]
 VIDEO: {{NUM_FRAMES: 2, CROP_SIZE: 32, SHORT_SIDE: 32}}
 SOLVER: {{IMS_PER_BATCH: 2}}
 """)
@@ -60,6 +61,26 @@ def test_every_part_is_measured(config: Path, tmp_path: Path, capsys: pytest.Cap
     printed = capsys.readouterr().out
     for heading in ("decode + sample", "growth, MiB", "frozen forward", "head step", "whole / alone"):
         assert heading in printed
+
+
+def test_config_options_may_follow_the_workers(
+    config: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """They were taken for numbers of workers."""
+    asked = []
+    monkeypatch.setattr(video, "compare_readers", lambda *_: {})
+    monkeypatch.setattr(video, "measure_model", lambda *_: {})
+    monkeypatch.setattr(video, "measure_loop", lambda cfg, workers, *_: asked.append((workers, cfg.SEED)))
+    monkeypatch.setattr(video, "report", lambda result: "")
+    result = main(["video", "--config-file", str(config), "--workers", "1", "2", "SEED", "3"])
+    assert asked == [(1, 3), (2, 3)] and result["options"] == ["SEED", "3"]
+
+
+def test_the_data_path_is_measured_for_clips(config: Path) -> None:
+    few = ["--batches", "1", "--rounds", "1", "--warmup", "0", "--workers", "1"]
+    found = main(["loader", "--config-file", str(config), *few])
+    assert (found["unit"], found["batch"], found["input"]) == ("clips", 2, "1 x 2 x 3 x 32 x 32")
+    assert found["loops"]["1"]["whole / min"] > 0
 
 
 def test_a_frozen_video_model_is_asked_for(config: Path) -> None:
