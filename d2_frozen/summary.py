@@ -141,11 +141,16 @@ def build_weightless(cfg: CfgNode) -> nn.Module:
     cfg = cfg.clone()
     cfg.defrost()
     cfg.MODEL.DEVICE, cfg.MODEL.TIMM.PRETRAINED = "meta", ""
+    fill_standard_classes(cfg)
+    with torch.device("meta"), _WithoutInitialValues():
+        return build_model(cfg)
+
+
+def fill_standard_classes(cfg: CfgNode) -> None:
+    """Class counts of -1 become those of COCO, ADE20K and Kinetics-400, in place."""
     for heads, count in _CLASSES_IF_UNKNOWN.items():
         if heads in cfg.MODEL and cfg.MODEL[heads].NUM_CLASSES < 0:
             cfg.MODEL[heads].NUM_CLASSES = count
-    with torch.device("meta"), _WithoutInitialValues():
-        return build_model(cfg)
 
 
 class _WithoutInitialValues(TorchFunctionMode):

@@ -55,6 +55,12 @@ class Task(Protocol):
     def classes(self, cfg: CfgNode) -> Classes | None:
         """Of the registered data that ``cfg`` trains on; None where it does not name them. Goes into checkpoints."""
 
+    def generated_batch(self, cfg: CfgNode, count: int) -> list[dict[str, Any]]:
+        """``count`` training samples without data, as large as those of training: for measuring how long steps take.
+
+        ``cfg`` has a class count.
+        """
+
     def prediction(self, cfg: CfgNode, classes: Classes | None) -> Prediction | ClipPrediction:
         """How a head with this config predicts, without its data; lacking ``classes``, they are called by number.
 

@@ -40,6 +40,11 @@ class SegmentationTask:
 
         return next((found for name in cfg.DATASETS.TRAIN if (found := classes_of(name))), None)
 
+    def generated_batch(self, cfg: CfgNode, count: int) -> list[dict[str, Any]]:
+        from d2_frozen.data.generated import generated_label_batch, training_side
+
+        return generated_label_batch(training_side(cfg), count, cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES)
+
     def prediction(self, cfg: CfgNode, classes: Classes | None) -> Prediction:
         from seg_app.prediction import SegmentationPrediction
 

@@ -43,6 +43,13 @@ class VideoTask:
         names = next((names for names in known if len(names) == cfg.MODEL.VIDEO_HEAD.NUM_CLASSES), None)
         return None if names is None else Classes(names, list(range(len(names))))
 
+    def generated_batch(self, cfg: CfgNode, count: int) -> list[dict[str, Any]]:
+        from video_app.data.generated import generated_clips
+
+        return generated_clips(
+            cfg.VIDEO.NUM_FRAMES, cfg.VIDEO.CROP_SIZE, count, cfg.MODEL.VIDEO_HEAD.NUM_CLASSES
+        )
+
     def prediction(self, cfg: CfgNode, classes: Classes | None) -> ClipPrediction:
         from video_app.prediction import VideoPrediction
 

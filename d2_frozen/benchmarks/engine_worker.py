@@ -13,22 +13,20 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
 import d2_frozen
 from d2_frozen.benchmarks.evaluation import evaluation_task
 from d2_frozen.benchmarks.measuring import Clock, Run, Task
+from d2_frozen.data.generated import generated_batch
 from d2_frozen.engine.hooks import peak_memory_mib
 from detectron2.config import CfgNode, get_cfg
 from detectron2.modeling import build_model
 from detectron2.solver import build_optimizer
-from detectron2.structures import Boxes, Instances, PolygonMasks
 from detectron2.utils.events import EventStorage
 
 _SEED = 0
-_OBJECTS_PER_IMAGE = 8
 _SHARPNESS = 30.0
 
 
@@ -151,27 +149,6 @@ def _calm_model(cfg: CfgNode) -> nn.Module:
         if name.endswith("conv3.norm.weight"):
             buffer.fill_(0.2)
     return model
-
-
-def generated_batch(size: int, count: int, num_classes: int) -> list[dict[str, Any]]:
-    """Blurred noise with octagons on it, as DatasetMapper would give it."""
-    draw = np.random.default_rng(_SEED)
-    batch = []
-    for _ in range(count):
-        coarse = torch.from_numpy(draw.uniform(0, 255, (1, 3, size // 16, size // 16))).float()
-        image = torch.nn.functional.interpolate(coarse, (size, size), mode="bilinear")[0].to(torch.uint8)
-        truth = Instances((size, size))
-        side = draw.uniform(size / 16, size / 2, (_OBJECTS_PER_IMAGE, 1))
-        center = side / 2 + draw.uniform(0, 1, (_OBJECTS_PER_IMAGE, 2)) * (size - side)
-        boxes = np.concatenate((center - side / 2, center + side / 2), axis=1)
-        angle = (np.arange(8) + 0.5) * np.pi / 4
-        corner = np.stack((np.cos(angle), np.sin(angle)), axis=1) / np.cos(np.pi / 8)
-        outlines = (center[:, None] + side[:, None] / 2 * corner).clip(0, size)  # (objects, 8, 2)
-        truth.gt_boxes = Boxes(torch.from_numpy(boxes).float())
-        truth.gt_classes = torch.from_numpy(draw.integers(0, num_classes, _OBJECTS_PER_IMAGE))
-        truth.gt_masks = PolygonMasks([[outline.reshape(-1)] for outline in outlines])
-        batch.append({"image": image, "height": size, "width": size, "instances": truth})
-    return batch
 
 
 if __name__ == "__main__":

@@ -40,6 +40,15 @@ class DetectionTask:
 
         return next((found for name in cfg.DATASETS.TRAIN if (found := classes_of(name))), None)
 
+    def generated_batch(self, cfg: CfgNode, count: int) -> list[dict[str, Any]]:
+        from d2_frozen.data.generated import generated_batch, training_side
+
+        batch = generated_batch(training_side(cfg), count, cfg.MODEL.ROI_HEADS.NUM_CLASSES)
+        if cfg.MODEL.HTC.SEMANTIC_ON:
+            for sample in batch:
+                sample["sem_seg"] = sample["image"][0].long() % cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES
+        return batch
+
     def prediction(self, cfg: CfgNode, classes: Classes | None) -> Prediction:
         from d2_frozen.detection.prediction import DetectionPrediction
 

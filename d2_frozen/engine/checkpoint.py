@@ -72,18 +72,21 @@ class FrozenCheckpointer(DetectionCheckpointer):
         """
         if not self.save_dir or not self.save_to_disk:
             return
-        content: dict[str, Any] = {
-            "model": self._model_state(),
-            **(self.extra() if callable(self.extra) else self.extra),
-        }
-        content["frozen"] = self._frozen_facts()
-        content.update({key: item.state_dict() for key, item in self.checkpointables.items()})
-        content.update(kwargs)
+        content = {**self.content(), **kwargs}
         path = os.path.join(self.save_dir, f"{name}.pth")
         logger.info("Saving checkpoint to %s", path)
         write_atomically(path, lambda stream: torch.save(content, stream))
         tag = os.path.join(self.save_dir, "last_checkpoint")
         write_atomically(tag, lambda stream: stream.write(os.path.basename(path).encode()))
+
+    def content(self) -> dict[str, Any]:
+        """What ``save`` writes."""
+        return {
+            "model": self._model_state(),
+            **(self.extra() if callable(self.extra) else self.extra),
+            "frozen": self._frozen_facts(),
+            **{key: item.state_dict() for key, item in self.checkpointables.items()},
+        }
 
     def resume_or_load(self, path: str, *, resume: bool = True) -> dict[str, Any]:
         """As in Detectron2: the last checkpoint of ``save_dir`` when resuming and there is one, else ``path``.

@@ -28,7 +28,7 @@ from d2_frozen.study.cka.command import add_cka_command
 from d2_frozen.study.jobs import Job
 from d2_frozen.study.layout import write_sweep, write_table
 from d2_frozen.study.pretraining import KINDS, SIZES, Pretraining, pretrain
-from d2_frozen.study.probe import Estimate, disk_free_mib, probe
+from d2_frozen.study.probe import Estimate, disk_free_mib, probe, probe_synthetic
 from d2_frozen.study.queue import LocalQueue
 from d2_frozen.study.report import write_report
 from d2_frozen.study.slurm import SlurmQueue
@@ -108,7 +108,7 @@ def _run(args: argparse.Namespace, groups: Sequence[Sequence[Job]], tasks: set[s
         The jobs that have not finished; None with --dry-run.
     """
     jobs = [job for of_seed in zip(*groups) for job in of_seed]
-    if args.scale == "mini" and not (args.dry_run and args.no_probe):
+    if args.scale == "mini" and not (args.dry_run and (args.no_probe or args.probe_synthetic)):
         for command in {_WORLDS[task] for task in tasks}:
             subprocess.run([sys.executable, "-m", *command], check=True)
         _pretrain_missing(jobs)
@@ -161,31 +161,52 @@ def _plan(args: argparse.Namespace, jobs: Sequence[Job], models: int) -> str:
     if args.no_probe:
         listed = [[job.name, job.config_file, state] for job, state in zip(jobs, states)]
         return tabulate(listed, headers=["job", "config", "state"])
-    estimates = dict(zip(range(models), probe(jobs[:models], args.threads, args.num_gpus)))
+    # The first seed of each model; what is only evaluated trains nothing.
+    training = [index for index in range(models) if jobs[index].evaluates is None]
+    first = [jobs[index] for index in training]
+    if args.probe_synthetic:
+        found = probe_synthetic(first, args.threads, args.num_gpus, next(iter(args.gpus), None))
+    else:
+        found = probe(first, args.threads, args.num_gpus)
+    estimates = dict(zip(training, found))
     rows: list[list[Any]] = []
     hours = disk = 0.0
     for index, (job, state) in enumerate(zip(jobs, states)):
-        estimate = estimates[index % models]
-        if isinstance(estimate, Estimate) and job.evaluates is None:
-            size = [f"{estimate.trainable / 1e6:.2f} M", str(estimate.iterations)]
-            rows.append([job.name, state, *size, f"{estimate.hours:.2f} h", f"{estimate.disk_mib:.0f} MiB"])
+        estimate = estimates.get(index % models, "evaluates another job")
+        if isinstance(estimate, Estimate):
+            rows.append([job.name, state, *_planned(estimate)])
             if state != "finished":
                 hours, disk = hours + estimate.hours, disk + estimate.disk_mib
         else:
-            why = "evaluates another job" if job.evaluates else str(estimate)[:60]
-            rows.append([job.name, state, "", "", why, ""])
-    headers = ["job", "state", "trainable", "iterations", "training", "disk"]
+            rows.append([job.name, state, "", "", "", estimate[:60], "", ""])
+    headers = ["job", "state", "trainable", "iterations", "s each", "training", "memory", "disk"]
     free = disk_free_mib(root)
     lines = [
         tabulate(rows, headers=headers, disable_numparse=True),
         f"To do: {hours:.1f} h of training without evaluations, {hours / args.parallel:.1f} h with "
         f"{args.parallel} at a time; {disk:.0f} MiB of {free:.0f} MiB free on the disk.",
     ]
+    if args.probe_synthetic:
+        lines.append(
+            "Measured on a generated batch in memory, for one GPU of each run: without reading data and without what "
+            "GPUs send each other."
+        )
     if disk > free:
         lines.append(
             "The disk is too small: raise SOLVER.CHECKPOINT_PERIOD with --options, or choose another --output."
         )
     return "\n".join(lines)
+
+
+def _planned(estimate: Estimate) -> list[str]:
+    return [
+        f"{estimate.trainable / 1e6:.2f} M",
+        str(estimate.iterations),
+        f"{estimate.seconds_per_iteration:.3f}",
+        f"{estimate.hours:.2f} h",
+        f"{estimate.peak_memory_mib:.0f} MiB",
+        f"{estimate.disk_mib:.0f} MiB",
+    ]
 
 
 def _setting(text: str) -> tuple[str, Any]:
@@ -244,6 +265,11 @@ def _add_queue_flags(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--no-probe", action="store_true", help="with --dry-run: without running first iterations"
+    )
+    parser.add_argument(
+        "--probe-synthetic",
+        action="store_true",
+        help="with --dry-run: first iterations on generated data with random weights; needs neither data nor weights",
     )
     parser.add_argument("--parallel", type=int, default=1, metavar="N", help="jobs at a time")
     parser.add_argument("--threads", type=int, default=0, metavar="N", help="of CPU arithmetic, per job")

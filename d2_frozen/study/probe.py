@@ -1,19 +1,35 @@
-"""How long, how large would a job be? Its first iterations are run, then counted up; nothing of them is kept."""
+"""How long, how large would a job be? Its first iterations are run, then counted up; nothing of them is kept.
+
+``probe`` runs the job as it is, with its data and weights. ``probe_synthetic`` needs neither: one process trains on a
+generated batch that is in memory, with random weights, so it says what the arithmetic takes, not what reading takes.
+"""
 
 from __future__ import annotations
 
+import itertools
 import json
+import math
+import os
+import statistics
 import tempfile
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+import torch
 
 from d2_frozen import tasks
-from d2_frozen.study.jobs import Job
-from d2_frozen.study.queue import LocalQueue
+from d2_frozen.study.jobs import Job, write_json
+from d2_frozen.study.queue import LocalQueue, job_context
+from d2_frozen.summary import Counts, fill_standard_classes
+from detectron2.config import CfgNode
 
 # Detectron2's timer leaves the first three out.
 _ITERATIONS = 8
+# Of the generated batch: the first steps compile kernels and find their algorithms.
+_WARM_UP, _TIMED = 5, 10
 
 
 @dataclass(frozen=True)
@@ -25,6 +41,8 @@ class Estimate:
     seconds_per_iteration: float
     checkpoint_mib: float
     checkpoints: int
+    # Of one GPU, or of the process where there is none.
+    peak_memory_mib: float = math.nan
 
     @property
     def hours(self) -> float:
@@ -33,6 +51,21 @@ class Estimate:
     @property
     def disk_mib(self) -> float:
         return self.checkpoint_mib * self.checkpoints
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one training step on one device takes.
+
+    checkpoint_mib: of a checkpoint, with the optimiser's state.
+    """
+
+    trainable: int
+    images: int
+    seconds: float
+    peak_memory_mib: float
+    checkpoint_mib: float
+    device: str
 
 
 def probe(jobs: Sequence[Job], threads: int = 0, num_gpus: int = 1) -> list[Estimate | str]:
@@ -56,8 +89,148 @@ def _estimate(job: Job, first: Job, root: str) -> Estimate | str:
     seconds = next(line["time"] for line in map(json.loads, reversed(lines)) if "time" in line)
     size = (first.folder(root) / "model_final.pth").stat().st_size / 2**20
     solver = tasks.read_config(job.config_file, job.options).SOLVER
-    kept = solver.MAX_ITER // solver.CHECKPOINT_PERIOD + 1
-    return Estimate(result["trainable"], solver.MAX_ITER, seconds, size, kept)
+    memory = result["peak_memory_mib"]
+    return Estimate(result["trainable"], solver.MAX_ITER, seconds, size, _kept(solver), memory)
+
+
+def probe_synthetic(
+    jobs: Sequence[Job], threads: int = 0, num_gpus: int = 1, gpu: int | None = None
+) -> list[Estimate | str]:
+    """An estimate per job from one device: that of a run on ``num_gpus`` of them, as if they needed no time to talk.
+
+    Jobs that differ only in data, schedule, seed or weights share a measurement.
+
+    Args:
+        gpu: number of the GPU to use; None for whatever is visible.
+    """
+    known: dict[str, Step | str] = {}
+    estimates: list[Estimate | str] = []
+    for job in jobs:
+        cfg = tasks.read_config(job.config_file, job.options)
+        key = _what_a_step_depends_on(cfg)
+        if key not in known:
+            known[key] = _step_in_process(job, threads, num_gpus, gpu)
+        step = known[key]
+        if isinstance(step, str):
+            estimates.append(step)
+        else:
+            estimates.append(
+                Estimate(
+                    step.trainable,
+                    cfg.SOLVER.MAX_ITER,
+                    step.seconds,
+                    step.checkpoint_mib,
+                    _kept(cfg.SOLVER),
+                    step.peak_memory_mib,
+                )
+            )
+    return estimates
+
+
+def measure_step(job: Job, num_gpus: int = 1, warm_up: int = _WARM_UP, timed: int = _TIMED) -> Step:
+    """In this process: the trainer of the job, on a generated batch of its size for one GPU of ``num_gpus``.
+
+    Raises:
+        ValueError: the batch cannot be shared evenly between the GPUs.
+    """
+    from d2_frozen.benchmarks.measuring import machine_facts
+    from d2_frozen.engine.hooks import peak_memory_mib
+    from d2_frozen.train_net import read_config
+    from detectron2.utils.events import EventStorage
+
+    cfg = read_config(job.config_file, list(job.options))
+    images, rest = divmod(cfg.SOLVER.IMS_PER_BATCH, num_gpus)
+    if rest:
+        raise ValueError(
+            f"SOLVER.IMS_PER_BATCH {cfg.SOLVER.IMS_PER_BATCH} cannot be shared by {num_gpus} GPUs."
+        )
+    with tempfile.TemporaryDirectory() as folder:
+        fill_standard_classes(cfg)
+        cfg.merge_from_list(["MODEL.WEIGHTS", "", "MODEL.TIMM.PRETRAINED", "", "OUTPUT_DIR", folder])
+        cfg.merge_from_list(["MODEL.FROZEN.CACHE.DIR", "", "SOLVER.IMS_PER_BATCH", str(images)])
+        cfg.SEED = max(cfg.SEED, 0)
+        cfg.freeze()
+        task = tasks.task_of(cfg)
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
+        trainer = task.trainer()(cfg)
+        batch = task.generated_batch(cfg, images)
+        trainer.checkpointer.extra = {}  # names of classes, which come from the data
+        trainer.stream.build = lambda start_iteration: itertools.repeat(batch)
+        seconds = []
+        with EventStorage():
+            for iteration in range(warm_up + timed):
+                trainer.iter = iteration
+                begun = time.perf_counter()
+                trainer.run_step()
+                if torch.cuda.is_available():
+                    torch.cuda.synchronize()
+                seconds.append(time.perf_counter() - begun)
+        return Step(
+            Counts.of(trainer.model_without_ddp).trainable,
+            images,
+            statistics.median(seconds[warm_up:]),
+            peak_memory_mib(),
+            sum(t.nbytes for t in _tensors(trainer.checkpointer.content())) / 2**20,
+            machine_facts()["device"],
+        )
+
+
+def _step_in_process(job: Job, threads: int, num_gpus: int, gpu: int | None) -> Step | str:
+    """A process of its own: what the next job may use is not filled by this one."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "step.json")
+        process = job_context().Process(  # type: ignore[attr-defined]
+            target=_measure_into, args=(path, job, threads, num_gpus, gpu)
+        )
+        process.start()
+        process.join()
+        if not path.exists():
+            return f"exit code {process.exitcode}"
+        found = json.loads(path.read_text())
+        return found if isinstance(found, str) else Step(**found)
+
+
+def _measure_into(path: Path, job: Job, threads: int, num_gpus: int, gpu: int | None) -> None:
+    if gpu is not None:
+        os.environ["CUDA_VISIBLE_DEVICES"] = str(gpu)
+    if threads:
+        torch.set_num_threads(threads)
+    try:
+        write_json(path, measure_step(job, num_gpus).__dict__)
+    except Exception as err:  # of any kind: the plan names it, and goes on with the next job
+        write_json(path, f"{type(err).__name__}: {err}")
+
+
+def _what_a_step_depends_on(cfg: CfgNode) -> str:
+    """Text that is the same for configs whose steps do the same work."""
+    cfg = cfg.clone()
+    cfg.defrost()
+    cfg.MODEL.WEIGHTS = cfg.MODEL.TIMM.PRETRAINED = cfg.OUTPUT_DIR = ""
+    # What follows the dot names weights, not a network.
+    cfg.MODEL.TIMM.NAME = cfg.MODEL.TIMM.NAME.partition(".")[0]
+    solver = {
+        key: value for key, value in cfg.SOLVER.items() if key not in ("MAX_ITER", "STEPS", "WARMUP_ITERS")
+    }
+    for part in ("DATASETS", "DATALOADER", "TEST", "SOLVER", "SEED"):
+        del cfg[part]
+    return f"{cfg}{solver}"
+
+
+def _tensors(content: Any) -> Iterator[torch.Tensor]:
+    if isinstance(content, torch.Tensor):
+        yield content
+    elif isinstance(content, dict):
+        for value in content.values():
+            yield from _tensors(value)
+    elif isinstance(content, (list, tuple)):
+        for value in content:
+            yield from _tensors(value)
+
+
+def _kept(solver: CfgNode) -> int:
+    """Checkpoints of a whole training."""
+    return solver.MAX_ITER // solver.CHECKPOINT_PERIOD + 1
 
 
 def disk_free_mib(folder: str | Path) -> float:

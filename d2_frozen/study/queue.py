@@ -65,7 +65,7 @@ class LocalQueue:
         open_names = {job.name for job in left}
         waiting, first = list(left), done
         running: dict[int, tuple[Job, BaseProcess]] = {}
-        context = _context()
+        context = job_context()
         free = list(range(self.parallel))
         with _Signals(self._stop):
             while (waiting or running) and not (self._stopped_by and not running):
@@ -142,7 +142,8 @@ class _Signals:
             signal.signal(number, handler)
 
 
-def _context() -> multiprocessing.context.BaseContext:
+def job_context() -> multiprocessing.context.BaseContext:
+    """For processes that have imported what a job needs."""
     if "forkserver" not in multiprocessing.get_all_start_methods():
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
