@@ -134,6 +134,7 @@ def measure_step(job: Job, num_gpus: int = 1, warm_up: int = _WARM_UP, timed: in
         ValueError: the batch cannot be shared evenly between the GPUs.
     """
     from d2_frozen.benchmarks.measuring import machine_facts
+    from d2_frozen.data.device import with_tensors
     from d2_frozen.engine.hooks import peak_memory_mib
     from d2_frozen.train_net import read_config
     from detectron2.utils.events import EventStorage
@@ -154,9 +155,13 @@ def measure_step(job: Job, num_gpus: int = 1, warm_up: int = _WARM_UP, timed: in
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
         trainer = task.trainer()(cfg)
-        batch = task.generated_batch(cfg, images)
+        # On the device already: in training, batches get there while the one before is computed.
+        batch = [
+            with_tensors(sample, lambda tensor: tensor.to(cfg.MODEL.DEVICE))
+            for sample in task.generated_batch(cfg, images)
+        ]
         trainer.checkpointer.extra = {}  # names of classes, which come from the data
-        trainer.stream.build = lambda start_iteration: itertools.repeat(batch)
+        trainer.stream.build, trainer.stream.bring = lambda start_iteration: itertools.repeat(batch), iter
         seconds = []
         with EventStorage():
             for iteration in range(warm_up + timed):
