@@ -94,9 +94,11 @@ def _measure(
 ) -> dict[str, float]:
     now = Clock()
     loader = _batches(cfg, workers, prefetch=True)
-    count = -(-batches // max(1, workers)) * max(1, workers)
+    # Workers give their batches in turn.
+    whole_turns = -(-batches // max(1, workers)) * max(1, workers)
 
     def run(source: Batches, use: Callable[[Any], None], lead: int) -> Seconds:
+        count = batches if source is repeated else whole_turns
         # What was prepared while another subject ran would be free.
         for _ in range(_AHEAD * workers + _ON_THE_WAY if source is not repeated else 0):
             next(source)
