@@ -5,6 +5,7 @@
     python -m d2_frozen.study sweep bifpn_layers --scale mini --seeds 3
     python -m d2_frozen.study pretrain --kind contrastive
     python -m d2_frozen.study cka bifpn --run output/quickstart
+    python -m d2_frozen.study findings --scale mini
     python -m d2_frozen.study report --scale mini
 
 The same command goes on where it was stopped; ``--dry-run`` says what it would do.
@@ -25,6 +26,7 @@ import yaml
 from tabulate import tabulate
 
 from d2_frozen.study.cka.command import add_cka_command
+from d2_frozen.study.findings import write_findings
 from d2_frozen.study.jobs import Job
 from d2_frozen.study.layout import write_sweep, write_table
 from d2_frozen.study.pretraining import KINDS, SIZES, Pretraining, pretrain
@@ -95,9 +97,17 @@ def run_pretrain(args: argparse.Namespace) -> int:
     return 0
 
 
+def run_findings(args: argparse.Namespace) -> int:
+    """``findings``: which findings of the paper hold in what has run."""
+    path = write_findings(_root(args), args.scale)
+    print(path.read_text())
+    print(f"written to {path}")
+    return 0
+
+
 def run_report(args: argparse.Namespace) -> int:
     """``report``: one page of what lies in the folder of the study."""
-    print(f"written to {write_report(_root(args))}, and report.md beside it")
+    print(f"written to {write_report(_root(args), args.scale)}, and report.md beside it")
     return 0
 
 
@@ -243,6 +253,9 @@ def _parser() -> argparse.ArgumentParser:
     backbone.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     backbone.add_argument("--workers", type=int, default=1, help="processes that draw the scenes")
     backbone.set_defaults(run=run_pretrain)
+    finding = commands.add_parser("findings", help="which findings of the paper hold in what has run")
+    _add_place_flags(finding)
+    finding.set_defaults(run=run_findings)
     report = commands.add_parser("report", help="one page of everything that has run")
     _add_place_flags(report)
     report.set_defaults(run=run_report)

@@ -1,4 +1,4 @@
-"""Everything that a study has run, on one page: tables, curves, heatmaps, prediction sheets, and what each run was.
+"""Everything that a study has run, on one page: findings, tables, curves, heatmaps, predictions, what each run was.
 
 In: the folder of a study (``--output``/SCALE).  Out: report.md and report.html there; pictures are linked, not copied.
 """
@@ -15,6 +15,8 @@ from typing import Any
 
 from tabulate import tabulate
 
+from d2_frozen.study.findings import ABOUT, difference_rows, findings, verdict_rows
+
 _PICTURES = (".png", ".jpg")
 # Of each model, so that the page stays one that can be read.
 _SHEETS_PER_MODEL = 1
@@ -22,7 +24,7 @@ _SHEETS_PER_MODEL = 1
 
 @dataclass(frozen=True)
 class Section:
-    """A heading, then text, a table, or pictures."""
+    """A heading, then text, a table, or pictures; without a heading, a part of the section before."""
 
     heading: str
     text: str = ""
@@ -30,8 +32,10 @@ class Section:
     pictures: tuple[Path, ...] = ()
 
 
-def write_report(root: str | Path) -> Path:
+def write_report(root: str | Path, scale: str = "mini") -> Path:
     """
+    Args:
+        root: of the study at that scale.
     Returns:
         The html file; report.md lies beside it.
     Raises:
@@ -41,7 +45,14 @@ def write_report(root: str | Path) -> Path:
     runs = sorted(finished_runs(root), key=lambda run: run["job"])
     if not runs:
         raise FileNotFoundError(f"{root} holds no finished run; `study table` and `study sweep` make them.")
-    sections = [*_tables(root), *_heatmaps(root), _runs(runs), *_sheets(root, runs), *_failures(root)]
+    sections = [
+        *_findings(root, scale),
+        *_tables(root),
+        *_heatmaps(root),
+        _runs(runs),
+        *_sheets(root, runs),
+        *_failures(root),
+    ]
     (root / "report.md").write_text(_markdown(sections, root))
     path = root / "report.html"
     path.write_text(_html(sections, root))
@@ -54,16 +65,31 @@ def finished_runs(root: Path) -> Iterator[dict[str, Any]]:
         yield json.loads(path.read_text())
 
 
+def _findings(root: Path, scale: str) -> Iterator[Section]:
+    try:
+        found = findings(root, scale)
+    except FileNotFoundError:  # only sweeps, say
+        return
+    yield Section(f"Findings at scale {scale}", rows=tuple(verdict_rows(found)))
+    yield Section("Differences behind the findings", ABOUT, tuple(difference_rows(found)))
+
+
 def _tables(root: Path) -> Iterator[Section]:
+    """A section per table; those of several tasks have one each, the picture with the first."""
     for path in sorted([*root.glob("table*.md"), *root.glob("sweep_*.md")]):
         heading, _, body = path.read_text().partition("\n")
-        rows = [line for line in body.splitlines() if line.startswith("|")]
         picture = path.with_suffix(".png")
-        yield Section(
-            heading.lstrip("# "),
-            rows=tuple(_cells(line) for line in rows if not set(line) <= set("|-: ")),
-            pictures=(picture,) if picture.exists() else (),
-        )
+        pictures = (picture,) if picture.exists() else ()
+        for block in body.strip().split("\n\n"):
+            lines = block.splitlines()
+            rows = [line for line in lines if line.startswith("|")]
+            yield Section(
+                heading.lstrip("# "),
+                " ".join(line for line in lines if not line.startswith("|")),
+                tuple(_cells(line) for line in rows if not set(line) <= set("|-: ")),
+                pictures,
+            )
+            heading, pictures = "", ()
 
 
 def _cells(line: str) -> tuple[str, ...]:
@@ -133,7 +159,8 @@ def _failures(root: Path) -> Iterator[Section]:
 def _markdown(sections: list[Section], root: Path) -> str:
     blocks = ["# Study"]
     for section in sections:
-        blocks.append(f"## {section.heading}")
+        if section.heading:
+            blocks.append(f"## {section.heading}")
         if section.text:
             blocks.append(section.text)
         if section.rows:
@@ -146,7 +173,8 @@ def _markdown(sections: list[Section], root: Path) -> str:
 def _html(sections: list[Section], root: Path) -> str:
     parts = [f"<h1>Study</h1>\n{_contents(sections)}"]
     for number, section in enumerate(sections):
-        parts.append(f'<h2 id="s{number}">{html.escape(section.heading)}</h2>')
+        if section.heading:
+            parts.append(f'<h2 id="s{number}">{html.escape(section.heading)}</h2>')
         if section.text:
             parts.append(f"<p>{html.escape(section.text)}</p>")
         if section.rows:
@@ -160,7 +188,9 @@ def _html(sections: list[Section], root: Path) -> str:
 
 
 def _contents(sections: list[Section]) -> str:
-    entries = (f'<li><a href="#s{n}">{html.escape(s.heading)}</a></li>' for n, s in enumerate(sections))
+    entries = (
+        f'<li><a href="#s{n}">{html.escape(s.heading)}</a></li>' for n, s in enumerate(sections) if s.heading
+    )
     return f"<ul>{''.join(entries)}</ul>"
 
 
