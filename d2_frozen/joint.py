@@ -21,7 +21,6 @@ from d2_frozen.data.own_names import OwnNames
 from d2_frozen.engine.allocator import keep_freed_memory
 from d2_frozen.engine.joint import HeadLogs, JointHead, JointTraining, speaking
 from d2_frozen.prediction.heads import backbone_settings, distinct_names
-from detectron2.engine import launch
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 
@@ -114,15 +113,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 
 def console_main() -> None:
     """Entry point of ``python -m d2_frozen.joint``."""
-    args = parse()
-    launch(
-        main,
-        args.num_gpus,
-        num_machines=args.num_machines,
-        machine_rank=args.machine_rank,
-        dist_url=args.dist_url,
-        args=(args,),
-    )
+    train_net.run_processes(main, parse())
 
 
 if __name__ == "__main__":

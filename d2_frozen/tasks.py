@@ -74,14 +74,17 @@ class Prediction(Protocol):
     def testing_model(self, model: nn.Module) -> nn.Module:
         """What is called to test: the model, or a wrapper of it."""
 
+    def compact_model(self, model: nn.Module) -> nn.Module:
+        """What is called where compact results are all that is wanted: ``compact`` takes what it gives."""
+
     def input_size(self, height: int, width: int) -> tuple[int, int]:
         """(height, width) in pixels to which a picture of this size is resized."""
 
     def output_size(self, height: int, width: int) -> tuple[int, int]:
-        """(height, width) of the results that the model is asked for; may be smaller, to save memory."""
+        """(height, width) of the results that the testing model is asked for; may be smaller, to save memory."""
 
     def compact(self, result: dict[str, Any]) -> dict[str, Any]:
-        """The model's result, on the CPU and without what is not needed any more; of a compact one, itself."""
+        """A result of either model, on the CPU and without what is not needed any more; of a compact one, itself."""
 
     def record(
         self, result: dict[str, Any], height: int, width: int, folder: Path, name: str

@@ -9,6 +9,8 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import sys
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -143,9 +145,26 @@ def argument_parser() -> argparse.ArgumentParser:
 
 def console_main() -> None:
     """Entry point of ``train_net.py``, ``python -m d2_frozen.train_net`` and the console script."""
+    run_processes(main, argument_parser().parse_args())
+
+
+def app_main(app: str) -> None:
+    """Entry point of ``python -m seg_app`` and the like: as ``train_net.py``, but for configs of this app alone."""
     args = argument_parser().parse_args()
+    cfg = tasks.read_config(args.config_file, args.opts)
+    if tasks.APPS.get(cfg.MODEL.META_ARCHITECTURE) != app:
+        own = ", ".join(name for name, of in tasks.APPS.items() if of == app)
+        sys.exit(
+            f"python -m {app}: {args.config_file or 'the default config'} is a config of {tasks.task_of(cfg).name}: "
+            f"its MODEL.META_ARCHITECTURE is none of {own}. train_net.py runs any task."
+        )
+    run_processes(main, args)
+
+
+def run_processes(function: Callable[[argparse.Namespace], Any], args: argparse.Namespace) -> None:
+    """``function(args)`` in as many processes as ``--num-gpus`` and ``--num-machines`` say."""
     launch(
-        main,
+        function,
         args.num_gpus,
         num_machines=args.num_machines,
         machine_rank=args.machine_rank,

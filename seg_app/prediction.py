@@ -19,7 +19,7 @@ from detectron2.config import CfgNode
 from detectron2.data import Metadata
 from detectron2.utils.visualizer import Visualizer
 from seg_app.data.mapper import build_augmentations
-from seg_app.evaluation import sliding_window_of
+from seg_app.evaluation import LabelModel, sliding_window_of
 from seg_app.evaluation.pictures import class_colours
 
 # Scores that a model may give for one picture: 256 Mi numbers, 1 GiB. With 150 classes, that is 1.8 megapixels.
@@ -48,6 +48,10 @@ class SegmentationPrediction:
 
     def testing_model(self, model: nn.Module) -> nn.Module:
         return sliding_window_of(self._cfg, model)
+
+    def compact_model(self, model: nn.Module) -> nn.Module:
+        """Labels at the picture's full size, a few rows at a time, however many scores they come from."""
+        return LabelModel(self.testing_model(model))
 
     def input_size(self, height: int, width: int) -> tuple[int, int]:
         return resized_by(self._augmentations, height, width)

@@ -1,12 +1,14 @@
 """Shared by all tests: which Detectron2 runs, and quiet, repeatable torch."""
 
 import os
+from pathlib import Path
 
 # Before torch: the shapes in the tests are tiny, and thread pools only slow them down.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
+from tiny_runs import Flags, flags_for
 
 import d2_frozen
 
@@ -19,3 +21,9 @@ def pytest_report_header(config: pytest.Config) -> str:
 def _one_thread_and_seed() -> None:
     torch.set_num_threads(1)
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def flags(tiny_config: Path) -> Flags:
+    """For the fixture ``tiny_config`` of the room."""
+    return flags_for(tiny_config)

@@ -22,6 +22,7 @@ from d2_frozen import tasks
 from d2_frozen.benchmarks.measuring import (
     Clock,
     Seconds,
+    add_measuring_flags,
     alternate,
     machine_facts,
     phase_table,
@@ -144,13 +145,5 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--config-file", default=DEFAULT_CONFIG, help=f"default: {DEFAULT_CONFIG}")
-    parser.add_argument("--rounds", type=int, default=10, help="measured steps of each")
-    parser.add_argument("--warmup", type=int, default=2, help="steps of each before measuring")
-    parser.add_argument(
-        "--cpu-time",
-        action="store_true",
-        help="count CPU seconds instead of the clock: steadier on a shared machine; use one thread",
-    )
-    parser.add_argument("--json", help="also write the result to this file")
-    parser.add_argument("opts", nargs=argparse.REMAINDER, help="config options: KEY VALUE ...")
+    add_measuring_flags(parser, "steps", rounds=10, warmup=2)
     return parser

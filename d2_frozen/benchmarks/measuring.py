@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import platform
 import statistics
@@ -69,6 +70,27 @@ def phase_table(title: str, rows: dict[str, Seconds], phases: list[str]) -> str:
         for name, row in rows.items()
     ]
     return tabulate(cells, headers=[title, *phases], disable_numparse=True)
+
+
+def add_measuring_flags(
+    parser: argparse.ArgumentParser, what: str, rounds: int, warmup: int, options: str = "config options"
+) -> None:
+    """Flags that comparisons share; the last of a parser, as KEY VALUE options take the rest of the line.
+
+    Args:
+        what: is done once in a round, in the plural: "steps".
+        rounds, warmup: defaults.
+        options: what the KEY VALUE are.
+    """
+    parser.add_argument("--rounds", type=int, default=rounds, help=f"measured {what} of each")
+    parser.add_argument("--warmup", type=int, default=warmup, help=f"{what} of each before measuring")
+    parser.add_argument(
+        "--cpu-time",
+        action="store_true",
+        help="count CPU seconds instead of the clock: steadier on a shared machine; use one thread",
+    )
+    parser.add_argument("--json", help="also write the result to this file")
+    parser.add_argument("opts", nargs=argparse.REMAINDER, help=f"{options}: KEY VALUE ...")
 
 
 def write_json(result: dict[str, Any], path: str | None) -> None:

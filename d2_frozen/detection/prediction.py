@@ -44,6 +44,9 @@ class DetectionPrediction:
     def testing_model(self, model: nn.Module) -> nn.Module:
         return model
 
+    def compact_model(self, model: nn.Module) -> nn.Module:
+        return model
+
     def input_size(self, height: int, width: int) -> tuple[int, int]:
         return resized_by(self._augmentations, height, width)
 

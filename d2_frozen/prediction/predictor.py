@@ -73,6 +73,9 @@ class Predictor:
         self._models: dict[str, nn.Module] = {
             head.name: _of_pictures(head).testing_model(head.model) for head in self.picture_heads
         }
+        self._compact_models: dict[str, nn.Module] = {
+            head.name: _of_pictures(head).compact_model(head.model) for head in self.picture_heads
+        }
         self._backbones = [part for head in self.heads for part in frozen_parts(head.model).values()]
 
     @property
@@ -95,6 +98,13 @@ class Predictor:
         Raises:
             ValueError: something that is no such picture.
         """
+        return self._predict(pictures, compact=False)
+
+    def compact(self, pictures: Sequence[np.ndarray]) -> list[Results]:
+        """As a call, but only what files and drawings need, on the CPU: labels without scores, at any size."""
+        return self._predict(pictures, compact=True)
+
+    def _predict(self, pictures: Sequence[np.ndarray], compact: bool) -> list[Results]:
         for picture in pictures:
             if picture.ndim != 3 or picture.shape[2] != 3 or picture.dtype != np.uint8 or 0 in picture.shape:
                 raise ValueError(
@@ -105,7 +115,7 @@ class Predictor:
             by_size[picture.shape[:2]].append(index)
         results: list[Results] = [{} for _ in pictures]
         for indices in by_size.values():
-            for index, result in zip(indices, self._of_one_size([pictures[i] for i in indices])):
+            for index, result in zip(indices, self._of_one_size([pictures[i] for i in indices], compact)):
                 results[index] = result
         return results
 
@@ -149,7 +159,7 @@ class Predictor:
             )
         return "\n".join(lines)
 
-    def _of_one_size(self, pictures: list[np.ndarray]) -> list[Results]:
+    def _of_one_size(self, pictures: list[np.ndarray], compact: bool) -> list[Results]:
         height, width = pictures[0].shape[:2]
         resized: dict[tuple[int, int], list[np.ndarray]] = {}
         results: list[Results] = [{} for _ in pictures]
@@ -159,9 +169,12 @@ class Predictor:
                     size = self.input_size(head, height, width)
                     if size not in resized:
                         resized[size] = [_resize(picture, size) for picture in pictures]
-                    batch = model_inputs(head, resized[size], height, width)
-                    for result, found in zip(results, self._models[head.name](batch)):
-                        result[head.name] = found
+                    prediction = _of_pictures(head)
+                    wanted = (height, width) if compact else prediction.output_size(height, width)
+                    batch = model_inputs(head, resized[size], *wanted)
+                    model = (self._compact_models if compact else self._models)[head.name]
+                    for result, found in zip(results, model(batch)):
+                        result[head.name] = prediction.compact(found) if compact else found
         finally:
             self.memory.forget()
         return results
@@ -175,11 +188,9 @@ class Predictor:
 
 
 def model_inputs(head: Head, resized: Sequence[np.ndarray], height: int, width: int) -> list[dict[str, Any]]:
-    """What the model takes, of pictures at its size that were ``height`` x ``width`` pixels."""
-    wanted_h, wanted_w = _of_pictures(head).output_size(height, width)
+    """What the model takes, of pictures at its size; ``height`` x ``width`` pixels is that of the results."""
     return [
-        {"image": _as_tensor(one, head.cfg.INPUT.FORMAT), "height": wanted_h, "width": wanted_w}
-        for one in resized
+        {"image": _as_tensor(one, head.cfg.INPUT.FORMAT), "height": height, "width": width} for one in resized
     ]
 
 

@@ -139,7 +139,7 @@ class PredictionRun:
         for shape in [shape for shape, group in self._waiting.items() if len(group) >= least]:
             group = self._waiting.pop(shape)
             try:
-                found = self._results([picture for _, picture in group])
+                found = self.predictor.compact([picture for _, picture in group])
             except Exception as err:
                 if len(group) == 1:
                     self._failed(group[0][0], err)
@@ -152,15 +152,8 @@ class PredictionRun:
                 self._write(item, self._write_picture, item, picture, results)
 
     def _alone(self, item: Item, picture: np.ndarray) -> None:
-        (results,) = self._results([picture])
+        (results,) = self.predictor.compact([picture])
         self._write(item, self._write_picture, item, picture, results)
-
-    def _results(self, pictures: list[np.ndarray]) -> list[Results]:
-        compact = {head.name: _of_pictures(head.prediction).compact for head in self.predictor.picture_heads}
-        return [
-            {name: compact[name](result) for name, result in results.items()}
-            for results in self.predictor(pictures)
-        ]
 
     def _write_picture(self, item: Item, picture: np.ndarray, results: Results) -> None:
         self._add_records(item, picture, results)
@@ -205,7 +198,7 @@ class PredictionRun:
         frames = 0
         for batch in _batches(reader, self.settings.batch):
             pictures = [picture for _, picture in batch]
-            for (seconds, picture), results in zip(batch, self._results(pictures)):
+            for (seconds, picture), results in zip(batch, self.predictor.compact(pictures)):
                 frame = {"frame": frames, "seconds": round(seconds, 4)}
                 self._write(None, self._write_frame, item, picture, results, clips, frame, annotated)
                 frames += 1

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from d2_frozen.benchmarks.measuring import (
     Clock,
     Seconds,
+    add_measuring_flags,
     alternate,
     machine_facts,
     phase_table,
@@ -68,15 +69,7 @@ def main(arguments: list[str]) -> dict[str, Any]:
     )
     parser.add_argument("--size", type=int, default=512, help="side of the images in pixels")
     parser.add_argument("--batch", type=int, default=1, help="images at a time")
-    parser.add_argument("--rounds", type=int, default=7, help="measured runs of each")
-    parser.add_argument("--warmup", type=int, default=1, help="runs of each before measuring")
-    parser.add_argument(
-        "--cpu-time",
-        action="store_true",
-        help="count CPU seconds instead of the clock: steadier on a shared machine; use one thread",
-    )
-    parser.add_argument("--json", help="also write the result to this file")
-    parser.add_argument("opts", nargs=argparse.REMAINDER, help="config options: KEY VALUE ...")
+    add_measuring_flags(parser, "runs", rounds=7, warmup=1)
     args = parser.parse_args(arguments)
     cfg = add_segmentation_config(get_cfg())
     cfg.merge_from_list(args.opts)

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny_runs import SEGMENTATION, sem_seg_entries, trained_on, write_config
 
 from d2_frozen import joint, train_net
 from d2_frozen.engine import FrozenTrainer
@@ -40,27 +41,11 @@ def detection(tiny_config: Path) -> Yaml:
 @pytest.fixture
 def segmentation(tiny_world: Path, tmp_path: Path) -> Path:
     """A segmentation head on the same backbone; its data has the names of the detection head's."""
-    path = tmp_path / "seg.yaml"
-    path.write_text(f"""
-_BASE_: {ROOT / "configs/quickstart/segmentation.yaml"}
-MODEL:
-  DEVICE: cpu
-  TIMM: {{PRETRAINED: ""}}
-  SEM_SEG_HEAD: {{CONVS_DIM: 32, MASK_DIM: 16}}
-  MASK_FORMER: {{DEC_LAYERS: 2, HIDDEN_DIM: 32, DIM_FEEDFORWARD: 32, NUM_OBJECT_QUERIES: 8, TRAIN_NUM_POINTS: 64}}
-DATASETS:
-  REGISTER:
-    - {{name: tiny_train, type: sem_seg, images: {tiny_world}/train, labels: {tiny_world}/labels/train}}
-    - {{name: tiny_val, type: sem_seg, images: {tiny_world}/val, labels: {tiny_world}/labels/val}}
-  TRAIN: [tiny_train]
-  TEST: [tiny_val]
-INPUT: {{MIN_SIZE_TRAIN: [48, 64], MIN_SIZE_TEST: 48, CROP: {{SIZE: [48, 48]}}}}
-SOLVER: {{IMS_PER_BATCH: 2, MAX_ITER: 4, WARMUP_ITERS: 0, CHECKPOINT_PERIOD: 2}}
-DATALOADER: {{NUM_WORKERS: 0}}
-TEST: {{PICTURES: 1}}
-SEED: 7
-""")
-    return path
+    return write_config(
+        tmp_path / "seg.yaml",
+        SEGMENTATION,
+        trained_on(sem_seg_entries(tiny_world, name="tiny"), iterations=4),
+    )
 
 
 def together(files: list[Path], output: Path, *more: str) -> dict:

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from argparse import Namespace
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
+from tiny_runs import SEGMENTATION, sem_seg_entries, trained_on, write_config
 
 from d2_frozen.data.shapes import generate
-from d2_frozen.train_net import argument_parser
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="session")
@@ -27,43 +24,13 @@ def tiny_world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def tiny_config(tiny_world: Path, tmp_path: Path) -> Path:
     """A yaml over the quickstart's: small everything, seed 7, 4 iterations, output in tmp_path/out."""
-    text = f"""
-_BASE_: {ROOT / "configs/quickstart/segmentation.yaml"}
-MODEL:
-  DEVICE: cpu
-  TIMM: {{PRETRAINED: ""}}
-  SEM_SEG_HEAD: {{CONVS_DIM: 32, MASK_DIM: 16}}
-  MASK_FORMER: {{DEC_LAYERS: 2, HIDDEN_DIM: 32, DIM_FEEDFORWARD: 32, NUM_OBJECT_QUERIES: 8, TRAIN_NUM_POINTS: 64}}
-DATASETS:
-  REGISTER:
-    - {{name: tiny_seg_train, type: sem_seg, images: {tiny_world}/train, labels: {tiny_world}/labels/train}}
-    - {{name: tiny_seg_val, type: sem_seg, images: {tiny_world}/val, labels: {tiny_world}/labels/val}}
-  TRAIN: [tiny_seg_train]
-  TEST: [tiny_seg_val]
-INPUT:
-  MIN_SIZE_TRAIN: [48, 64]
-  MIN_SIZE_TEST: 48
-  CROP: {{SIZE: [48, 48], SINGLE_CATEGORY_MAX_AREA: 0.9}}
-  COLOR_AUG_SSD: True
-SOLVER: {{IMS_PER_BATCH: 2, MAX_ITER: 4, WARMUP_ITERS: 0, CHECKPOINT_PERIOD: 2}}
-DATALOADER: {{NUM_WORKERS: 0}}
-TEST: {{PICTURES: 1}}
-OUTPUT_DIR: {tmp_path}/out
-SEED: 7
-"""
-    path = tmp_path / "tiny.yaml"
-    path.write_text(text)
-    return path
-
-
-@pytest.fixture
-def flags(tiny_config: Path) -> Callable[..., Namespace]:
-    """``flags("--resume", "SOLVER.MAX_ITER", "3")`` gives the parsed flags of train_net for the tiny config."""
-
-    def parse(*arguments: str) -> Namespace:
-        return argument_parser().parse_args(["--config-file", str(tiny_config), *arguments])
-
-    return parse
+    return write_config(
+        tmp_path / "tiny.yaml",
+        SEGMENTATION,
+        trained_on(sem_seg_entries(tiny_world), iterations=4),
+        {"INPUT": {"CROP": {"SINGLE_CATEGORY_MAX_AREA": 0.9}, "COLOR_AUG_SSD": True}},
+        {"OUTPUT_DIR": f"{tmp_path}/out"},
+    )
 
 
 @pytest.fixture

@@ -2,32 +2,10 @@
 
 from __future__ import annotations
 
-import json
-from argparse import Namespace
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import torch
-
-from d2_frozen.train_net import setup
-from seg_app.trainer import SegmentationTrainer
-
-Flags = Callable[..., Namespace]
-
-
-def train(args: Namespace) -> SegmentationTrainer:
-    trainer = SegmentationTrainer(setup(args))
-    trainer.resume_or_load(resume=False)
-    trainer.train()
-    return trainer
-
-
-def results(folder: Path) -> tuple[list, dict[str, torch.Tensor]]:
-    """Losses of all iterations, all digits, and the weights."""
-    lines = [json.loads(line) for line in (folder / "metrics.json").read_text().splitlines()]
-    losses = [{key: value for key, value in line.items() if "loss" in key} for line in lines]
-    return losses, torch.load(folder / "model_final.pth", weights_only=True)["model"]
+from tiny_runs import Flags, assert_same_weights, losses, train
 
 
 @pytest.mark.parametrize("crop", ["[48, 48]", "[64, 40]"])
@@ -56,8 +34,6 @@ def test_cached_training_equals_live_training_bit_for_bit(
     monkeypatch.setattr("seg_app.data.mapper.SegmentationMapper._image", must_not_run)
     reading = train(flags(*common, *cached, "OUTPUT_DIR", str(tmp_path / "reading")))
     assert reading.feature_cache.statistics.hit_rate() == 1
-    losses, weights = results(tmp_path / "live")
     for name in ("filling", "reading"):
-        other_losses, other_weights = results(tmp_path / name)
-        assert losses == other_losses
-        assert all(torch.equal(weights[key], other_weights[key]) for key in weights)
+        assert losses(tmp_path / "live") == losses(tmp_path / name)
+        assert_same_weights(tmp_path / "live", tmp_path / name)

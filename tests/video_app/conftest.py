@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from argparse import Namespace
 from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
@@ -10,11 +9,10 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
+from tiny_runs import VIDEO, trained_on, video_entries, write_config
 
-from d2_frozen.train_net import argument_parser
 from video_app.moving_shapes import generate
 
-ROOT = Path(__file__).resolve().parents[2]
 BITS = 6
 
 
@@ -89,38 +87,15 @@ def tiny_clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def tiny_config(tiny_clips: Path, tmp_path: Path) -> Path:
     """A yaml over the base: small everything, dropout on, seed 7, 4 iterations, output in tmp_path/out."""
-    text = f"""
-_BASE_: {ROOT / "configs/Base-Frozen-Video.yaml"}
-MODEL:
-  DEVICE: cpu
-  VIDEO_HEAD: {{WIDTH: 16, NUM_HEADS: 2, NUM_BLOCKS: 2, DROPOUT: 0.1, DROP_PATH: 0.2}}
-DATASETS:
-  REGISTER:
-    - {{name: tiny_video_train, type: video_list, list: {tiny_clips}/train.txt}}
-    - {{name: tiny_video_val, type: video_list, list: {tiny_clips}/val.txt}}
-  TRAIN: [tiny_video_train]
-  TEST: [tiny_video_val]
-VIDEO:
-  NUM_FRAMES: 3
-  SHORT_SIDE: 40
-  CROP_SIZE: 32
-  TEST: {{CLIPS: 2, CROPS: 1}}
-SOLVER: {{IMS_PER_BATCH: 2, BASE_LR: 0.01, MAX_ITER: 4, WARMUP_ITERS: 0, CHECKPOINT_PERIOD: 2}}
-DATALOADER: {{NUM_WORKERS: 0}}
-TEST: {{PICTURES: 2}}
-OUTPUT_DIR: {tmp_path}/out
-SEED: 7
-"""
-    path = tmp_path / "tiny.yaml"
-    path.write_text(text)
-    return path
-
-
-@pytest.fixture
-def flags(tiny_config: Path) -> Callable[..., Namespace]:
-    """``flags("--resume", "SOLVER.MAX_ITER", "3")`` gives the parsed flags of train_net for the tiny config."""
-
-    def parse(*arguments: str) -> Namespace:
-        return argument_parser().parse_args(["--config-file", str(tiny_config), *arguments])
-
-    return parse
+    return write_config(
+        tmp_path / "tiny.yaml",
+        VIDEO,
+        trained_on(video_entries(tiny_clips), iterations=4),
+        {
+            "MODEL": {"VIDEO_HEAD": {"DROPOUT": 0.1, "DROP_PATH": 0.2}},
+            "VIDEO": {"NUM_FRAMES": 3, "TEST": {"CLIPS": 2, "CROPS": 1}},
+            "SOLVER": {"BASE_LR": 0.01},
+            "TEST": {"PICTURES": 2},
+            "OUTPUT_DIR": f"{tmp_path}/out",
+        },
+    )

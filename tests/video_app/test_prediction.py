@@ -7,6 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from tiny_runs import VIDEO as VIDEO_MODEL
+from tiny_runs import write_config
 
 from d2_frozen import tasks
 from d2_frozen.engine import FrozenCheckpointer
@@ -19,24 +21,17 @@ from video_app.clips.mapper import ClipMapper
 from video_app.clips.sampling import SamplingPlan
 from video_app.prediction import VideoPrediction, clip_plans
 
-ROOT = Path(__file__).resolve().parents[2]
-CONFIG = f"""
-_BASE_: {ROOT / "configs/Base-Frozen-Video.yaml"}
-MODEL:
-  DEVICE: cpu
-  TIMM: {{NAME: swinv2_pico_window8_256, PRETRAINED: ""}}
-  VIDEO_HEAD: {{NAME: LinearVideoHead, NUM_CLASSES: -1}}
-VIDEO: {{NUM_FRAMES: 4, STRIDE: 4, CROP_SIZE: 64, TEST: {{CLIPS: 2, CROPS: 1}}}}
-SEED: 3
-"""
 VIDEO = ["MODEL.META_ARCHITECTURE", "FrozenVideoClassifier", "MODEL.VIDEO_HEAD.NUM_CLASSES", "3"]
 NAMES = tasks.Classes(["open", "close", "turn"], [0, 1, 2])
 
 
 @pytest.fixture
 def head(tmp_path: Path) -> Path:
-    (tmp_path / "action.yaml").write_text(CONFIG)
-    cfg = tasks.read_config(tmp_path / "action.yaml")
+    changes = {
+        "MODEL": {"VIDEO_HEAD": {"NAME": "LinearVideoHead"}},
+        "VIDEO": {"STRIDE": 4, "SHORT_SIDE": 64, "CROP_SIZE": 64, "TEST": {"CLIPS": 2, "CROPS": 1}},
+    }
+    cfg = tasks.read_config(write_config(tmp_path / "action.yaml", VIDEO_MODEL, changes, {"SEED": 3}))
     tasks.task_of(cfg).prediction(cfg, NAMES)
     seed_all_rng(3)
     facts = {"config": cfg.dump(), "classes": NAMES.names, "class_ids": NAMES.ids}

@@ -8,10 +8,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from tiny_runs import VIDEO, write_config
 
 from d2_frozen.study.__main__ import main
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture
@@ -22,23 +21,18 @@ def config(write_video: Callable[..., Path], tmp_path: Path) -> Path:
     (tmp_path / "broken.mp4").write_bytes(b"no video")
     lines = [f"{name} {i % 2}" for i, name in enumerate([*names, "broken.mp4"])]
     (tmp_path / "list.txt").write_text("\n".join(lines) + "\n")
-    path = tmp_path / "clips.yaml"
-    path.write_text(f"""
-_BASE_: {ROOT / "configs/Base-Frozen-Video.yaml"}
-MODEL:
-  DEVICE: cpu
-  TIMM: {{NAME: swinv2_pico_window8_256, PRETRAINED: ""}}
-  VIDEO_HEAD: {{NAME: AttentiveProbe, NUM_BLOCKS: 3, WIDTH: 32, NUM_HEADS: 2}}
-VIDEO: {{NUM_FRAMES: 4, STRIDE: 1, SHORT_SIDE: 48, CROP_SIZE: 32, TEST: {{CLIPS: 2, CROPS: 3}}}}
-DATASETS:
-  REGISTER: [{{name: {name}, type: video_list, list: {tmp_path}/list.txt, root: {tmp_path}, classes: [a, b]}}]
-  TRAIN: [{name}]
-  TEST: [{name}]
-DATALOADER: {{NUM_WORKERS: 0}}
-OUTPUT_DIR: {tmp_path}/out
-SEED: 1
-""")
-    return path
+    entry = {"name": name, "type": "video_list", "list": f"{tmp_path}/list.txt", "classes": ["a", "b"]}
+    return write_config(
+        tmp_path / "clips.yaml",
+        VIDEO,
+        {
+            "MODEL": {"VIDEO_HEAD": {"NAME": "AttentiveProbe", "NUM_BLOCKS": 3, "WIDTH": 32}},
+            "VIDEO": {"STRIDE": 1, "SHORT_SIDE": 48, "TEST": {"CLIPS": 2, "CROPS": 3}},
+            "DATASETS": {"REGISTER": [entry], "TRAIN": [name], "TEST": [name]},
+            "OUTPUT_DIR": f"{tmp_path}/out",
+            "SEED": 1,
+        },
+    )
 
 
 def test_blocks_and_pooling_query(config: Path, tmp_path: Path) -> None:

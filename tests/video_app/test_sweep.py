@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-from argparse import Namespace
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from tiny_runs import Flags, weights
 
 from d2_frozen import tasks
 from d2_frozen.train_net import argument_parser, main, setup
@@ -16,16 +15,11 @@ from detectron2.modeling import build_model
 from video_app.models.sweep import Candidate, candidates
 from video_app.trainer import VideoTrainer
 
-Flags = Callable[..., Namespace]
 SWEEP = (
     *("MODEL.META_ARCHITECTURE", "FrozenVideoSweep"),
     *("MODEL.VIDEO_HEAD.SWEEP.NAMES", "['TemporalVideoHead','AttentiveProbe','LinearVideoHead']"),
     *("MODEL.VIDEO_HEAD.SWEEP.LR", "[0.01,0.001]"),
 )
-
-
-def weights(path: Path) -> dict[str, torch.Tensor]:
-    return torch.load(path, weights_only=True)["model"]
 
 
 def test_candidates_are_every_combination(tiny_config: Path) -> None:
@@ -59,8 +53,8 @@ def test_each_head_is_as_if_alone_and_resumes(flags: Flags, tmp_path: Path, clip
         alone = tmp_path / f"alone{number}"
         own = ["MODEL.VIDEO_HEAD.NAME", row["name"], "SOLVER.BASE_LR", str(row["lr"])]
         single = main(flags(*options, *own, "OUTPUT_DIR", str(alone)))
-        expected = weights(alone / "model_final.pth")
-        found = weights(out / f"sweep/{number:02d}/model_final.pth")
+        expected = weights(alone)
+        found = weights(out / f"sweep/{number:02d}")
         assert expected.keys() == found.keys()
         assert all(torch.equal(expected[key], found[key]) for key in expected)
         assert single["video"] == results[f"head_{number:02d}"]
@@ -80,7 +74,7 @@ def test_each_head_is_as_if_alone_and_resumes(flags: Flags, tmp_path: Path, clip
     trainer.train()
     (parts / "last_checkpoint").write_text("model_0000001.pth")
     main(flags("--resume", *options, *SWEEP, "OUTPUT_DIR", str(parts)))
-    whole, resumed = weights(out / "model_final.pth"), weights(parts / "model_final.pth")
+    whole, resumed = weights(out), weights(parts)
     assert whole.keys() == resumed.keys() and all(torch.equal(whole[key], resumed[key]) for key in whole)
 
 
@@ -93,8 +87,8 @@ def test_a_diverged_head_is_set_aside(flags: Flags, tmp_path: Path) -> None:
     assert [row["state"] for row in table["heads"]] == ["diverged", ""] and table["best"] == 1
     own = ["TEST.PICTURES", "0", "SOLVER.BASE_LR", "0.001", "SOLVER.MAX_ITER", "6"]
     main(flags(*own, "OUTPUT_DIR", str(tmp_path / "alone")))
-    expected = weights(tmp_path / "alone/model_final.pth")
-    found = weights(tmp_path / "sweep/sweep/01/model_final.pth")
+    expected = weights(tmp_path / "alone")
+    found = weights(tmp_path / "sweep/sweep/01")
     assert all(torch.equal(expected[key], found[key]) for key in expected)
 
 

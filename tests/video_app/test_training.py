@@ -5,25 +5,17 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from argparse import Namespace
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
+from tiny_runs import Flags, assert_resumed_equals_uninterrupted, weights
 
 from d2_frozen import tasks
 from d2_frozen.data.problems import BadDataError
 from d2_frozen.train_net import main, setup
-from video_app.trainer import VideoTrainer
 
 ROOT = Path(__file__).resolve().parents[2]
-Flags = Callable[..., Namespace]
-
-
-def weights(path: Path) -> dict[str, torch.Tensor]:
-    return torch.load(path, weights_only=True)["model"]
 
 
 def test_run_resume_and_evaluation(flags: Flags, tmp_path: Path) -> None:
@@ -35,22 +27,9 @@ def test_run_resume_and_evaluation(flags: Flags, tmp_path: Path) -> None:
     assert "video/top1" in metrics[-1]
     for file in ("predictions_tiny_video_val.jpg", "predictions_tiny_video_val.jsonl"):
         assert (whole / "inference" / file).stat().st_size > 0
-    final = weights(whole / "model_final.pth")
-    assert {key.split(".")[0] for key in final} == {"head"}
+    assert {key.split(".")[0] for key in weights(whole)} == {"head"}
 
-    cfg = setup(flags("OUTPUT_DIR", str(parts)))
-    trainer = VideoTrainer(cfg)
-    trainer.resume_or_load(resume=False)
-    before = {key: value.clone() for key, value in trainer.model.backbone.state_dict().items()}
-    trainer.max_iter = 2
-    trainer.train()
-    after = trainer.model.backbone.state_dict()
-    assert before and all(torch.equal(before[key], after[key]) for key in before)
-    (parts / "model_final.pth").unlink(missing_ok=True)
-    (parts / "last_checkpoint").write_text("model_0000001.pth")
-    main(flags("--resume", "OUTPUT_DIR", str(parts)))
-    resumed = weights(parts / "model_final.pth")
-    assert final.keys() == resumed.keys() and all(torch.equal(final[key], resumed[key]) for key in final)
+    assert_resumed_equals_uninterrupted(whole, flags, parts)
 
     again = main(
         flags("--eval-only", "OUTPUT_DIR", str(whole), "MODEL.WEIGHTS", str(whole / "model_final.pth"))

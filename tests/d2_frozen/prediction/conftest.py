@@ -8,36 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from tiny_runs import DETECTION, SEGMENTATION, write_config
 
 from d2_frozen import tasks
 from d2_frozen.engine import FrozenCheckpointer
 from detectron2.modeling import build_model
 from detectron2.utils.env import seed_all_rng
-
-ROOT = Path(__file__).resolve().parents[3]
-
-DETECTION = """
-_BASE_: {root}/configs/quickstart/detection.yaml
-MODEL:
-  DEVICE: cpu
-  TIMM: {{PRETRAINED: ""}}
-  FPN: {{OUT_CHANNELS: 64}}
-  BIFPN: {{NUM_LAYERS: 1}}
-  ROI_BOX_HEAD: {{FC_DIM: 16}}
-  ROI_MASK_HEAD: {{NUM_CONV: 1, CONV_DIM: 8}}
-  ROI_HEADS: {{NUM_CLASSES: -1}}
-  RPN: {{POST_NMS_TOPK_TEST: 8}}
-INPUT: {{SCALE_CROP: {{SIZE: 64}}}}
-"""
-SEGMENTATION = """
-_BASE_: {root}/configs/quickstart/segmentation.yaml
-MODEL:
-  DEVICE: cpu
-  TIMM: {{PRETRAINED: ""}}
-  SEM_SEG_HEAD: {{CONVS_DIM: 32, MASK_DIM: 16, NUM_CLASSES: -1}}
-  MASK_FORMER: {{DEC_LAYERS: 2, HIDDEN_DIM: 32, DIM_FEEDFORWARD: 32, NUM_OBJECT_QUERIES: 8}}
-INPUT: {{MIN_SIZE_TEST: {short_edge}, MAX_SIZE_TEST: 64}}
-"""
 
 SaveHead = Callable[..., Path]
 
@@ -48,10 +24,15 @@ def save_head(tmp_path: Path) -> SaveHead:
 
     def save(name: str, *, seed: int = 1, facts: bool = True, short_edge: int = 48, kind: str = "") -> Path:
         kind = kind or name
-        text = (DETECTION if kind == "det" else SEGMENTATION).format(root=ROOT, short_edge=short_edge)
-        text += f"SEED: {seed}\n"
-        config = tmp_path / f"{name}.yaml"
-        config.write_text(text)
+        changes = {
+            "det": {"MODEL": {"ROI_HEADS": {"NUM_CLASSES": -1}, "RPN": {"POST_NMS_TOPK_TEST": 8}}},
+            "seg": {
+                "MODEL": {"SEM_SEG_HEAD": {"NUM_CLASSES": -1}},
+                "INPUT": {"MIN_SIZE_TEST": short_edge, "MAX_SIZE_TEST": 64},
+            },
+        }[kind]
+        tiny = DETECTION if kind == "det" else SEGMENTATION
+        config = write_config(tmp_path / f"{name}.yaml", tiny, changes, {"SEED": seed})
         names, ids = (["nut", "bolt"], [3, 7]) if kind == "det" else (["road", "car", "sky"], [0, 1, 2])
         cfg = tasks.read_config(config)
         tasks.task_of(cfg).prediction(cfg, tasks.Classes(names, ids))  # fills in the class count

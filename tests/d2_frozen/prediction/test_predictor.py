@@ -206,6 +206,19 @@ def test_large_pictures_get_smaller_scores_and_labels_of_full_size(save_head: Sa
     assert 3 * h * w <= 1 << 28 and abs(h / w - 0.8) < 0.01
 
 
+def test_compact_labels_are_those_of_the_scores_and_never_made_smaller(
+    save_head: SaveHead, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where scores have room for a quarter of the pixels, labels are still those of every pixel."""
+    predictor = Predictor([save_head("det"), save_head("seg")])
+    (whole,) = predictor([picture()])
+    monkeypatch.setattr("seg_app.prediction._MAX_SCORES", 3 * 48 * 64 // 4)
+    assert predictor([picture()])[0]["seg"]["sem_seg"].shape == (3, 24, 32)
+    (compact,) = predictor.compact([picture()])
+    assert np.array_equal(compact["seg"]["labels"], whole["seg"]["sem_seg"].argmax(0).numpy())
+    assert same(compact["det"], whole["det"])
+
+
 def test_drawing_keeps_the_size(save_head: SaveHead) -> None:
     predictor = Predictor([save_head("det"), save_head("seg")])
     image = picture()

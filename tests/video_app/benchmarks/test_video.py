@@ -8,6 +8,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
+from tiny_runs import ROOT, VIDEO, trained_on, video_entries, write_config
 
 from d2_frozen.bench import main
 from video_app.benchmarks import video
@@ -17,24 +18,14 @@ from video_app.clips.reader import installed_readers
 from video_app.clips.sampling import SamplingPlan
 from video_app.moving_shapes import generate
 
-ROOT = Path(__file__).resolve().parents[3]
-
 
 @pytest.fixture
 def config(tmp_path: Path) -> Path:
     """Ten clips of 32 px, a backbone with random weights, two blocks."""
     generate(tmp_path / "clips", train=10, val=0, size_px=32, frames=16)
-    path = tmp_path / "tiny.yaml"
-    path.write_text(f"""
-_BASE_: {ROOT / "configs/Base-Frozen-Video.yaml"}
-MODEL: {{VIDEO_HEAD: {{NUM_BLOCKS: 1, WIDTH: 64}}}}
-DATASETS:
-  REGISTER: [{{name: {tmp_path.name}, type: video_list, list: {tmp_path}/clips/train.txt}}]
-  TRAIN: [{tmp_path.name}]
-VIDEO: {{NUM_FRAMES: 2, CROP_SIZE: 32, SHORT_SIDE: 32}}
-SOLVER: {{IMS_PER_BATCH: 2}}
-""")
-    return path
+    entries = video_entries(tmp_path / "clips", tmp_path.name, parts=("train",))
+    changes = {"MODEL": {"VIDEO_HEAD": {"NUM_BLOCKS": 1, "WIDTH": 64}}, "VIDEO": {"NUM_FRAMES": 2}}
+    return write_config(tmp_path / "tiny.yaml", VIDEO, trained_on(entries, iterations=1), changes)
 
 
 def test_every_part_is_measured(config: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
