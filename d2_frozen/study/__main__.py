@@ -119,9 +119,7 @@ def _run(args: argparse.Namespace, groups: Sequence[Sequence[Job]], tasks: set[s
     """
     jobs = [job for of_seed in zip(*groups) for job in of_seed]
     if args.scale == "mini" and not (args.dry_run and (args.no_probe or args.probe_synthetic)):
-        for command in {_WORLDS[task] for task in tasks}:
-            subprocess.run([sys.executable, "-m", *command], check=True)
-        _pretrain_missing(jobs)
+        _prepare([job for job in jobs if job.result(_root(args)) is None], tasks)
     if args.dry_run:
         print(_plan(args, jobs, len(groups)))
         return None
@@ -134,8 +132,12 @@ def _run(args: argparse.Namespace, groups: Sequence[Sequence[Job]], tasks: set[s
     return queue.run(jobs)
 
 
-def _pretrain_missing(jobs: Iterable[Job]) -> None:
-    """Make the backbones that configs/mini name and that are not there yet; minutes each."""
+def _prepare(jobs: Sequence[Job], tasks: set[str]) -> None:
+    """What these jobs of the mini scale need: generated data, and the small backbones that are missing, minutes each."""
+    if not jobs:
+        return
+    for command in {_WORLDS[task] for task in tasks}:
+        subprocess.run([sys.executable, "-m", *command], check=True)
     wanted = {read_config(job.config_file, job.options).MODEL.TIMM.PRETRAINED for job in jobs}
     for path in sorted(map(Path, wanted)):
         if path.parent == _PRETRAINED and not path.exists():

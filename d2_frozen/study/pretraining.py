@@ -117,7 +117,7 @@ def pretrain(
         return path
     folder.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(what.seed)
-    backbone = create_timm_backbone(PICO_NAME, arguments=SIZES[what.size])
+    backbone = create_timm_backbone(PICO_NAME, arguments=SIZES[what.size], final_norm=True)
     task = _task(what.kind, backbone).to(device)
     decaying = [p for p in task.parameters() if p.ndim > 1]
     others = [p for p in task.parameters() if p.ndim <= 1]
@@ -149,10 +149,20 @@ def pretrain(
             logger.info("%s  iter: %d  loss: %.4f  eta: %s", what.name, step, loss.item(), eta)
             _save(unfinished, {"step": done, "task": task.state_dict(), "optimizer": optimizer.state_dict()})
     about = {"kind": what.kind, "images": str(what.images), "iterations": str(what.iterations)}
-    state = {name: value.detach().cpu() for name, value in backbone.network.state_dict().items()}
+    state = {name: value.detach().cpu() for name, value in whole_state(backbone).items()}
     save_weights(state, path, metadata=about)
     unfinished.unlink(missing_ok=True)
     return path
+
+
+def whole_state(backbone: TimmBackbone) -> dict[str, Tensor]:
+    """Parameters and buffers under timm's names, with those of the norm behind the last stage."""
+    norm = backbone.final_norm
+    assert norm is not None
+    return {
+        **backbone.network.state_dict(),
+        **{f"norm.{name}": value for name, value in norm.state_dict().items()},
+    }
 
 
 def learning_rate(step: int, iterations: int) -> float:
@@ -215,19 +225,18 @@ class _Task(nn.Module):
         self.register_buffer("std", torch.tensor(STD).view(3, 1, 1), persistent=False)
 
     def last_map(self, images: Tensor) -> Tensor:
-        """(B, 3, H, W) in 0..255 -> (B, C, H / 32, W / 32)."""
+        """(B, 3, H, W) in 0..255 -> (B, C, H / 32, W / 32), behind the network's final norm."""
         return self.backbone((images - self.mean) / self.std)["res5"]
 
 
 class _Supervised(_Task):
     def __init__(self, backbone: TimmBackbone) -> None:
         super().__init__(backbone)
-        self.norm = nn.LayerNorm(self.channels)
         self.classifier = nn.Linear(self.channels, NUM_SHAPES + NUM_TEXTURES)
 
     def forward(self, scenes: Tensor, shown: Tensor, generator: torch.Generator) -> Tensor:
         features = self.last_map(random_views(scenes, generator, smallest=0.6)).mean(dim=(2, 3))
-        return F.binary_cross_entropy_with_logits(self.classifier(self.norm(features)), shown)
+        return F.binary_cross_entropy_with_logits(self.classifier(features), shown)
 
 
 class _Contrastive(_Task):
@@ -240,9 +249,7 @@ class _Contrastive(_Task):
                 "Contrastive pretraining needs pytorch-metric-learning: pip install 'd2_frozen[study]'."
             ) from err
         wide = 2 * self.channels
-        self.projector = nn.Sequential(
-            nn.LayerNorm(self.channels), nn.Linear(self.channels, wide), nn.GELU(), nn.Linear(wide, 128)
-        )
+        self.projector = nn.Sequential(nn.Linear(self.channels, wide), nn.GELU(), nn.Linear(wide, 128))
         self.loss = NTXentLoss(temperature=TEMPERATURE)
 
     def forward(self, scenes: Tensor, shown: Tensor, generator: torch.Generator) -> Tensor:

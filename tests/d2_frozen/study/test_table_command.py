@@ -108,3 +108,20 @@ def test_a_cell_without_config_is_an_error_with_the_nearest_names(
     assert "no cell percent_11_frozen" in (err := capsys.readouterr().err) and "percent_10_frozen" in err
     assert main(["table", "3", "--configs", str(tmp_path), "--output", str(tmp_path / "out")]) == 2
     assert "no configs of table 3" in capsys.readouterr().err
+
+
+def test_finished_jobs_need_neither_data_nor_backbones(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.chdir(tmp_path)  # no datasets and no pretrained backbones here
+    folder = tmp_path / "out/mini/table1/detection/masked_frozen/seed1"
+    metrics = {"bbox": {"AP": 12.5}, "segm": {"AP": 11.0}}
+    write_json(folder / "result.json", {"metrics": metrics, "trainable": 1_000_000, "seed": 1})
+    for module in ("segmentation", "video"):
+        elsewhere = tmp_path / f"out/mini/table1/{module}/masked_frozen/seed1"
+        write_json(elsewhere / "result.json", {"metrics": {}, "trainable": 1_000_000, "seed": 1})
+    repository = Path(__file__).resolve().parents[3]
+    cells = ["table", "1", "--cells", "masked_frozen", "--configs", str(repository / "configs")]
+    assert main([*cells, "--output", str(tmp_path / "out")]) == 0
+    assert "12.5" in capsys.readouterr().out
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
