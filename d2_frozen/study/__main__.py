@@ -133,7 +133,7 @@ def _run(args: argparse.Namespace, groups: Sequence[Sequence[Job]], tasks: set[s
 
 
 def _prepare(jobs: Sequence[Job], tasks: set[str]) -> None:
-    """What these jobs of the mini scale need: generated data, and the small backbones that are missing, minutes each."""
+    """What these jobs of the mini scale need: generated data, and small backbones where they are missing."""
     if not jobs:
         return
     for command in {_WORLDS[task] for task in tasks}:
