@@ -21,7 +21,7 @@ from typing import Any
 
 from d2_frozen.benchmarks import engines, freezing
 from d2_frozen.benchmarks.arguments import one_of, parse_with_lists
-from d2_frozen.benchmarks.measuring import write_json
+from d2_frozen.benchmarks.measuring import source_commit, write_json
 
 # Comparison -> its module, imported only when it is asked for, as some are an app's. The module has a function
 # main(arguments: list of str) -> dict: it reads its own options, prints tables and returns what --json writes.
@@ -42,6 +42,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     """Command line; returns what is also written with ``--json``."""
     arguments = sys.argv[1:] if arguments is None else arguments
     logging.basicConfig(level=logging.WARNING)
+    source_commit()  # of the code that is loaded now; at the end of a long run it may be another
     if arguments and arguments[0] in COMPARISONS:
         return importlib.import_module(COMPARISONS[arguments[0]]).main(arguments[1:])
     args = parse_with_lists(_parser(), arguments, sections=one_of(engines.SECTIONS))

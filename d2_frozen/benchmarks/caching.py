@@ -29,7 +29,7 @@ from d2_frozen.benchmarks.measuring import (
     with_ratio,
     write_json,
 )
-from d2_frozen.benchmarks.timed_step import PHASES, Watch, timed_step
+from d2_frozen.benchmarks.timed_step import PHASES, MixedPrecision, Watch, timed_step
 from d2_frozen.caching import SLOT
 from d2_frozen.caching.store import gib
 from d2_frozen.engine.allocator import keep_freed_memory
@@ -100,6 +100,7 @@ class _Subject:
         self.batches: Iterator[Any] = iter(self.trainer.build_train_loader(cfg))
         self.cache: Any = None
         self.backbone = Watch(frozen_backbone_of(self.model), now)
+        self.precision = MixedPrecision(cfg.SOLVER.AMP.ENABLED, next(self.model.parameters()).device.type)
 
     def fill(self, batches: int) -> int:
         """Put the features of the first batches into the cache, and train from it; bytes per sample."""
@@ -124,7 +125,9 @@ class _Subject:
 
     def step(self) -> Seconds:
         """Seconds of one step by phase."""
-        return timed_step(self.model, self.optimizer, lambda: next(self.batches), self.backbone, self.now)
+        return timed_step(
+            self.model, self.optimizer, lambda: next(self.batches), self.backbone, self.now, self.precision
+        )
 
 
 def _config(config_file: str, options: list[str], folder: str, cached: bool) -> CfgNode:

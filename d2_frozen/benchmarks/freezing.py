@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
@@ -12,8 +11,16 @@ from typing import Any
 import torch
 from tabulate import tabulate
 
-from d2_frozen.benchmarks.measuring import Clock, Seconds, alternate, machine_facts, phase_table, with_ratio
-from d2_frozen.benchmarks.timed_step import PHASES, Watch, timed_step
+from d2_frozen.benchmarks.measuring import (
+    Clock,
+    Seconds,
+    alternate,
+    machine_facts,
+    memory_in_child,
+    phase_table,
+    with_ratio,
+)
+from d2_frozen.benchmarks.timed_step import PHASES, MixedPrecision, Watch, timed_step
 from d2_frozen.engine.allocator import keep_freed_memory
 from d2_frozen.engine.hooks import peak_memory_mib
 from d2_frozen.train_net import read_config
@@ -52,9 +59,13 @@ def report(result: dict[str, Any]) -> str:
         phases = [phase for phase in PHASES if phase in result[title]["frozen"]]
         blocks.append(phase_table(f"{title}, {result['unit']}", result[title], phases))
     memory = result["peak memory MiB"]
-    rows = [[name, f"{value:.2f}" if "/" in name else f"{value:.0f}"] for name, value in memory.items()]
+    rows = [[name, _cell(name, value)] for name, value in memory.items()]
     blocks.append(tabulate(rows, headers=["training step", "peak memory, MiB"]))
     return "\n\n".join(blocks)
+
+
+def _cell(name: str, mib: float | None) -> str:
+    return "failed" if mib is None else f"{mib:.2f}" if "/" in name else f"{mib:.0f}"
 
 
 def print_memory(config_file: str, options: list[str], freeze: str, steps: int) -> None:
@@ -81,11 +92,14 @@ class _Subject:
         self.batches = iter(build_train_loader(cfg))
         self.test_batches = _cycle(lambda: build_test_loader(cfg, cfg.DATASETS.TEST[0]))
         self.backbone = Watch(getattr(self.model.backbone, "bottom_up", self.model.backbone), now)
+        self.precision = MixedPrecision(cfg.SOLVER.AMP.ENABLED, next(self.model.parameters()).device.type)
 
     def train_step(self) -> Seconds:
         """Seconds of one step by phase."""
         self.model.train()
-        return timed_step(self.model, self.optimizer, lambda: next(self.batches), self.backbone, self.now)
+        return timed_step(
+            self.model, self.optimizer, lambda: next(self.batches), self.backbone, self.now, self.precision
+        )
 
     def test_image(self) -> Seconds:
         """Seconds per image at evaluation by phase."""
@@ -105,16 +119,12 @@ class _Subject:
         }
 
 
-def _memory_in_children(config_file: str, options: list[str]) -> Seconds:
-    found = {}
+def _memory_in_children(config_file: str, options: list[str]) -> dict[str, float | None]:
+    found: dict[str, float | None] = {}
     for name, freeze in _SUBJECTS.items():
         command = [sys.executable, "-m", "d2_frozen.bench", "--config-file", config_file]
-        command += ["--memory-of", freeze, "--rounds", "3", *options]
-        done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode:
-            raise RuntimeError(f"measuring memory failed: {' '.join(command)}\n{done.stderr[-2000:]}")
-        found[name] = json.loads(done.stdout.strip().splitlines()[-1])["peak"]
-    if found["full"] > 0:
+        found[name] = memory_in_child([*command, "--memory-of", freeze, "--rounds", "3", *options])
+    if found["full"] and found["frozen"]:
         found["frozen / full"] = found["frozen"] / found["full"]
     return found
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import platform
+import signal
 import statistics
 import subprocess
 import sys
@@ -18,6 +20,7 @@ import torch
 from tabulate import tabulate
 
 import d2_frozen
+from d2_frozen.data.written import write_text
 
 # Seconds by phase; one of them may be the whole.
 Seconds = dict[str, float]
@@ -34,21 +37,49 @@ class Run(NamedTuple):
 Task = Callable[[int], Run]
 
 
-def alternate(subjects: dict[str, Callable[[], Seconds]], rounds: int, warmup: int) -> dict[str, Seconds]:
+# Called with the medians so far and the number of measured rounds behind them.
+Keep = Callable[[dict[str, Seconds], int], None]
+
+
+def alternate(
+    subjects: dict[str, Callable[[], Seconds]], rounds: int, warmup: int, keep: Keep | None = None
+) -> dict[str, Seconds]:
     """Run A, B, A, B, ... and give the median seconds of each phase.
+
+    Ctrl-C ends the measurement after the last whole round, with what was measured until then.
 
     Args:
         subjects: name -> function that runs once and returns seconds by phase.
         rounds: measured runs of each.
         warmup: runs of each that are not counted.
+        keep: called after each measured round, for a run that may be cut off.
+    Raises:
+        KeyboardInterrupt: interrupted before the first measured round was whole.
     """
-    seen: dict[str, dict[str, list[float]]] = {name: defaultdict(list) for name in subjects}
-    for turn in range(warmup + rounds):
-        for name, run in subjects.items():
-            for phase, seconds in run().items():
-                if turn >= warmup:
-                    seen[name][phase].append(seconds)
-        _progress(turn + 1, warmup + rounds)
+    whole: list[dict[str, Seconds]] = []  # by round: name -> seconds
+    try:
+        for turn in range(warmup + rounds):
+            one = {}
+            for name, run in subjects.items():
+                one[name] = run()
+                _progress(name, one[name], turn, warmup, rounds)
+            if turn >= warmup:
+                whole.append(one)
+                if keep is not None:
+                    keep(_medians(whole), len(whole))
+    except KeyboardInterrupt:
+        if not whole:
+            raise
+        print(f"interrupted: medians of {len(whole)} of {rounds} rounds", file=sys.stderr)
+    return _medians(whole)
+
+
+def _medians(whole: list[dict[str, Seconds]]) -> dict[str, Seconds]:
+    seen: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+    for one in whole:
+        for name, seconds in one.items():
+            for phase, value in seconds.items():
+                seen[name][phase].append(value)
     return {name: {p: statistics.median(v) for p, v in phases.items()} for name, phases in seen.items()}
 
 
@@ -93,11 +124,12 @@ def add_measuring_flags(
     parser.add_argument("opts", nargs=argparse.REMAINDER, help=f"{options}: KEY VALUE ...")
 
 
-def write_json(result: dict[str, Any], path: str | None) -> None:
+def write_json(result: dict[str, Any], path: str | None, quietly: bool = False) -> None:
     """What ``--json FILE`` does; nothing without a file."""
     if path:
-        Path(path).write_text(json.dumps(result, indent=1) + "\n")
-        print(f"written to {path}")
+        write_text(Path(path), json.dumps(result, indent=1) + "\n")
+        if not quietly:
+            print(f"written to {path}")
 
 
 def machine_facts() -> dict[str, Any]:
@@ -112,7 +144,7 @@ def machine_facts() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "engine": d2_frozen.engine_name(),
-        "commit": _commit(),
+        "commit": source_commit(),
     }
 
 
@@ -132,14 +164,43 @@ class Clock:
         return self._read()
 
 
-def _progress(done: int, total: int) -> None:
-    if sys.stderr.isatty():
-        print(f"\r{done}/{total} rounds", end="\n" if done == total else "", file=sys.stderr, flush=True)
+def _progress(name: str, seconds: Seconds, turn: int, warmup: int, rounds: int) -> None:
+    """A line per run where somebody looks, or where runs take so long that somebody will."""
+    took = seconds.get("step", max(seconds.values(), default=0.0))
+    if sys.stderr.isatty() or took > _LONG_SECONDS:
+        which = f"round {turn - warmup + 1}/{rounds}" if turn >= warmup else f"warmup {turn + 1}/{warmup}"
+        print(f"{which}  {name}  {took:.3g} s", file=sys.stderr, flush=True)
 
 
-def _commit() -> str:
-    folder = Path(__file__).resolve().parent
-    done = subprocess.run(
-        ["git", "-C", str(folder), "rev-parse", "--short", "HEAD"], capture_output=True, text=True
-    )
-    return done.stdout.strip() or "unknown"
+_LONG_SECONDS = 5.0
+
+
+_HERE = Path(__file__).resolve().parent
+
+
+@functools.cache
+def source_commit(folder: Path = _HERE) -> str:
+    """The commit of the code that runs, "-dirty" behind it where tracked files differ from it; else "unknown".
+
+    Asked once per process and remembered: call it at the start of a run, as somebody may commit during it.
+    """
+    git = ["git", "-C", str(folder)]
+    try:
+        # An installed package may lie in a repository of the user's that has nothing to do with it.
+        ours = subprocess.run([*git, "ls-files", "--error-unmatch", "."], capture_output=True, text=True)
+        done = subprocess.run(
+            [*git, "describe", "--always", "--dirty", "--exclude=*"], capture_output=True, text=True
+        )
+    except OSError:  # no git here
+        return "unknown"
+    return done.stdout.strip() if ours.returncode == done.returncode == 0 else "unknown"
+
+
+def memory_in_child(command: list[str]) -> float | None:
+    """Run a command whose last line is {"peak": MiB}; None where it fails, which is said on stderr."""
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode == 0:
+        return json.loads(done.stdout.strip().splitlines()[-1])["peak"]
+    why = " (killed: was there enough memory?)" if done.returncode == -signal.SIGKILL else ""
+    print(f"measuring memory failed{why}: {' '.join(command)}\n{done.stderr[-2000:]}", file=sys.stderr)
+    return None

@@ -4,7 +4,12 @@
 
 ``naive`` is how a backbone is frozen in Detectron2: ``requires_grad = False`` on its parameters, and nothing else
 (timm's network as it is, in training mode, inside the model's graph). A precision, also with ``+compile``, is this
-project's frozen backbone. ``full`` is fine-tuning. Weights and images are generated; every subject has the same.
+project's frozen backbone. ``full`` is fine-tuning. ``+amp`` behind any of them is SOLVER.AMP.ENABLED, mixed precision
+for neck and heads (with naive and full for the backbone, too). Weights and images are generated; every subject has the
+same.
+
+Peak memory is measured first, in a process of its own each. Ctrl-C and SIGTERM end the run with what was measured; with
+``--json`` the file is written again after every round.
 """
 
 from __future__ import annotations
@@ -12,7 +17,7 @@ from __future__ import annotations
 import argparse
 import copy
 import json
-import subprocess
+import signal
 import sys
 from typing import Any
 
@@ -21,24 +26,31 @@ from tabulate import tabulate
 from torch import nn
 
 from d2_frozen.backbone.fast import PRECISIONS
-from d2_frozen.benchmarks.arguments import one_of, parse_with_lists
+from d2_frozen.benchmarks.arguments import parse_with_lists
 from d2_frozen.benchmarks.engine_worker import generated_batch
-from d2_frozen.benchmarks.measuring import Clock, Seconds, alternate, machine_facts, phase_table, write_json
-from d2_frozen.benchmarks.timed_step import PHASES, Watch, timed_step
+from d2_frozen.benchmarks.measuring import (
+    Clock,
+    Seconds,
+    alternate,
+    machine_facts,
+    memory_in_child,
+    phase_table,
+    write_json,
+)
+from d2_frozen.benchmarks.timed_step import PHASES, MixedPrecision, Watch, timed_step
 from d2_frozen.engine.allocator import keep_freed_memory
 from d2_frozen.engine.hooks import peak_memory_mib
 from d2_frozen.train_net import read_config
 
 DEFAULT_CONFIG = "configs/Base-Frozen-RCNN.yaml"
 DEFAULT_OPTIONS = ["MODEL.TIMM.NAME", "swinv2_base_window8_256"]
-_subject = one_of(["naive", "full", *PRECISIONS, *(f"{precision}+compile" for precision in PRECISIONS)])
 # The batch is generated before the step.
 _PHASES = tuple(phase for phase in PHASES if phase != "data")
 
 
 def main(arguments: list[str]) -> dict[str, Any]:
     """Command line; returns what ``--json`` writes."""
-    args = parse_with_lists(_parser(), arguments, subjects=_subject)
+    args = parse_with_lists(_parser(), arguments, subjects=subject)
     if not torch.cuda.is_available():
         keep_freed_memory()  # as train_net.py does
     now = Clock(args.cpu_time)
@@ -49,15 +61,22 @@ def main(arguments: list[str]) -> dict[str, Any]:
             subject.step()
         print(json.dumps({"peak": peak_memory_mib()}))
         return {}
+    result: dict[str, Any] = {"machine": machine_facts(), "config": args.config_file, "options": options}
+    result |= {"size": args.size, "batch": args.batch, "unit": "CPU seconds" if args.cpu_time else "seconds"}
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: what was measured is not lost
+    if args.memory:
+        # Before there are models here, which may leave no room for another one.
+        result["peak memory MiB"] = {name: _memory_in_child(name, args) for name in args.subjects}
+
+    def keep(measured: dict[str, Seconds], rounds: int) -> None:
+        if args.json:
+            write_json({**result, "rounds": rounds, "step": measured}, args.json, quietly=True)
+        result["rounds"] = rounds
+
     subjects = {
         name: _Subject(name, args.config_file, options, args.size, args.batch, now) for name in args.subjects
     }
-    measured = alternate({name: s.step for name, s in subjects.items()}, args.rounds, args.warmup)
-    del subjects
-    result = {"machine": machine_facts(), "config": args.config_file, "options": options, "size": args.size}
-    result |= {"batch": args.batch, "unit": "CPU seconds" if args.cpu_time else "seconds", "step": measured}
-    if args.memory:
-        result["peak memory MiB"] = {name: _memory_in_child(name, args) for name in args.subjects}
+    result["step"] = alternate({n: s.step for n, s in subjects.items()}, args.rounds, args.warmup, keep)
     print(report(result))
     write_json(result, args.json)
     return result
@@ -70,17 +89,25 @@ def report(result: dict[str, Any]) -> str:
     steps, memory = result["step"], result.get("peak memory MiB", {})
     rows = dict(steps)
     first = next(iter(steps))
-    for name in list(steps)[1:]:
-        rows[f"{name} / {first}"] = {p: steps[name][p] / steps[first][p] for p in _PHASES}
-    if "full" in steps:
-        rows |= {
-            f"{n} / full": {p: steps[n][p] / steps["full"][p] for p in _PHASES} for n in steps if n != "full"
-        }
-    table = phase_table(f"training step, {result['unit']}", rows, list(_PHASES))
+    others = [first, *(["full"] if "full" in steps and first != "full" else [])]
+    for other in others:
+        for name in list(steps)[1:]:
+            if name not in others or (name, other) == ("full", first):
+                rows[f"{name} / {other}"] = {p: steps[name][p] / steps[other][p] for p in _PHASES}
+    title = f"training step, {result['unit']}, {result['rounds']} rounds"
+    table = phase_table(title, rows, list(_PHASES))
     if not memory:
         return f"{head}\n{table}"
-    cells = [[n, f"{m:.0f}", f"{m / memory[first]:.2f}"] for n, m in memory.items()]
-    return f"{head}\n{table}\n\n" + tabulate(cells, headers=["peak memory, MiB", "", f"/ {first}"])
+    cells = [
+        [name, "failed" if mib is None else f"{mib:.0f}", *(_share(mib, memory[other]) for other in others)]
+        for name, mib in memory.items()
+    ]
+    headers = ["peak memory, MiB", "", *(f"/ {other}" for other in others)]
+    return f"{head}\n{table}\n\n" + tabulate(cells, headers=headers, disable_numparse=True)
+
+
+def _share(mib: float | None, of: float | None) -> str:
+    return f"{mib / of:.2f}" if mib and of else ""
 
 
 class _Subject:
@@ -94,27 +121,29 @@ class _Subject:
         cfg = read_config(config_file, options)
         cfg.MODEL.ROI_HEADS.NUM_CLASSES = max(cfg.MODEL.ROI_HEADS.NUM_CLASSES, 1)
         cfg.MODEL.DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-        precision, _, compiled = name.partition("+")
-        frozen = name not in ("naive", "full")
+        kind, *additions = name.split("+")
+        frozen = kind not in ("naive", "full")
         cfg.MODEL.BACKBONE.FREEZE = "all" if frozen else "none"
         if frozen:
-            cfg.MODEL.FROZEN.PRECISION, cfg.MODEL.FROZEN.COMPILE = precision, bool(compiled)
+            cfg.MODEL.FROZEN.PRECISION, cfg.MODEL.FROZEN.COMPILE = kind, "compile" in additions
+        cfg.SOLVER.AMP.ENABLED = cfg.SOLVER.AMP.ENABLED or "amp" in additions
         torch.manual_seed(0)
         self.model = FrozenTrainer.build_model(cfg)
         _enliven(self.model.backbone.bottom_up)
-        if name == "naive":
+        if kind == "naive":
             self.model.backbone.bottom_up.requires_grad_(False)
         self.optimizer = FrozenTrainer.build_optimizer(cfg, self.model)
         self.batch = generated_batch(size, batch, cfg.MODEL.ROI_HEADS.NUM_CLASSES)
         self.now = now
         self.backbone = Watch(self.model.backbone.bottom_up, now)
+        self.precision = MixedPrecision(cfg.SOLVER.AMP.ENABLED, cfg.MODEL.DEVICE)
 
     def step(self) -> Seconds:
         """Seconds of one step by phase."""
         self.model.train()
         batch = copy.deepcopy(self.batch)
         torch.manual_seed(0)  # for the draws of anchors and proposals
-        return timed_step(self.model, self.optimizer, lambda: batch, self.backbone, self.now)
+        return timed_step(self.model, self.optimizer, lambda: batch, self.backbone, self.now, self.precision)
 
 
 @torch.no_grad()
@@ -125,32 +154,28 @@ def _enliven(bottom_up: nn.Module) -> None:
             tensor.fill_(0.2)
 
 
-def _memory_in_child(name: str, args: argparse.Namespace) -> float:
-    command = [
-        sys.executable,
-        "-W",
-        "ignore",
-        "-m",
-        "d2_frozen.bench",
-        "step",
-        "--memory-of",
-        name,
-        "--rounds",
-        "2",
-    ]
-    command += [
-        "--config-file",
-        args.config_file,
-        "--size",
-        str(args.size),
-        "--batch",
-        str(args.batch),
-        *args.opts,
-    ]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        raise RuntimeError(f"measuring memory failed: {' '.join(command)}\n{done.stderr[-2000:]}")
-    return json.loads(done.stdout.strip().splitlines()[-1])["peak"]
+def _memory_in_child(name: str, args: argparse.Namespace) -> float | None:
+    print(f"peak memory of {name}", file=sys.stderr, flush=True)
+    flags = ["--memory-of", name, "--rounds", "2", "--config-file", args.config_file]
+    flags += ["--size", str(args.size), "--batch", str(args.batch), *args.opts]
+    return memory_in_child([sys.executable, "-W", "ignore", "-m", "d2_frozen.bench", "step", *flags])
+
+
+def subject(text: str) -> str:
+    """A name of a subject.
+
+    Raises:
+        ValueError: it is none.
+    """
+    kind, *additions = text.split("+")
+    known = [*PRECISIONS, "naive", "full"]
+    allowed = {"amp", "compile"} if kind in PRECISIONS else {"amp"}
+    if kind not in known or not set(additions) <= allowed or len(set(additions)) < len(additions):
+        raise ValueError(
+            f"{text!r} is no subject of this comparison: choose {', '.join(known)}; behind a precision +compile, "
+            "behind each +amp."
+        )
+    return text
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -159,7 +184,9 @@ def _parser() -> argparse.ArgumentParser:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--subjects", nargs="+", default=["naive", "fp32", "bf16"], help="the first is 1.00")
+    parser.add_argument(
+        "--subjects", nargs="+", default=["naive", "fp32", "bf16"], help="the first is 1.00"
+    )
     parser.add_argument("--config-file", default=DEFAULT_CONFIG)
     parser.add_argument("--size", type=int, default=512, help="side of the images in pixels")
     parser.add_argument("--batch", type=int, default=2, help="images per step")

@@ -83,8 +83,10 @@ def _train_and_record(args: argparse.Namespace, job: Job, folder: str, threads: 
     import torch
 
     from d2_frozen import train_net
+    from d2_frozen.benchmarks.measuring import source_commit
     from detectron2.utils import comm
 
+    source_commit()  # now, not of the tree as it is in the end
     if threads:
         import cv2
 

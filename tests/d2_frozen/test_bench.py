@@ -6,10 +6,13 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
+from d2_frozen import bench
 from d2_frozen.bench import COMPARISONS
-from d2_frozen.benchmarks import engines
-from d2_frozen.benchmarks.measuring import alternate, phase_table, with_ratio
+from d2_frozen.benchmarks import engines, step
+from d2_frozen.benchmarks.measuring import alternate, memory_in_child, phase_table, source_commit, with_ratio
+from d2_frozen.benchmarks.timed_step import MixedPrecision
 
 
 def test_subjects_take_turns_and_the_warmup_does_not_count():
@@ -29,6 +32,126 @@ def test_subjects_take_turns_and_the_warmup_does_not_count():
     rows = with_ratio(measured)
     assert rows["a / b"] == {"step": 0.5}
     assert "0.50" in phase_table("seconds", rows, ["step"])
+
+
+def test_an_interrupted_measurement_keeps_its_whole_rounds():
+    """Ctrl-C in the third round, after A had run: two rounds of each count."""
+    kept = []
+    times = iter([1.0, 4.0, 3.0, 4.0, 100.0])
+
+    def subject():
+        try:
+            return {"step": next(times)}
+        except StopIteration:
+            raise KeyboardInterrupt from None
+
+    measured = alternate({"a": subject, "b": subject}, 5, 0, lambda medians, rounds: kept.append(rounds))
+    assert measured == {"a": {"step": 2.0}, "b": {"step": 4.0}}
+    assert kept == [1, 2]
+
+
+def test_nothing_measured_is_no_result():
+    def subject():
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        alternate({"a": subject}, rounds=1, warmup=0)
+
+
+def test_the_commit_is_that_of_the_start_and_says_if_files_differ_from_it(tmp_path):
+    def git(*arguments):
+        who = ["-c", "user.name=n", "-c", "user.email=e@example.org"]
+        done = subprocess.run(["git", "-C", tmp_path, *who, *arguments], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return done.stdout.strip()
+
+    def commit_now():
+        source_commit.cache_clear()
+        return source_commit(tmp_path)
+
+    git("init", "-q")
+    assert commit_now() == "unknown"
+    (tmp_path / "code.py").write_text("1")
+    assert commit_now() == "unknown"  # a repository, but not that of this file
+    git("add", ".")
+    git("commit", "-qm", "one")
+    first = commit_now()
+    assert first == git("rev-parse", "--short", "HEAD")
+    (tmp_path / "code.py").write_text("2")
+    assert source_commit(tmp_path) == first  # remembered
+    assert commit_now() == f"{first}-dirty"
+    git("commit", "-qam", "two")
+    assert commit_now() not in (first, f"{first}-dirty")
+    source_commit.cache_clear()
+
+
+def test_the_bench_asks_for_the_commit_before_it_measures(monkeypatch):
+    order = []
+    monkeypatch.setattr(bench, "source_commit", lambda: order.append("commit"))
+    monkeypatch.setattr(step, "main", lambda arguments: order.append("measured"))
+    bench.main(["step"])
+    assert order == ["commit", "measured"]
+
+
+def test_memory_of_a_failing_process_is_unknown_and_said(capfd):
+    answer = "print('a line'); print('{\"peak\": 3.5}')"
+    assert memory_in_child([sys.executable, "-c", answer]) == 3.5
+    assert memory_in_child([sys.executable, "-c", "raise SystemExit('no room')"]) is None
+    assert "no room" in capfd.readouterr().err
+    kill = "import os, signal; os.kill(os.getpid(), signal.SIGKILL)"
+    assert memory_in_child([sys.executable, "-c", kill]) is None
+    assert "enough memory" in capfd.readouterr().err
+
+
+def test_step_reports_ratios_to_the_first_subject_and_to_full_fine_tuning():
+    phases = ("backbone", "neck+heads", "backward+update", "step")
+    seconds = {"naive": 2.0, "bf16+amp": 1.0, "full": 4.0}
+    result = {
+        "config": "c",
+        "options": [],
+        "batch": 1,
+        "size": 64,
+        "machine": {},
+        "unit": "seconds",
+        "rounds": 3,
+    }
+    result["step"] = {name: dict.fromkeys(phases, value) for name, value in seconds.items()}
+    result["peak memory MiB"] = {"naive": 200.0, "bf16+amp": 100.0, "full": None}
+    rows = {line.split("  ")[0]: line.split() for line in step.report(result).splitlines()}
+    assert rows["bf16+amp / naive"][-1] == "0.50"
+    assert rows["bf16+amp / full"][-1] == "0.25"
+    assert rows["full / naive"][-1] == "2.00"
+    assert rows["bf16+amp"][1:] == ["100", "0.50"]
+    assert rows["full"][1] == "failed"
+
+
+@pytest.mark.parametrize("name", ["naive", "full+amp", "bf16+compile+amp", "fp32"])
+def test_subjects_of_a_step(name):
+    assert step.subject(name) == name
+
+
+@pytest.mark.parametrize("name", ["bf17", "naive+compile", "bf16+amp+amp", "bf16+", ""])
+def test_subjects_that_there_are_not(name):
+    with pytest.raises(ValueError, match="is no subject"):
+        step.subject(name)
+
+
+def test_mixed_precision_of_the_bench_is_that_of_training():
+    """On CPU bfloat16 without scaling: the update equals that of the plain loop inside autocast."""
+    layers = [torch.nn.Linear(4, 1) for _ in range(2)]
+    layers[1].load_state_dict(layers[0].state_dict())
+    x = torch.randn(8, 4)
+    kept = []
+    for layer, enabled in zip(layers, (True, False)):
+        optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
+        precision = MixedPrecision(enabled)
+        with precision.forward():
+            out = layer(x)
+        kept.append(out.dtype)
+        precision.backward_and_update(out.float().sum(), optimizer)
+    assert kept == [torch.bfloat16, torch.float32]
+    assert torch.allclose(layers[0].weight, layers[1].weight, atol=1e-2)
+    assert not torch.equal(layers[0].weight, layers[1].weight)
 
 
 def test_equal_work_is_checked_relative_to_the_number():

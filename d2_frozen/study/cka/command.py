@@ -128,10 +128,11 @@ def _list(args: argparse.Namespace, model: Any) -> int:
 
 
 def _compare(args: argparse.Namespace, comparison: Comparison, models: list[Any]) -> int:
-    from d2_frozen.benchmarks.measuring import machine_facts
+    from d2_frozen.benchmarks.measuring import machine_facts, source_commit
     from d2_frozen.study.cka.inputs import Batches, check_same_input
     from d2_frozen.study.cka.measure import measure
 
+    source_commit()  # now, not of the tree as it is in the end
     if args.rois < 1:
         raise ValueError(f"--rois {args.rois}: give at least 1 RoI per image.")
     if len(models) > 1:
