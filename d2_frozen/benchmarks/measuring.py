@@ -54,7 +54,7 @@ def alternate(
         warmup: runs of each that are not counted.
         keep: called after each measured round, for a run that may be cut off.
     Raises:
-        KeyboardInterrupt: interrupted before the first measured round was whole.
+        SystemExit: interrupted before the first measured round was whole.
     """
     whole: list[dict[str, Seconds]] = []  # by round: name -> seconds
     try:
@@ -69,7 +69,7 @@ def alternate(
                     keep(_medians(whole), len(whole))
     except KeyboardInterrupt:
         if not whole:
-            raise
+            raise SystemExit("interrupted before the first measured round was whole") from None
         print(f"interrupted: medians of {len(whole)} of {rounds} rounds", file=sys.stderr)
     return _medians(whole)
 

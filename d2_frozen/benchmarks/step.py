@@ -8,17 +8,20 @@ project's frozen backbone. ``full`` is fine-tuning. ``+amp`` behind any of them 
 for neck and heads (with naive and full for the backbone, too). Weights and images are generated; every subject has the
 same.
 
-Peak memory is measured first, in a process of its own each. Ctrl-C and SIGTERM end the run with what was measured; with
-``--json`` the file is written again after every round.
+Peak memory is measured first, each alone (on a CPU, in a process of its own). Ctrl-C and SIGTERM end the run with what
+was measured; with ``--json`` the file is written again after every round.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import functools
+import gc
 import json
 import signal
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -55,28 +58,30 @@ def main(arguments: list[str]) -> dict[str, Any]:
         keep_freed_memory()  # as train_net.py does
     now = Clock(args.cpu_time)
     options = [*DEFAULT_OPTIONS, *args.opts]
+    subjects = {
+        name: functools.partial(_Subject, name, args.config_file, options, args.size, args.batch, now)
+        for name in args.subjects
+    }
     if args.memory_of:
-        subject = _Subject(args.memory_of, args.config_file, options, args.size, args.batch, now)
-        for _ in range(args.rounds):
-            subject.step()
-        print(json.dumps({"peak": peak_memory_mib()}))
+        print(json.dumps({"peak": _peak_memory(subjects[args.memory_of])}))
         return {}
     result: dict[str, Any] = {"machine": machine_facts(), "config": args.config_file, "options": options}
     result |= {"size": args.size, "batch": args.batch, "unit": "CPU seconds" if args.cpu_time else "seconds"}
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: what was measured is not lost
-    if args.memory:
-        # Before there are models here, which may leave no room for another one.
-        result["peak memory MiB"] = {name: _memory_in_child(name, args) for name in args.subjects}
 
     def keep(measured: dict[str, Seconds], rounds: int) -> None:
-        if args.json:
-            write_json({**result, "rounds": rounds, "step": measured}, args.json, quietly=True)
-        result["rounds"] = rounds
+        result.update(step=measured, rounds=rounds)
+        write_json(result, args.json, quietly=True)
 
-    subjects = {
-        name: _Subject(name, args.config_file, options, args.size, args.batch, now) for name in args.subjects
-    }
-    result["step"] = alternate({n: s.step for n, s in subjects.items()}, args.rounds, args.warmup, keep)
+    if args.memory:
+        # Before there are models here, which may leave no room for another one.
+        memory = result["peak memory MiB"] = {}
+        for name, make in subjects.items():
+            print(f"peak memory of {name}", file=sys.stderr, flush=True)
+            alone = torch.cuda.is_available()  # the allocator of a GPU counts from 0 again; a process cannot
+            memory[name] = _peak_memory(make) if alone else _memory_in_child(name, args)
+            write_json(result, args.json, quietly=True)
+    alternate({name: make().step for name, make in subjects.items()}, args.rounds, args.warmup, keep)
     print(report(result))
     write_json(result, args.json)
     return result
@@ -89,10 +94,10 @@ def report(result: dict[str, Any]) -> str:
     steps, memory = result["step"], result.get("peak memory MiB", {})
     rows = dict(steps)
     first = next(iter(steps))
-    others = [first, *(["full"] if "full" in steps and first != "full" else [])]
+    others = [first, *(name for name in list(steps)[1:] if name.partition("+")[0] == "full")]
     for other in others:
-        for name in list(steps)[1:]:
-            if name not in others or (name, other) == ("full", first):
+        for name in steps:
+            if name not in others or (other == first and name != first):
                 rows[f"{name} / {other}"] = {p: steps[name][p] / steps[other][p] for p in _PHASES}
     title = f"training step, {result['unit']}, {result['rounds']} rounds"
     table = phase_table(title, rows, list(_PHASES))
@@ -154,9 +159,19 @@ def _enliven(bottom_up: nn.Module) -> None:
             tensor.fill_(0.2)
 
 
+def _peak_memory(make: Callable[[], _Subject]) -> float:
+    """MiB that two steps need; on a CPU at least what this process had before."""
+    if torch.cuda.is_available():
+        gc.collect()
+        torch.cuda.reset_peak_memory_stats()
+    one = make()
+    for _ in range(2):
+        one.step()
+    return peak_memory_mib()
+
+
 def _memory_in_child(name: str, args: argparse.Namespace) -> float | None:
-    print(f"peak memory of {name}", file=sys.stderr, flush=True)
-    flags = ["--memory-of", name, "--rounds", "2", "--config-file", args.config_file]
+    flags = ["--subjects", name, "--memory-of", name, "--config-file", args.config_file]
     flags += ["--size", str(args.size), "--batch", str(args.batch), *args.opts]
     return memory_in_child([sys.executable, "-W", "ignore", "-m", "d2_frozen.bench", "step", *flags])
 
@@ -192,9 +207,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--batch", type=int, default=2, help="images per step")
     parser.add_argument("--rounds", type=int, default=5, help="measured steps of each")
     parser.add_argument("--warmup", type=int, default=1, help="steps of each before measuring")
-    parser.add_argument(
-        "--memory", action="store_true", help="also peak memory, in a process of its own each"
-    )
+    parser.add_argument("--memory", action="store_true", help="also peak memory, each alone")
     parser.add_argument("--cpu-time", action="store_true", help="count CPU seconds instead of the clock")
     parser.add_argument("--json", help="also write the result to this file")
     parser.add_argument("--memory-of", help=argparse.SUPPRESS)

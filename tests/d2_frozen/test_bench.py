@@ -54,7 +54,7 @@ def test_nothing_measured_is_no_result():
     def subject():
         raise KeyboardInterrupt
 
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(SystemExit, match="before the first measured round"):
         alternate({"a": subject}, rounds=1, warmup=0)
 
 
@@ -105,7 +105,7 @@ def test_memory_of_a_failing_process_is_unknown_and_said(capfd):
 
 def test_step_reports_ratios_to_the_first_subject_and_to_full_fine_tuning():
     phases = ("backbone", "neck+heads", "backward+update", "step")
-    seconds = {"naive": 2.0, "bf16+amp": 1.0, "full": 4.0}
+    seconds = {"naive": 2.0, "bf16+amp": 1.0, "full+amp": 4.0}
     result = {
         "config": "c",
         "options": [],
@@ -116,13 +116,13 @@ def test_step_reports_ratios_to_the_first_subject_and_to_full_fine_tuning():
         "rounds": 3,
     }
     result["step"] = {name: dict.fromkeys(phases, value) for name, value in seconds.items()}
-    result["peak memory MiB"] = {"naive": 200.0, "bf16+amp": 100.0, "full": None}
+    result["peak memory MiB"] = {"naive": 200.0, "bf16+amp": 100.0, "full+amp": None}
     rows = {line.split("  ")[0]: line.split() for line in step.report(result).splitlines()}
     assert rows["bf16+amp / naive"][-1] == "0.50"
-    assert rows["bf16+amp / full"][-1] == "0.25"
-    assert rows["full / naive"][-1] == "2.00"
+    assert rows["bf16+amp / full+amp"][-1] == "0.25"
+    assert rows["full+amp / naive"][-1] == "2.00"
     assert rows["bf16+amp"][1:] == ["100", "0.50"]
-    assert rows["full"][1] == "failed"
+    assert rows["full+amp"][1] == "failed"
 
 
 @pytest.mark.parametrize("name", ["naive", "full+amp", "bf16+compile+amp", "fp32"])
