@@ -199,9 +199,7 @@ def _parser() -> argparse.ArgumentParser:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument(
-        "--subjects", nargs="+", default=["naive", "fp32", "bf16"], help="the first is 1.00"
-    )
+    parser.add_argument("--subjects", nargs="+", default=["naive", "fp32", "bf16"], help="the first is 1.00")
     parser.add_argument("--config-file", default=DEFAULT_CONFIG)
     parser.add_argument("--size", type=int, default=512, help="side of the images in pixels")
     parser.add_argument("--batch", type=int, default=2, help="images per step")
