@@ -29,8 +29,9 @@ from d2_frozen.study.cka.command import add_cka_command
 from d2_frozen.study.findings import write_findings
 from d2_frozen.study.jobs import Job
 from d2_frozen.study.layout import write_sweep, write_table
+from d2_frozen.study.paper import paper_numbers
 from d2_frozen.study.pretraining import KINDS, SIZES, Pretraining, pretrain
-from d2_frozen.study.probe import Estimate, disk_free_mib, probe, probe_synthetic
+from d2_frozen.study.probe import Estimate, disk_free_mib, probe, probe_synthetic, trainable_parameters
 from d2_frozen.study.queue import LocalQueue
 from d2_frozen.study.report import write_report
 from d2_frozen.study.slurm import SlurmQueue
@@ -72,8 +73,10 @@ def run_table(args: argparse.Namespace) -> int:
     left = _run(args, list(jobs.values()), {cell.task for cell in cells})
     if left is None:
         return 0
-    root = _root(args)
-    path = write_table({cell: _finished(of_cell, root) for cell, of_cell in jobs.items()}, args.number, root)
+    root, numbers = _root(args), paper_numbers(args.configs)
+    path = write_table(
+        {cell: _finished(of_cell, root) for cell, of_cell in jobs.items()}, args.number, root, numbers
+    )
     return _report(path, left, root)
 
 
@@ -171,8 +174,12 @@ def _plan(args: argparse.Namespace, jobs: Sequence[Job], models: int) -> str:
         for job in jobs
     ]
     if args.no_probe:
-        listed = [[job.name, job.config_file, state] for job, state in zip(jobs, states)]
-        return tabulate(listed, headers=["job", "config", "state"])
+        sizes = trainable_parameters(jobs[:models])
+        listed = [
+            [job.name, job.config_file, state, sizes[index % models]]
+            for index, (job, state) in enumerate(zip(jobs, states))
+        ]
+        return tabulate(listed, headers=["job", "config", "state", "trainable"], disable_numparse=True)
     # The first seed of each model; what is only evaluated trains nothing.
     training = [index for index in range(models) if jobs[index].evaluates is None]
     first = [jobs[index] for index in training]
@@ -279,7 +286,9 @@ def _add_queue_flags(parser: argparse.ArgumentParser) -> None:
         "--dry-run", action="store_true", help="say what would run, and how long it would take"
     )
     parser.add_argument(
-        "--no-probe", action="store_true", help="with --dry-run: without running first iterations"
+        "--no-probe",
+        action="store_true",
+        help="with --dry-run: only build the models, without weights, and count",
     )
     parser.add_argument(
         "--probe-synthetic",

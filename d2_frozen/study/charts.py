@@ -9,24 +9,31 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from d2_frozen.study.layout import Results, scores
+from d2_frozen.study.paper import PaperNumbers
 from d2_frozen.study.sweeps import Point
 from d2_frozen.study.tables import METRICS, SETTINGS, TITLES
 
 _COLOURS = {"frozen": "#2b6cb0", "full": "#c8c8c8"}
 
 
-def bar_chart(results: Results, number: int, path: str | Path) -> None:
-    """A panel per task and metric: bars of frozen beside full fine-tuning for every row, deviation as a whisker."""
+def bar_chart(results: Results, number: int, path: str | Path, paper: PaperNumbers | None = None) -> None:
+    """A panel per task and metric: bars of frozen beside full fine-tuning for every row, deviation as a whisker.
+
+    The paper's numbers are black lines across the bars.
+    """
     panels = [
-        (task, heading)
+        (task, metric, heading)
         for task in dict.fromkeys(cell.task for cell in results)
-        for heading in METRICS[task].values()
+        for metric, heading in METRICS[task].items()
     ]
-    height = 1.2 + 0.45 * max(len({cell.row for cell in results if cell.task == task}) for task, _ in panels)
+    rows_of = {
+        task: list(dict.fromkeys(cell.row for cell in results if cell.task == task)) for task, *_ in panels
+    }
+    height = 1.2 + 0.45 * max(map(len, rows_of.values()))
     figure = Figure(figsize=(4.8 * len(panels), height), layout="constrained")
     axes = figure.subplots(1, len(panels), squeeze=False)[0]
-    for axis, (task, heading) in zip(axes, panels):
-        rows = list(dict.fromkeys(cell.row for cell in results if cell.task == task))
+    for axis, (task, metric, heading) in zip(axes, panels):
+        rows = rows_of[task]
         for k, setting in enumerate(SETTINGS):
             found = {
                 cell.row: scores(cell, runs)[heading]
@@ -37,6 +44,11 @@ def bar_chart(results: Results, number: int, path: str | Path) -> None:
             means = [score.mean for score in found.values()]
             spread = [0.0 if len(score.values) < 2 else score.deviation for score in found.values()]
             axis.barh(places, means, 0.36, xerr=spread, color=_COLOURS[setting], label=setting)
+        for place, row in enumerate(rows):
+            for k, setting in enumerate(SETTINGS):
+                of_paper = (paper or {}).get((number, task, row, setting, "/".join(metric)))
+                if of_paper:
+                    axis.plot([of_paper.value], [place + 0.38 * (k - 0.5)], "|", color="black", markersize=12)
         axis.set_yticks(range(len(rows)), [row.replace("_", " ") for row in rows])
         axis.invert_yaxis()
         axis.set_xlabel(heading)

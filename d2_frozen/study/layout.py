@@ -1,4 +1,5 @@
-"""Results of a table's jobs -> the table: rows, frozen beside full fine-tuning, mean and deviation over seeds.
+"""Results of a table's jobs -> the table: rows, frozen beside full fine-tuning, mean and deviation over seeds, and the
+paper's numbers where they are known.
 
 Out: markdown for people, csv for programs, a picture.
 """
@@ -11,11 +12,13 @@ import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from tabulate import tabulate
 
+from d2_frozen.study.paper import PaperNumber, PaperNumbers
 from d2_frozen.study.sweeps import Point
 from d2_frozen.study.tables import METRICS, SETTINGS, TITLES, Cell
 
@@ -69,17 +72,54 @@ def scores(cell: Cell, results: Sequence[dict[str, Any]]) -> dict[str, Score]:
     return table
 
 
-def markdown(results: Results, number: int) -> str:
-    """The table in the paper's layout, one block per task."""
+def markdown(results: Results, number: int, paper: PaperNumbers | None = None) -> str:
+    """The table in the paper's layout, one block per task, and what the runs were.
+
+    Args:
+        paper: its numbers; columns for those that there are.
+    """
     blocks = [f"### Table {number}. {TITLES[number]}"]
     for task in dict.fromkeys(cell.task for cell in results):
-        blocks.append(_block({cell: r for cell, r in results.items() if cell.task == task}, task))
-    return "\n\n".join(blocks) + "\n"
+        of_task = {cell: runs for cell, runs in results.items() if cell.task == task}
+        blocks += [_block(of_task, task, paper or {}), *_sources(of_task, paper or {})]
+        blocks.append(_about([run for runs in of_task.values() for run in runs]))
+    return "\n\n".join(block for block in blocks if block) + "\n"
 
 
-def _block(results: Results, task: str) -> str:
+def _of_paper(cell: Cell, metric: tuple[str, str], paper: PaperNumbers) -> PaperNumber | None:
+    return paper.get((cell.table, cell.task, cell.row, cell.setting, "/".join(metric)))
+
+
+def _sources(results: Results, paper: PaperNumbers) -> list[str]:
+    """A line on where the paper's numbers are from, if there are any."""
+    found = [_of_paper(cell, metric, paper) for cell in results for metric in METRICS[cell.task]]
+    sources = dict.fromkeys(number.source for number in found if number)
+    return [f"The paper's numbers: {'; '.join(sources)}."] if sources else []
+
+
+def _about(runs: Sequence[dict[str, Any]]) -> str:
+    """What a reported figure must name, of all runs."""
+    if not runs:
+        return ""
+    facts = []
+    for name in ("commit", "device", "torch", "engine"):
+        found = sorted({str(run[name]) for run in runs if name in run})
+        facts += [f"{name} {', '.join(found)}"] if found else []
+    time = timedelta(seconds=round(sum(run.get("seconds_of_last_start", 0.0) for run in runs)))
+    return f"Finished runs: {len(runs)}, {time} in all; {'; '.join(facts)}."
+
+
+def _block(results: Results, task: str, paper: PaperNumbers) -> str:
     headings = list(METRICS[task].values())
+    # Of metric and setting, those of which the paper's number is known for some row.
+    known = [
+        (metric, setting)
+        for metric in METRICS[task]
+        for setting in SETTINGS
+        if any(_of_paper(cell, metric, paper) for cell in results if cell.setting == setting)
+    ]
     columns = [f"{what} {heading}" for heading in headings for what in (*SETTINGS, "gap")]
+    columns += [f"paper, {setting} {METRICS[task][metric]}" for metric, setting in known]
     rows = []
     for row in dict.fromkeys(cell.row for cell in results):
         of_setting = {cell.setting: (cell, results[cell]) for cell in results if cell.row == row}
@@ -87,6 +127,9 @@ def _block(results: Results, task: str) -> str:
         for heading in headings:
             pair = [scores(*of_setting[s])[heading] if s in of_setting else Score() for s in SETTINGS]
             line += [*map(str, pair), str(gap(*pair))]
+        for metric, setting in known:
+            number = _of_paper(of_setting[setting][0], metric, paper) if setting in of_setting else None
+            line.append(f"{number.value:.1f}" if number else "")
         sizes = [
             f"{r[1][0]['trainable'] / 1e6:.2f} M" if r and r[1] else ""
             for r in (of_setting.get(setting) for setting in SETTINGS)
@@ -97,15 +140,16 @@ def _block(results: Results, task: str) -> str:
     return tabulate(rows, headers=headers, tablefmt="github", disable_numparse=True)
 
 
-def csv_text(results: Results) -> str:
-    """One line per run and metric."""
+def csv_text(results: Results, paper: PaperNumbers | None = None) -> str:
+    """One line per run and metric, the paper's number of the cell at its end."""
     file = io.StringIO()
     writer = csv.writer(file, lineterminator="\n")
     fields = ("trainable", "parameters", "iterations", "device", "torch", "engine", "commit")
-    writer.writerow(["table", "task", "cell", "row", "setting", "seed", "metric", "value", *fields])
+    writer.writerow(["table", "task", "cell", "row", "setting", "seed", "metric", "value", *fields, "paper"])
     for cell, runs in results.items():
         for run in runs:
-            for (task, metric), _ in cell.metrics.items():
+            for (task, metric), of_one_scale in zip(cell.metrics, METRICS[cell.task]):
+                number = _of_paper(cell, of_one_scale, paper or {})
                 value = run["metrics"].get(task, {}).get(metric, "")
                 about = [run.get(name, "") for name in fields]
                 writer.writerow(
@@ -119,12 +163,13 @@ def csv_text(results: Results) -> str:
                         f"{task}/{metric}",
                         value,
                         *about,
+                        number.value if number else "",
                     ]
                 )
     return file.getvalue()
 
 
-def write_table(results: Results, number: int, folder: str | Path) -> Path:
+def write_table(results: Results, number: int, folder: str | Path, paper: PaperNumbers | None = None) -> Path:
     """``tableN.md``, ``tableN.csv`` and ``tableN.png`` in ``folder``.
 
     Returns:
@@ -134,10 +179,10 @@ def write_table(results: Results, number: int, folder: str | Path) -> Path:
 
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / f"table{number}.csv").write_text(csv_text(results))
-    bar_chart(results, number, folder / f"table{number}.png")
+    (folder / f"table{number}.csv").write_text(csv_text(results, paper))
+    bar_chart(results, number, folder / f"table{number}.png", paper)
     path = folder / f"table{number}.md"
-    path.write_text(markdown(results, number))
+    path.write_text(markdown(results, number, paper))
     return path
 
 
@@ -150,7 +195,9 @@ def sweep_markdown(title: str, points: Sequence[tuple[Point, list[dict[str, Any]
         size = f"{runs[0]['trainable'] / 1e6:.2f} M" if runs else ""
         rows.append([point.label, size, *(str(score) for score in values.values()), str(len(runs))])
     headers = [title, "trainable", *METRICS[task].values(), "runs"]
-    return f"### {title}\n\n{tabulate(rows, headers=headers, tablefmt='github', disable_numparse=True)}\n"
+    table = tabulate(rows, headers=headers, tablefmt="github", disable_numparse=True)
+    about = _about([run for _, runs in points for run in runs])
+    return "\n\n".join(block for block in (f"### {title}", table, about) if block) + "\n"
 
 
 def write_sweep(

@@ -23,7 +23,7 @@ import torch
 from d2_frozen import tasks
 from d2_frozen.study.jobs import Job, write_json
 from d2_frozen.study.queue import LocalQueue, job_context
-from d2_frozen.summary import Counts, fill_standard_classes
+from d2_frozen.summary import Counts, build_weightless, fill_standard_classes, model_of
 from detectron2.config import CfgNode
 
 # Detectron2's timer leaves the first three out.
@@ -179,6 +179,22 @@ def measure_step(job: Job, num_gpus: int = 1, warm_up: int = _WARM_UP, timed: in
             sum(t.nbytes for t in _tensors(trainer.checkpointer.content())) / 2**20,
             machine_facts()["device"],
         )
+
+
+def trainable_parameters(jobs: Sequence[Job]) -> list[str]:
+    """Of each job's model, built without weights and data: a number in millions, or what keeps it from being built."""
+    known: dict[str, str] = {}
+    sizes = []
+    for job in jobs:
+        cfg = tasks.read_config(job.config_file, job.options)
+        model = model_of(cfg)
+        if model not in known:
+            try:
+                known[model] = f"{Counts.of(build_weightless(cfg)).trainable / 1e6:.2f} M"
+            except Exception as err:  # of any kind: the plan names it, and goes on with the next job
+                known[model] = f"{type(err).__name__}: {str(err)[:60]}"
+        sizes.append(known[model])
+    return sizes
 
 
 def _step_in_process(job: Job, threads: int, num_gpus: int, gpu: int | None) -> Step | str:

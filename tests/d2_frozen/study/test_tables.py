@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from d2_frozen.study.layout import Score, csv_text, gap, markdown
+from d2_frozen.study.__main__ import main
+from d2_frozen.study.layout import Score, csv_text, gap, markdown, write_table
+from d2_frozen.study.paper import PaperNumber, paper_numbers
 from d2_frozen.study.tables import Cell, cells_of
 
 CONFIGS = Path(__file__).resolve().parents[3] / "configs"
@@ -68,3 +70,61 @@ def test_csv_has_a_line_per_run_and_metric() -> None:
     lines = csv_text({cell("a_frozen"): [result(10, 20), result(12, 22, 2)]}).splitlines()
     assert len(lines) == 5
     assert lines[1].startswith("5,detection,a_frozen,a,frozen,1,bbox/AP,10,1500000")
+
+
+def test_the_papers_number_stands_beside_ours_where_it_is_known(tmp_path: Path) -> None:
+    paper = {(5, "detection", "a", "frozen", "bbox/AP"): PaperNumber(59.3, "its abstract")}
+    runs = {cell("a_frozen"): [result(10, 20)], cell("a_full"): [result(30, 40)], cell("b_frozen"): []}
+    text = write_table(runs, 5, tmp_path, paper).read_text()
+    header, _, *rows = [
+        [part.strip() for part in line.strip("|").split("|")] for line in text.splitlines() if "|" in line
+    ]
+    (column,) = [k for k, name in enumerate(header) if name.startswith("paper")]
+    assert header[column] == "paper, frozen box AP" and [row[column] for row in rows] == ["59.3", ""]
+    assert "The paper's numbers: its abstract." in text
+    assert "Finished runs: 2, 0:00:00 in all; commit abc." in text
+    first, *lines = [line.split(",") for line in (tmp_path / "table5.csv").read_text().splitlines()]
+    assert first[-1] == "paper" and [line[-1] for line in lines] == ["59.3", "", "", ""]
+    assert "paper" not in markdown(runs, 5)
+
+
+def test_numbers_that_ship_are_of_rows_that_there_are() -> None:
+    numbers = paper_numbers(CONFIGS)
+    assert numbers[5, "video", "swinv2_giant", "frozen", "video/top1"].value == 81.7
+    for table, task, row, setting, _ in numbers:
+        assert (task, row, setting) in {(c.task, c.row, c.setting) for c in cells_of(table, "full", CONFIGS)}
+
+
+def test_a_line_that_is_no_number_is_named(tmp_path: Path) -> None:
+    (tmp_path / "paper.csv").write_text(
+        "table,task,row,setting,metric,value,source\n5,detection,a,frozen,bbox/AP,much,me\n"
+    )
+    with pytest.raises(ValueError, match=r"paper.csv, line 2: .*much"):
+        paper_numbers(tmp_path)
+    assert paper_numbers(tmp_path / "nowhere") == {}
+
+
+def test_every_full_scale_cell_is_listed_and_builds_without_weights(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    flags = [
+        "--scale",
+        "full",
+        "--configs",
+        str(CONFIGS),
+        "--output",
+        str(tmp_path),
+        "--dry-run",
+        "--no-probe",
+    ]
+    assert main(["table", "4", *flags]) == 0
+    lines = [line.split() for line in capsys.readouterr().out.splitlines() if line.startswith("table4/")]
+    # docs/parameter_counts.md
+    sizes = {
+        "linear_frozen": "0.41",
+        "linear_full": "87.30",
+        "temporal_frozen": "50.86",
+        "temporal_full": "137.76",
+    }
+    sizes |= {"global_frozen": "50.86", "global_full": "137.76"}
+    assert {line[0].split("/")[2]: line[-2] for line in lines} == sizes
