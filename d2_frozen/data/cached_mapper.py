@@ -17,6 +17,7 @@ from torch import Tensor
 from d2_frozen.caching import SLOT, FeatureCache, Slot
 from d2_frozen.data.draws import remember_generators
 from d2_frozen.data.frames import FrameInput, PixelsNeeded, image_size
+from d2_frozen.data.label_values import LABEL_VALUES, values_of
 from d2_frozen.data.reading import read_augmented
 from detectron2.data import DatasetMapper, detection_utils
 from detectron2.data import transforms as T
@@ -34,6 +35,8 @@ class Augmented(NamedTuple):
 class FrozenDatasetMapper(DatasetMapper):
     """Detectron2's mapper. While ``cache`` is set, training samples get a slot, and images are read where needed.
 
+    Beside "sem_seg", training samples have its values (LABEL_VALUES).
+
     Attributes:
         fast_reading: INPUT.FAST_READING, for training.
     """
@@ -43,8 +46,13 @@ class FrozenDatasetMapper(DatasetMapper):
 
     def __call__(self, dataset_dict: dict[str, Any]) -> dict[str, Any]:
         """As DatasetMapper; see the top of the file."""
-        if not self.is_train or (self.cache is None and not self.fast_reading):
-            return super().__call__(dataset_dict)
+        drawn_first = self.is_train and (self.cache is not None or self.fast_reading)
+        sample = self._drawn_first(dataset_dict) if drawn_first else super().__call__(dataset_dict)
+        if self.is_train and "sem_seg" in sample:
+            sample[LABEL_VALUES] = values_of(sample["sem_seg"])
+        return sample
+
+    def _drawn_first(self, dataset_dict: dict[str, Any]) -> dict[str, Any]:
         sample = _copied(dataset_dict)
         label_file = sample.pop("sem_seg_file_name", None)
         labels = None if label_file is None else detection_utils.read_image(label_file, "L")[:, :, 0]

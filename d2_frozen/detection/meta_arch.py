@@ -71,7 +71,7 @@ class FrozenRCNN(GeneralizedRCNN):
         if self.training and branch is not None:
             padded_hw = tuple(images.tensor.shape[-2:])
             labels = padded_label_maps(batched_inputs, padded_hw, branch.num_classes, branch.ignore_value)
-            images.sem_seg = labels.to(images.tensor.device)
+            images.sem_seg = labels.to(images.tensor.device, non_blocking=True)
         return images
 
     @property

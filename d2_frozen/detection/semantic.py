@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from fvcore.nn.weight_init import c2_msra_fill
 from torch import Tensor, nn
 
+from d2_frozen.data.label_values import values_in
 from detectron2.config import CfgNode
 from detectron2.layers import Conv2d, ShapeSpec
 
@@ -121,7 +122,8 @@ def padded_label_maps(
     Raises:
         ValueError: a sample without map, of another size than its image, or with other labels; names the image.
     """
-    stacked = torch.full((len(batch), *size_hw), ignore_value, dtype=torch.int64)
+    device = getattr(batch[0].get("sem_seg"), "device", None)
+    stacked = torch.full((len(batch), *size_hw), ignore_value, dtype=torch.int64, device=device)
     for slot, one in zip(stacked, batch):
         place = f"image {one.get('image_id', '?')!r}, {one.get('file_name', 'without file name')}"
         labels = one.get("sem_seg")
@@ -135,10 +137,10 @@ def padded_label_maps(
                 f"{place}: the semantic label map has {tuple(labels.shape)} pixels, the image "
                 f"{tuple(one['image'].shape[-2:])}."
             )
-        wrong = labels[(labels != ignore_value) & ((labels < 0) | (labels >= num_classes))]
-        if wrong.numel():
+        wrong = [value for value in values_in(one) if value != ignore_value and not 0 <= value < num_classes]
+        if wrong:
             raise ValueError(
-                f"{place}: the semantic label map has the label {int(wrong[0])}; MODEL.SEM_SEG_HEAD.NUM_CLASSES is "
+                f"{place}: the semantic label map has the label {wrong[0]}; MODEL.SEM_SEG_HEAD.NUM_CLASSES is "
                 f"{num_classes} and IGNORE_VALUE {ignore_value}."
             )
         slot[: labels.shape[0], : labels.shape[1]] = labels

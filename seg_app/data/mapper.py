@@ -10,6 +10,7 @@ import torch
 
 from d2_frozen.caching import SLOT, FeatureCache
 from d2_frozen.data.cached_mapper import augment
+from d2_frozen.data.label_values import LABEL_VALUES, values_of
 from detectron2.config import CfgNode
 from detectron2.data import detection_utils
 from detectron2.data import transforms as T
@@ -61,7 +62,8 @@ class SegmentationMapper:
     def __call__(self, record: dict[str, Any]) -> dict[str, Any]:
         """
         Returns:
-            The record with "height", "width" of the file, "image" (3, h, w) uint8, in training "sem_seg" (h, w) int64.
+            The record with "height", "width" of the file, "image" (3, h, w) uint8, in training "sem_seg" (h, w) int64
+            and its values (LABEL_VALUES).
         Raises:
             LabelMapError: image and label map differ in size, or the latter holds no ids.
         """
@@ -76,7 +78,7 @@ class SegmentationMapper:
         self.augmentations(inputs)
         record["image"] = torch.from_numpy(np.ascontiguousarray(inputs.image.transpose(2, 0, 1)))
         if class_of is not None:
-            record["sem_seg"] = torch.from_numpy(class_of[inputs.sem_seg.astype(np.int64)])
+            _add_labels(record, inputs.sem_seg, class_of)
         return record
 
     def _drawn_first(self, record: dict[str, Any]) -> dict[str, Any]:
@@ -105,7 +107,7 @@ class SegmentationMapper:
         record["image"] = done.image
         if done.slot is not None:
             record[SLOT] = done.slot
-        record["sem_seg"] = torch.from_numpy(class_of[done.sem_seg.astype(np.int64)])
+        _add_labels(record, done.sem_seg, class_of)
         return record
 
     def _image(self, record: dict[str, Any]) -> np.ndarray:
@@ -129,6 +131,13 @@ class SegmentationMapper:
         # Detectron2 resizes 8-bit label maps by pixel centres, and others in floating point.
         dtype = np.uint8 if len(present) <= _IGNORED else np.float32
         return number_of.astype(dtype)[labels], class_of
+
+
+def _add_labels(record: dict[str, Any], numbers: np.ndarray, class_of: np.ndarray) -> None:
+    """Labels of augmented numbers, and which of them there are."""
+    numbers = numbers.astype(np.int64)
+    record["sem_seg"] = torch.from_numpy(class_of[numbers])
+    record[LABEL_VALUES] = np.unique(class_of[values_of(numbers)]).tolist()
 
 
 def _check_sizes(record: dict[str, Any], labels: np.ndarray, image: np.ndarray) -> None:

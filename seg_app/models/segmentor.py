@@ -177,7 +177,8 @@ class FrozenSegmentor(nn.Module):
 
     def preprocess_image(self, batched_inputs: Batch) -> ImageList:
         """Normalised images, padded to one size with zeros."""
-        images = [(one["image"].to(self.device) - self.pixel_mean) / self.pixel_std for one in batched_inputs]
+        given = [one["image"].to(self.device, non_blocking=True) for one in batched_inputs]
+        images = [(one - self.pixel_mean) / self.pixel_std for one in given]
         return ImageList.from_tensors(
             images, self.size_divisibility, padding_constraints=self.backbone.padding_constraints
         )

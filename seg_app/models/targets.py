@@ -1,7 +1,7 @@
 """What the losses compare with: label maps in one size, or a mask for every class that occurs.
 
-In: Detectron2's dicts, with "sem_seg" (H, W) class ids of any integer type, or "instances" with gt_classes and
-gt_masks.
+In: Detectron2's dicts, with "sem_seg" (H, W) class ids of any integer type and maybe the values that occur in it
+(d2_frozen.data.label_values), or "instances" with gt_classes and gt_masks.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from d2_frozen.data.label_values import values_in
 
 
 def padded_labels(
@@ -24,7 +26,7 @@ def padded_labels(
     rows = []
     for one in batch:
         labels = _labels_of(one)
-        _occurring(labels, one, num_classes, ignore)
+        _occurring(one, num_classes, ignore)
         h, w = labels.shape
         rows.append(F.pad(labels, (0, size[1] - w, 0, size[0] - h), value=ignore))
     return torch.stack(rows).to(device, non_blocking=True)
@@ -53,7 +55,8 @@ def _of_labels(
     one: dict[str, Any], size: tuple[int, int], num_classes: int, ignore: int, device: torch.device
 ) -> dict[str, Tensor]:
     labels = _labels_of(one)
-    present = _occurring(labels, one, num_classes, ignore).to(device, non_blocking=True)
+    occurring = torch.tensor(_occurring(one, num_classes, ignore), dtype=torch.int64)
+    present = occurring.to(device, non_blocking=True)
     h, w = labels.shape
     masks = torch.zeros(len(present), *size, dtype=torch.bool, device=device)
     masks[:, :h, :w] = labels.to(device, non_blocking=True) == present[:, None, None]
@@ -93,17 +96,10 @@ def _labels_of(one: dict[str, Any]) -> Tensor:
     return labels.to(torch.int64)
 
 
-def _occurring(labels: Tensor, one: dict[str, Any], num_classes: int, ignore: int) -> Tensor:
-    """Class ids that occur, in order, without the ignore label."""
-    if labels.numel() == 0:
-        return labels.new_zeros(0)
-    low, high = (int(x) for x in labels.aminmax())
-    if low >= 0 and high < 1 << 16:
-        present = torch.bincount(labels.flatten()).nonzero()[:, 0]  # counting is faster than unique()'s sort
-    else:
-        present = labels.unique()
-    present = present[present != ignore]
-    wrong = present[(present < 0) | (present >= num_classes)].tolist()
+def _occurring(one: dict[str, Any], num_classes: int, ignore: int) -> list[int]:
+    """Class ids that occur in one image, in order, without the ignore label."""
+    present = [value for value in values_in(one) if value != ignore]
+    wrong = [value for value in present if not 0 <= value < num_classes]
     if wrong:
         raise ValueError(
             f"{_name(one)}: label values {wrong[:5]} are no classes; MODEL.SEM_SEG_HEAD has NUM_CLASSES {num_classes} "

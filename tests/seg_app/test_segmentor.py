@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from d2_frozen import add_frozen_config
+from d2_frozen.data.label_values import LABEL_VALUES
 from d2_frozen.summary import parts_table
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import get_cfg
@@ -118,6 +119,20 @@ def test_more_than_255_classes(head: str) -> None:
     labels[:16, :16], labels[16:, 16:] = 255, 999
     losses = model([sample(32, 32, labels.to(torch.uint16))])
     assert all(loss.isfinite() for loss in losses.values())
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_losses_are_equal_whoever_counted_the_labels(head: str) -> None:
+    model = model_of("MODEL.SEM_SEG_HEAD.NAME", head)
+    batch = [sample(h, w, torch.randint(0, 5, (h, w))) for h, w in ((50, 70), (33, 97))]
+    counted = [{**one, LABEL_VALUES: one["sem_seg"].unique().tolist()} for one in batch]
+    losses = []
+    for given in (batch, counted):
+        torch.manual_seed(1)
+        losses.append({name: loss.item() for name, loss in model(given).items()})
+    assert losses[0] == losses[1]
+    with pytest.raises(ValueError, match=r"label values \[9\] are no classes"):
+        model([{**batch[0], LABEL_VALUES: [0, 9, 255]}])
 
 
 def test_a_step_changes_the_head_and_not_one_bit_of_the_backbone() -> None:

@@ -102,7 +102,7 @@ class FramesBackbone(nn.Module):
 
     def _normalised(self, frames: Tensor) -> Tensor:
         """(N, 3, H, W) uint8 -> float32 on the model's device, padded with zeros to what the backbone divides."""
-        images = (frames.to(self.device) - self.pixel_mean) / self.pixel_std
+        images = (frames.to(self.device, non_blocking=True) - self.pixel_mean) / self.pixel_std
         divisor = max(1, self.backbone.size_divisibility)
         below, right = (-side % divisor for side in images.shape[-2:])
         return F.pad(images, (0, right, 0, below)) if below or right else images
@@ -116,7 +116,8 @@ class FramesBackbone(nn.Module):
         """Maps of all clips, and their labels (B,)."""
         clips = torch.cat([one["video"] for one in batch])
         labels = [int(one["label"]) for one in batch for _ in one["video"]]
-        return self.maps(clips), torch.tensor(labels, device=self.device)
+        # Not torch.tensor(labels, device=...), which would wait for all that the GPU has to do.
+        return self.maps(clips), torch.tensor(labels).to(self.device, non_blocking=True)
 
 
 @META_ARCH_REGISTRY.register()

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from d2_frozen.data import build_train_loader, prepare_datasets
+from d2_frozen.data.label_values import LABEL_VALUES
 from d2_frozen.detection.semantic import SemanticBranch, padded_label_maps
 from detectron2.config import CfgNode
 from detectron2.layers import ShapeSpec
@@ -152,7 +153,8 @@ def test_maps_follow_the_augmentation(small_config: Config, two_halves: Path) ->
         black, white = image < 20, image > 235
         assert (labels[black] == 0).float().mean() > 0.97 or not black.any()
         assert (labels[white] == 1).float().mean() > 0.97 or not white.any()
-        seen |= set(labels.unique().tolist())
+        assert sample[LABEL_VALUES] == labels.unique().tolist()
+        seen |= set(sample[LABEL_VALUES])
     assert seen == {0, 1, 255}
 
 

@@ -11,6 +11,7 @@ from PIL import Image
 
 from d2_frozen import tasks
 from d2_frozen.data import build_train_loader
+from d2_frozen.data.label_values import LABEL_VALUES
 from detectron2.config import CfgNode
 from seg_app.data import SegmentationMapper
 from seg_app.data.label_maps import LabelMapError
@@ -55,6 +56,7 @@ def test_labels_follow_the_image(tmp_path: Path) -> None:
         np.random.seed(seed)
         sample = mapper(record)
         assert sample["image"].shape[1:] == sample["sem_seg"].shape
+        assert sample[LABEL_VALUES] == sample["sem_seg"].unique().tolist()
         red = sample["image"][0] > 100
         assert (
             red != (sample["sem_seg"] == 1)
@@ -75,7 +77,9 @@ def test_ids_above_255_and_the_datas_own_ignore_label(tmp_path: Path) -> None:
     numbers = np.uint16([[0, 299, 65535], [256, 255, 1]])
     record = {**record_of(tmp_path, numbers, np.zeros((2, 3, 3), np.uint8)), "ignore_label": 65535}
     mapper = SegmentationMapper(True, augmentations=[], ignore_value=1000)
-    assert mapper(record)["sem_seg"].tolist() == [[0, 299, 1000], [256, 255, 1]]
+    sample = mapper(record)
+    assert sample["sem_seg"].tolist() == [[0, 299, 1000], [256, 255, 1]]
+    assert sample[LABEL_VALUES] == [0, 1, 255, 256, 299, 1000]
 
 
 def test_an_image_with_more_than_255_classes(tmp_path: Path) -> None:
@@ -84,7 +88,9 @@ def test_an_image_with_more_than_255_classes(tmp_path: Path) -> None:
     expected = numbers.astype(int)
     expected[-1, -1] = 65535
     mapper = SegmentationMapper(True, augmentations=[], ignore_value=65535)
-    assert (mapper(record)["sem_seg"].numpy() == expected).all()
+    sample = mapper(record)
+    assert (sample["sem_seg"].numpy() == expected).all()
+    assert sample[LABEL_VALUES] == np.unique(expected).tolist()
 
 
 def test_size_mismatch_names_both_files(tmp_path: Path) -> None:
