@@ -26,6 +26,7 @@ from d2_frozen.benchmarks.measuring import source_commit, write_json
 # Comparison -> its module, imported only when it is asked for, as some are an app's. The module has a function
 # main(arguments: list of str) -> dict: it reads its own options, prints tables and returns what --json writes.
 COMPARISONS = {
+    "accuracy": "d2_frozen.benchmarks.accuracy",
     "cache": "d2_frozen.benchmarks.caching",
     "forward": "d2_frozen.benchmarks.forward",
     "loader": "d2_frozen.benchmarks.loader",

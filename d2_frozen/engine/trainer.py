@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from d2_frozen import tasks
-from d2_frozen.backbone import exclude_frozen_from_ddp
+from d2_frozen.backbone import exclude_frozen_from_ddp, frozen_parts
 from d2_frozen.caching import FeatureCache
 from d2_frozen.data import build_test_loader, build_train_loader
 from d2_frozen.data.device import on_device
@@ -78,6 +78,7 @@ class FrozenTrainer(DefaultTrainer):
     def _batches(self, start_iteration: int) -> Iterable[Any]:
         loader = self.build_train_loader(self.cfg, start_iteration=start_iteration)
         # Only now, as a checkpoint may bring the weights of the frozen part.
+        require_equal_frozen_parts(self.model_without_ddp)
         service = serve_features(self.cfg, self.model_without_ddp, loader)
         self.feature_cache = service.cache if service is not None else None
         return loader
@@ -132,6 +133,20 @@ class FrozenTrainer(DefaultTrainer):
         return results
 
     @classmethod
+    def build_model(cls, cfg: CfgNode) -> Any:
+        """Detectron2's, with the same start values in every process.
+
+        Detectron2 seeds each process with SEED + rank, and DDP hands on rank 0's values of what it knows. A frozen
+        part it does not know: without pretrained weights it would be another one in each process.
+        """
+        if comm.get_world_size() == 1:
+            return super().build_model(cfg)
+        seed = cfg.SEED if cfg.SEED >= 0 else comm.shared_random_seed()
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(seed)
+            return super().build_model(cfg)
+
+    @classmethod
     def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
         """See :func:`d2_frozen.engine.optimizer.build_optimizer`."""
         return build_optimizer(cfg, model)
@@ -174,6 +189,25 @@ def facts_for_prediction(cfg: CfgNode) -> dict[str, Any]:
         classes = None
     named = {} if classes is None else {"classes": classes.names, "class_ids": classes.ids}
     return {"config": cfg.dump(), **named}
+
+
+def require_equal_frozen_parts(model: nn.Module) -> None:
+    """All processes call this; nothing happens in a single one.
+
+    Raises:
+        RuntimeError: a frozen part has other weights in another process, e.g. from another file of the same name.
+    """
+    if comm.get_world_size() == 1:
+        return
+    own = {prefix: part.fingerprint() for prefix, part in frozen_parts(model).items()}
+    for rank, other in enumerate(comm.all_gather(own)):
+        for prefix, fact in own.items():
+            if fact != other.get(prefix):
+                raise RuntimeError(
+                    f"the frozen weights at '{prefix}' differ between processes: {fact} in this one (rank "
+                    f"{comm.get_rank()}), {other.get(prefix)} in rank {rank}. Give every machine the same file in "
+                    "MODEL.TIMM.PRETRAINED and MODEL.WEIGHTS."
+                )
 
 
 class ResumableStream:

@@ -1,0 +1,72 @@
+"""Two processes, one model: what is frozen and what trains is the same in both."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import os
+import subprocess
+import sys
+from argparse import Namespace
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from d2_frozen.engine import FrozenTrainer
+from d2_frozen.engine.trainer import require_equal_frozen_parts
+from d2_frozen.train_net import argument_parser, setup
+from detectron2.utils import comm
+
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="two processes on CPU")
+
+
+def _both(config_file: str, folder: str) -> None:
+    """Writes the weights of this process at the start, after an iteration, and the error where processes differ."""
+    flags = argument_parser().parse_args(
+        ["--config-file", config_file, "SOLVER.MAX_ITER", "1", "DATASETS.TEST", "()"]
+    )
+    trainer = FrozenTrainer(setup(flags))
+    model = trainer.model_without_ddp
+    content = {"start": copy.deepcopy(model.state_dict())}
+    trainer.train()
+    content["end"] = copy.deepcopy(model.state_dict())
+    if comm.get_rank() == 1:
+        with torch.no_grad():
+            next(model.frozen_backbone.parameters()).mul_(2)
+    try:
+        require_equal_frozen_parts(model)
+    except RuntimeError as error:
+        content["error"] = str(error)
+    torch.save(content, Path(folder) / f"{comm.get_rank()}.pth")
+
+
+def test_what_is_frozen_is_the_same_in_both(
+    flags: Callable[..., Namespace], tiny_config: Path, tmp_path: Path
+) -> None:
+    """The tiny config has PRETRAINED: "" and SEED 7, with which Detectron2 seeds the second process with 8."""
+    # Spawned processes import the launched function by its module's name, which a file given to Python always has.
+    script = tmp_path / "both.py"
+    script.write_text(
+        Path(__file__).read_text().split("pytestmark")[0]
+        + inspect.getsource(_both)
+        + "from detectron2.engine import launch\n"
+        + "if __name__ == '__main__':\n    launch(_both, 2, dist_url='auto', args=tuple(sys.argv[1:]))\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    command = [sys.executable, str(script), str(tiny_config), str(tmp_path)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    first, second = (torch.load(tmp_path / f"{rank}.pth", weights_only=True) for rank in (0, 1))
+    start, end = first["start"], first["end"]
+    alone = FrozenTrainer(setup(flags())).model.state_dict()
+    assert all(torch.equal(start[name], tensor) for name, tensor in alone.items())
+    assert all(torch.equal(start[name], tensor) for name, tensor in second["start"].items())
+    assert all(torch.equal(end[name], tensor) for name, tensor in second["end"].items())
+    frozen = [name for name in start if name.startswith("backbone.bottom_up.")]
+    assert frozen and all(torch.equal(end[name], start[name]) for name in frozen)
+    assert any(not torch.equal(end[name], start[name]) for name in start if name not in frozen)
+    for rank, error in enumerate((first["error"], second["error"])):
+        assert "frozen weights at 'backbone.bottom_up' differ between processes" in error
+        assert f"(rank {rank})" in error and "MODEL.TIMM.PRETRAINED" in error
