@@ -184,6 +184,8 @@ def _add_data_keys(cfg: CfgNode) -> None:
 def _add_training_keys(cfg: CfgNode) -> None:
     # "SGD" | "ADAMW". AdamW uses SOLVER.BASE_LR, WEIGHT_DECAY, WEIGHT_DECAY_NORM, WEIGHT_DECAY_BIAS, BIAS_LR_FACTOR.
     cfg.SOLVER.OPTIMIZER = "SGD"
+    # Periodic checkpoints that stay: the newest so many, beside model_final.pth. 0: all of them, as in Detectron2.
+    cfg.SOLVER.CHECKPOINTS_KEPT = 0
     # Weight decay of nn.Embedding: the queries of a masked decoder.
     cfg.SOLVER.WEIGHT_DECAY_EMBED = 0.0
     # LR_SCHEDULER_NAME may also be "WarmupPolyLR": the rate falls by (1 - progress) ** POLY_LR_POWER.

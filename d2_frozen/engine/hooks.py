@@ -47,6 +47,28 @@ class SeedEachIteration(HookBase):
         random.seed(int(words[2]))
 
 
+class KeepNewestCheckpoints(HookBase):
+    """Remove older periodic checkpoints (``model_0004999.pth``) of a run, those of before an interruption too.
+
+    Must come after the hook that writes them.
+
+    Args:
+        folder: of the run.
+        kept: at least 1; how many stay.
+    """
+
+    def __init__(self, folder: str, kept: int) -> None:
+        if kept < 1:
+            raise ValueError(f"SOLVER.CHECKPOINTS_KEPT is {kept}; give 1 or more, or 0 to keep all.")
+        self.folder, self.kept = Path(folder), kept
+
+    def after_step(self) -> None:
+        if comm.is_main_process() and (self.folder / f"model_{self.trainer.iter:07d}.pth").exists():
+            written = sorted(self.folder.glob("model_" + "[0-9]" * 7 + ".pth"))
+            for path in written[: -self.kept]:
+                path.unlink(missing_ok=True)
+
+
 class SignalWatch:
     """Between ``start`` and ``stop``, signals are noted instead of ending the process."""
 

@@ -23,7 +23,12 @@ from d2_frozen.data.device import on_device
 from d2_frozen.detection import evaluate_with_tta
 from d2_frozen.engine.caching import CacheReport, check_cache_settings, serve_features
 from d2_frozen.engine.checkpoint import FrozenCheckpointer
-from d2_frozen.engine.hooks import ProgressPrinter, SaveAndLeaveOnSignal, SeedEachIteration
+from d2_frozen.engine.hooks import (
+    KeepNewestCheckpoints,
+    ProgressPrinter,
+    SaveAndLeaveOnSignal,
+    SeedEachIteration,
+)
 from d2_frozen.engine.optimizer import build_lr_scheduler, build_optimizer
 from d2_frozen.summary import parts_table
 from detectron2.config import CfgNode
@@ -104,6 +109,8 @@ class FrozenTrainer(DefaultTrainer):
         if self.cfg.TEST.AUG.ENABLED:
             writers = [i for i, hook in enumerate(hooks) if isinstance(hook, PeriodicWriter)]
             hooks.insert(writers[0] if writers else len(hooks), EvalHook(0, self._test_with_augmentation))
+        if self.cfg.SOLVER.CHECKPOINTS_KEPT:
+            hooks.append(KeepNewestCheckpoints(self.cfg.OUTPUT_DIR, self.cfg.SOLVER.CHECKPOINTS_KEPT))
         report = CacheReport(lambda: self.feature_cache)
         return [SeedEachIteration(self.cfg.SEED), report, *hooks, SaveAndLeaveOnSignal()]
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import math
 import subprocess
 import sys
 from collections.abc import Iterable, Sequence
@@ -31,7 +32,7 @@ from d2_frozen.study.jobs import Job
 from d2_frozen.study.layout import write_sweep, write_table
 from d2_frozen.study.paper import paper_numbers
 from d2_frozen.study.pretraining import KINDS, SIZES, Pretraining, pretrain
-from d2_frozen.study.probe import Estimate, disk_free_mib, probe, probe_synthetic, trainable_parameters
+from d2_frozen.study.probe import Estimate, count_up, disk_free_mib, probe, probe_synthetic
 from d2_frozen.study.queue import LocalQueue
 from d2_frozen.study.report import write_report
 from d2_frozen.study.slurm import SlurmQueue
@@ -173,17 +174,12 @@ def _plan(args: argparse.Namespace, jobs: Sequence[Job], models: int) -> str:
         "finished" if job.result(root) is not None else "failed" if job.failure(root) else "to do"
         for job in jobs
     ]
-    if args.no_probe:
-        sizes = trainable_parameters(jobs[:models])
-        listed = [
-            [job.name, job.config_file, state, sizes[index % models]]
-            for index, (job, state) in enumerate(zip(jobs, states))
-        ]
-        return tabulate(listed, headers=["job", "config", "state", "trainable"], disable_numparse=True)
     # The first seed of each model; what is only evaluated trains nothing.
     training = [index for index in range(models) if jobs[index].evaluates is None]
     first = [jobs[index] for index in training]
-    if args.probe_synthetic:
+    if args.no_probe:
+        found = count_up(first)
+    elif args.probe_synthetic:
         found = probe_synthetic(first, args.threads, args.num_gpus, next(iter(args.gpus), None))
     else:
         found = probe(first, args.threads, args.num_gpus)
@@ -193,18 +189,20 @@ def _plan(args: argparse.Namespace, jobs: Sequence[Job], models: int) -> str:
     for index, (job, state) in enumerate(zip(jobs, states)):
         estimate = estimates.get(index % models, "evaluates another job")
         if isinstance(estimate, Estimate):
-            rows.append([job.name, state, *_planned(estimate)])
+            rows.append([job.name, state, *_planned(estimate), job.config_file])
             if state != "finished":
                 hours, disk = hours + estimate.hours, disk + estimate.disk_mib
         else:
-            rows.append([job.name, state, "", "", "", estimate[:60], "", ""])
-    headers = ["job", "state", "trainable", "iterations", "s each", "training", "memory", "disk"]
+            rows.append([job.name, state, "", "", "", estimate[:60], "", "", job.config_file])
+    headers = ["job", "state", "trainable", "iterations", "s each", "training", "memory", "disk", "config"]
     free = disk_free_mib(root)
-    lines = [
-        tabulate(rows, headers=headers, disable_numparse=True),
-        f"To do: {hours:.1f} h of training without evaluations, {hours / args.parallel:.1f} h with "
-        f"{args.parallel} at a time; {disk:.0f} MiB of {free:.0f} MiB free on the disk.",
-    ]
+    lines = [tabulate(rows, headers=headers, disable_numparse=True)]
+    if not args.no_probe:
+        lines.append(
+            f"To do: {hours:.1f} h of training without evaluations, {hours / args.parallel:.1f} h with "
+            f"{args.parallel} at a time."
+        )
+    lines.append(f"To do: {disk / 1024:.1f} GiB of checkpoints; {free / 1024:.1f} GiB of the disk are free.")
     if args.probe_synthetic:
         lines.append(
             "Measured on a generated batch in memory, for one GPU of each run: without reading data and without what "
@@ -221,9 +219,14 @@ def _planned(estimate: Estimate) -> list[str]:
     return [
         f"{estimate.trainable / 1e6:.2f} M",
         str(estimate.iterations),
-        f"{estimate.seconds_per_iteration:.3f}",
-        f"{estimate.hours:.2f} h",
-        f"{estimate.peak_memory_mib:.0f} MiB",
+        *(
+            "" if math.isnan(value) else text
+            for value, text in (
+                (estimate.seconds_per_iteration, f"{estimate.seconds_per_iteration:.3f}"),
+                (estimate.hours, f"{estimate.hours:.2f} h"),
+                (estimate.peak_memory_mib, f"{estimate.peak_memory_mib:.0f} MiB"),
+            )
+        ),
         f"{estimate.disk_mib:.0f} MiB",
     ]
 

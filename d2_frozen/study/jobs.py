@@ -18,7 +18,14 @@ from d2_frozen import tasks
 from detectron2.config import CfgNode
 
 # Values that say where and how fast a job runs, not what comes out of it.
-_NOT_PART_OF_RESULT = ("OUTPUT_DIR", "MODEL.DEVICE", "MODEL.WEIGHTS", "DATALOADER.NUM_WORKERS")
+_NOT_PART_OF_RESULT = (
+    "OUTPUT_DIR",
+    "MODEL.DEVICE",
+    "MODEL.WEIGHTS",
+    "DATALOADER.NUM_WORKERS",
+    "SOLVER.CHECKPOINT_PERIOD",
+    "SOLVER.CHECKPOINTS_KEPT",
+)
 SETTINGS_FILE = "settings.json"
 
 

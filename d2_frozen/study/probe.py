@@ -2,6 +2,7 @@
 
 ``probe`` runs the job as it is, with its data and weights. ``probe_synthetic`` needs neither: one process trains on a
 generated batch that is in memory, with random weights, so it says what the arithmetic takes, not what reading takes.
+``count_up`` runs nothing, and knows parameters and disk only.
 """
 
 from __future__ import annotations
@@ -30,6 +31,8 @@ from detectron2.config import CfgNode
 _ITERATIONS = 8
 # Of the generated batch: the first steps compile kernels and find their algorithms.
 _WARM_UP, _TIMED = 5, 10
+# Numbers that an optimiser keeps for each parameter.
+_STATES = {"ADAMW": 2, "SGD": 1}
 
 
 @dataclass(frozen=True)
@@ -181,20 +184,29 @@ def measure_step(job: Job, num_gpus: int = 1, warm_up: int = _WARM_UP, timed: in
         )
 
 
-def trainable_parameters(jobs: Sequence[Job]) -> list[str]:
-    """Of each job's model, built without weights and data: a number in millions, or what keeps it from being built."""
-    known: dict[str, str] = {}
-    sizes = []
+def count_up(jobs: Sequence[Job]) -> list[Estimate | str]:
+    """As :func:`probe`, without running anything: the models are built without weights, and time and memory are NaN.
+
+    A checkpoint has the trained parameters and the optimiser's state, in float32.
+    """
+    known: dict[str, int | str] = {}
+    estimates: list[Estimate | str] = []
     for job in jobs:
         cfg = tasks.read_config(job.config_file, job.options)
         model = model_of(cfg)
         if model not in known:
             try:
-                known[model] = f"{Counts.of(build_weightless(cfg)).trainable / 1e6:.2f} M"
+                known[model] = Counts.of(build_weightless(cfg)).trainable
             except Exception as err:  # of any kind: the plan names it, and goes on with the next job
-                known[model] = f"{type(err).__name__}: {str(err)[:60]}"
-        sizes.append(known[model])
-    return sizes
+                known[model] = f"{type(err).__name__}: {err}"
+        count = known[model]
+        if isinstance(count, str):
+            estimates.append(count)
+        else:
+            size = 4 * count * (1 + _STATES[cfg.SOLVER.OPTIMIZER]) / 2**20
+            solver = cfg.SOLVER
+            estimates.append(Estimate(count, solver.MAX_ITER, math.nan, size, _kept(solver)))
+    return estimates
 
 
 def _step_in_process(job: Job, threads: int, num_gpus: int, gpu: int | None) -> Step | str:
@@ -250,8 +262,9 @@ def _tensors(content: Any) -> Iterator[torch.Tensor]:
 
 
 def _kept(solver: CfgNode) -> int:
-    """Checkpoints of a whole training."""
-    return solver.MAX_ITER // solver.CHECKPOINT_PERIOD + 1
+    """Checkpoints at the end of a whole training."""
+    written = solver.MAX_ITER // solver.CHECKPOINT_PERIOD
+    return min(written, solver.CHECKPOINTS_KEPT or written) + 1
 
 
 def disk_free_mib(folder: str | Path) -> float:

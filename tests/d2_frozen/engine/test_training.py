@@ -154,3 +154,20 @@ def test_trains_in_bfloat16_on_cpu(optimizer: str, freeze: str, flags: Flags) ->
 def test_resuming_a_finished_run_only_evaluates(flags: Flags) -> None:
     done = main(flags("SOLVER.MAX_ITER", "2"))
     assert str(main(flags("--resume", "SOLVER.MAX_ITER", "2"))) == str(done)
+
+
+def test_the_newest_checkpoints_stay_also_over_an_interruption(flags: Flags, tmp_path: Path) -> None:
+    """Written after iterations 1, 3 and 5, and by the signal after 2."""
+    one = ("SOLVER.CHECKPOINTS_KEPT", "1")
+    trainer = FrozenTrainer(setup(flags(*one)))
+    trainer.register_hooks([SignalAfter(2, signal.SIGTERM)])
+    trainer.resume_or_load(resume=False)
+    with pytest.raises(StoppedBySignal):
+        trainer.train()
+    saved = {path.name for path in (tmp_path / "out").glob("model_*.pth")}
+    assert saved == {"model_0000001.pth", "model_0000002.pth"}
+    main(flags("--resume", *one))
+    left = {path.name for path in (tmp_path / "out").glob("model_*.pth")}
+    assert left == {"model_0000005.pth", "model_final.pth"}
+    with pytest.raises(ValueError, match="CHECKPOINTS_KEPT is -1"):
+        FrozenTrainer(setup(flags("SOLVER.CHECKPOINTS_KEPT", "-1")))

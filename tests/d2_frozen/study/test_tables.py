@@ -127,4 +127,4 @@ def test_every_full_scale_cell_is_listed_and_builds_without_weights(
         "temporal_full": "137.76",
     }
     sizes |= {"global_frozen": "50.86", "global_full": "137.76"}
-    assert {line[0].split("/")[2]: line[-2] for line in lines} == sizes
+    assert {line[0].split("/")[2]: line[3] for line in lines} == sizes
