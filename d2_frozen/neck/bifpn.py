@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from fvcore.nn.weight_init import c2_xavier_fill
 from torch import Tensor, nn
 
+from d2_frozen.neck.cpu_layout import PointwiseConv2d, channels_last_on_cpu, weighted_sum
 from d2_frozen.neck.padding import PadsForBottomUp
 from detectron2.layers import get_norm
 from detectron2.modeling.backbone import Backbone
@@ -87,7 +88,7 @@ class BiFPN(PadsForBottomUp, Backbone):
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         """(B, 3, H, W) images, normalised and padded -> maps by name, fine to coarse."""
         bottom_up = self.bottom_up(images)
-        levels = [self.projections[name](bottom_up[name]) for name in self.in_features]
+        levels = [self.projections[name](channels_last_on_cpu(bottom_up[name])) for name in self.in_features]
         for _ in range(self.num_pooled_levels):
             levels.append(_halve(levels[-1]))
         return dict(zip(self._out_features, self.layers(levels)))
@@ -157,9 +158,7 @@ class WeightedFusion(nn.Module):
         """Maps of one shape -> their weighted sum."""
         if self.fuse_type == "sum":
             return sum(maps[1:], start=maps[0])
-        shares = self.shares()
-        # A 0-dim factor does not promote the maps, so half precision stays half precision.
-        return sum((shares[i] * maps[i] for i in range(1, len(maps))), start=shares[0] * maps[0])
+        return weighted_sum(self.shares(), maps)
 
     def shares(self) -> Tensor:
         """(num_inputs,) normalised weights, as they multiply the inputs."""
@@ -179,7 +178,7 @@ class _Node(nn.Module):
         if separable:
             convs = [
                 nn.Conv2d(channels, channels, 3, padding=1, groups=channels, bias=False),
-                nn.Conv2d(channels, channels, 1, bias=bias),
+                PointwiseConv2d(channels, channels, bias=bias),
             ]
         else:
             convs = [nn.Conv2d(channels, channels, 3, padding=1, bias=bias)]
@@ -213,7 +212,7 @@ def input_strides(bottom_up: Backbone, in_features: Sequence[str]) -> list[int]:
 
 
 def _projection(in_channels: int, out_channels: int, norm: Norm) -> nn.Sequential:
-    conv = nn.Conv2d(in_channels, out_channels, 1, bias=not norm)
+    conv = PointwiseConv2d(in_channels, out_channels, bias=not norm)
     c2_xavier_fill(conv)
     return nn.Sequential(conv, get_norm(norm, out_channels) or nn.Identity())
 

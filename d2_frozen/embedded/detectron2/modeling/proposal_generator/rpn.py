@@ -14,6 +14,7 @@ from torch import nn
 
 from detectron2.config import configurable
 from detectron2.layers import Conv2d, ShapeSpec
+from detectron2.layers._few_gradients import ConvOfFewGradients
 from detectron2.structures import Boxes, ImageList, Instances, pairwise_iou
 from detectron2.utils.events import get_event_storage
 from detectron2.utils.registry import Registry
@@ -279,6 +280,10 @@ class RPN(nn.Module):
             )
 
 
+class _HiddenConv(Conv2d, ConvOfFewGradients):
+    """Detectron2's Conv2d; only anchors that were sampled send it a gradient."""
+
+
 @RPN_HEAD_REGISTRY.register()
 class StandardRPNHead(nn.Module):
     """3x3 convolutions with ReLU, then 1x1 for one logit and four deltas per anchor; shared by all levels."""
@@ -311,14 +316,16 @@ class StandardRPNHead(nn.Module):
             self.conv = nn.Sequential()
             for i, conv in enumerate(convs):
                 self.conv.add_module(f"conv{i}", conv)
-        self.objectness_logits = nn.Conv2d(width, num_anchors, kernel_size=1)
-        self.anchor_deltas = nn.Conv2d(width, num_anchors * box_dim, kernel_size=1)
+        self.objectness_logits = ConvOfFewGradients(width, num_anchors, kernel_size=1)
+        self.anchor_deltas = ConvOfFewGradients(width, num_anchors * box_dim, kernel_size=1)
         for module in (*convs, self.objectness_logits, self.anchor_deltas):
             nn.init.normal_(module.weight, std=0.01)
             nn.init.zeros_(module.bias)
 
     def _get_rpn_conv(self, in_channels: int, out_channels: int) -> nn.Module:
-        return Conv2d(in_channels, out_channels, kernel_size=3, padding=1, activation=nn.ReLU(inplace=True))
+        return _HiddenConv(
+            in_channels, out_channels, kernel_size=3, padding=1, activation=nn.ReLU(inplace=True)
+        )
 
     @classmethod
     def from_config(cls, cfg, input_shape: list[ShapeSpec]) -> dict:

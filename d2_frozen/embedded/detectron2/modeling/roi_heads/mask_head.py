@@ -15,7 +15,8 @@ from fvcore.nn.weight_init import c2_msra_fill
 from torch import nn
 
 from detectron2.config import configurable
-from detectron2.layers import Conv2d, ConvTranspose2d, ShapeSpec, cat, get_norm
+from detectron2.layers import Conv2d, ShapeSpec, cat, get_norm
+from detectron2.layers._box_maps_cpu import BlockDeconvolution, CellPredictor, laid_out
 from detectron2.structures import Instances
 from detectron2.utils.events import EventStorage, get_event_storage
 from detectron2.utils.registry import Registry
@@ -198,9 +199,9 @@ class MaskRCNNConvUpsampleHead(BaseMaskRCNNHead, nn.Sequential):
             self.add_module(f"mask_fcn{i}", conv)
             self.conv_norm_relus.append(conv)
             channels = dim
-        self.deconv = ConvTranspose2d(channels, last, kernel_size=2, stride=2)
+        self.deconv = BlockDeconvolution(channels, last, kernel_size=2, stride=2)
         self.add_module("deconv_relu", nn.ReLU(inplace=True))
-        self.predictor = Conv2d(last, num_classes, kernel_size=1)
+        self.predictor = CellPredictor(last, num_classes, kernel_size=1)
 
         for conv in (*self.conv_norm_relus, self.deconv):
             c2_msra_fill(conv)
@@ -219,7 +220,7 @@ class MaskRCNNConvUpsampleHead(BaseMaskRCNNHead, nn.Sequential):
         }
 
     def layers(self, x: torch.Tensor) -> torch.Tensor:
-        return nn.Sequential.forward(self, x)
+        return nn.Sequential.forward(self, laid_out(x))
 
 
 def build_mask_head(cfg, input_shape: ShapeSpec) -> nn.Module:
