@@ -167,8 +167,9 @@ def _add_data_keys(cfg: CfgNode) -> None:
     # paper's section 3.3: random resize, then a random square crop; Simple Copy-Paste's large-scale jittering).
     # Test resize follows: "resize_shortest_edge" by INPUT.MIN_SIZE_TEST; "scale_crop" by SCALE_CROP.TEST_RESIZE.
     cfg.INPUT.AUGMENTATION = "resize_shortest_edge"
-    # Training images: decode JPEGs at 1/2, 1/4 or 1/8 where they become smaller still, and resize only what the crop
-    # keeps. False: whole images, Detectron2's pixels. docs/own_data.md says how they differ, and what it saves.
+    # Training images: decode JPEGs at 1/2, 1/4 or 1/8 where they become smaller still, and resize nothing but what the
+    # crop keeps, which changes the rounding. False: Detectron2's pixels, bit for bit, also made for the crop as far as
+    # that goes. docs/own_data.md says how they differ, and what it saves.
     cfg.INPUT.FAST_READING = False
     cfg.INPUT.SCALE_CROP = CfgNode()
     # Side of the square crop in pixels; smaller images are padded at the right and bottom.

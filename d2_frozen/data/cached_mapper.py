@@ -18,7 +18,7 @@ from d2_frozen.caching import SLOT, FeatureCache, Slot
 from d2_frozen.data.draws import remember_generators
 from d2_frozen.data.frames import FrameInput, PixelsNeeded, image_size
 from d2_frozen.data.label_values import LABEL_VALUES, values_of
-from d2_frozen.data.reading import read_augmented
+from d2_frozen.data.reading import channels_first, read_augmented
 from detectron2.data import DatasetMapper, detection_utils
 from detectron2.data import transforms as T
 
@@ -33,7 +33,9 @@ class Augmented(NamedTuple):
 
 
 class FrozenDatasetMapper(DatasetMapper):
-    """Detectron2's mapper. While ``cache`` is set, training samples get a slot, and images are read where needed.
+    """Detectron2's mapper, pixels included; in training they are made for what the augmentation keeps.
+
+    While ``cache`` is set, training samples get a slot, and images are read where needed.
 
     Beside "sem_seg", training samples have its values (LABEL_VALUES).
 
@@ -46,13 +48,8 @@ class FrozenDatasetMapper(DatasetMapper):
 
     def __call__(self, dataset_dict: dict[str, Any]) -> dict[str, Any]:
         """As DatasetMapper; see the top of the file."""
-        drawn_first = self.is_train and (self.cache is not None or self.fast_reading)
-        sample = self._drawn_first(dataset_dict) if drawn_first else super().__call__(dataset_dict)
-        if self.is_train and "sem_seg" in sample:
-            sample[LABEL_VALUES] = values_of(sample["sem_seg"])
-        return sample
-
-    def _drawn_first(self, dataset_dict: dict[str, Any]) -> dict[str, Any]:
+        if not self.is_train:
+            return super().__call__(dataset_dict)
         sample = _copied(dataset_dict)
         label_file = sample.pop("sem_seg_file_name", None)
         labels = None if label_file is None else detection_utils.read_image(label_file, "L")[:, :, 0]
@@ -74,6 +71,7 @@ class FrozenDatasetMapper(DatasetMapper):
             sample[SLOT] = done.slot
         if done.sem_seg is not None:
             sample["sem_seg"] = torch.as_tensor(done.sem_seg.astype("long"))
+            sample[LABEL_VALUES] = values_of(done.sem_seg)
         if "annotations" in sample:
             self._transform_annotations(sample, done.transforms, tuple(done.image.shape[1:]))
         return sample
@@ -92,7 +90,7 @@ def augment(
     """Draw an augmentation, look for the features of what comes out, and make the pixels if they are not there.
 
     Draws and pixels are those of ``augmentations(AugInput(read(), sem_seg=sem_seg))``; with ``fast_reading`` pixels as
-    :func:`read_augmented` gives them.
+    :func:`read_augmented` gives them when it is fast.
 
     Args:
         path, image_hw: the image file, and its height and width in pixels.
@@ -105,8 +103,7 @@ def augment(
         transforms, pixels = augmentations(inputs), None
     except PixelsNeeded:
         restore()
-        inputs = T.AugInput(read(), sem_seg=sem_seg)
-        transforms = augmentations(inputs)
+        inputs, transforms = _augmented(augmentations, read(), sem_seg)
         pixels = inputs.image
     slot = None
     if cache is not None:
@@ -114,19 +111,29 @@ def augment(
     height, width = inputs.image.shape[:2]
     if cache is not None and slot is not None and slot.place is not None and not cache.wants_pixels:
         return Augmented(placeholder(height, width), inputs.sem_seg, transforms, slot)
-    if pixels is None and fast_reading:
-        pixels = read_augmented(path, image_format, image_hw, transforms)
     if pixels is None:
-        pixels = transforms.apply_image(read())
+        pixels = read_augmented(path, image_format, image_hw, transforms, fast_reading)
+    if pixels is None:
+        whole = read()
+        pixels = transforms.apply_image(whole)
         if pixels.shape[:2] != (height, width):
-            raise ValueError(
-                f"the augmentations make {pixels.shape[1]}x{pixels.shape[0]} pixels (width x height) of {path}, where "
-                f"{width}x{height} were expected. One of them is a subclass with another result; set "
-                "MODEL.FROZEN.CACHE.DIR to '' to train with it."
-            )
-    # A copy where needed: flips and channel swaps leave negative strides, which torch does not take.
-    image = torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))
-    return Augmented(image, inputs.sem_seg, transforms, slot)
+            if cache is not None:
+                raise ValueError(
+                    f"the augmentations make {pixels.shape[1]}x{pixels.shape[0]} pixels (width x height) of {path}, "
+                    f"where {width}x{height} were expected. One of them is a subclass with another result; set "
+                    "MODEL.FROZEN.CACHE.DIR to '' to train with it."
+                )
+            restore()
+            inputs, transforms = _augmented(augmentations, whole, sem_seg)
+            pixels = inputs.image
+    return Augmented(torch.from_numpy(channels_first(pixels)), inputs.sem_seg, transforms, slot)
+
+
+def _augmented(
+    augmentations: T.Augmentation, image: np.ndarray, sem_seg: np.ndarray | None
+) -> tuple[T.AugInput, TransformList]:
+    inputs = T.AugInput(image, sem_seg=sem_seg)
+    return inputs, augmentations(inputs)
 
 
 def _copied(record: dict[str, Any]) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import cv2
 import numpy as np
 import torch
 from torch import Tensor
@@ -19,6 +20,9 @@ _COUNTABLE = 1 << 16
 
 def values_of(labels: Tensor | np.ndarray) -> list[int]:
     """Distinct values of a map of integers, in order."""
+    if isinstance(labels, np.ndarray) and labels.dtype == np.uint8 and labels.size:
+        counts = cv2.calcHist([np.ascontiguousarray(labels)], [0], None, [256], [0, 256])
+        return np.flatnonzero(counts).tolist()
     labels = torch.as_tensor(labels).to(torch.int64)  # torch counts no uint16
     if labels.numel() == 0:
         return []

@@ -15,6 +15,7 @@ from detectron2.data import transforms as T
 _BRIGHTNESS = 32  # of 255, either way
 _FACTOR = (0.5, 1.5)  # of contrast and saturation
 _HUE = 18  # of OpenCV's 180 steps around the circle, either way
+_LEVELS = np.arange(256, dtype=np.uint8)
 
 
 class ColorJitter(T.Augmentation):
@@ -71,12 +72,17 @@ class ColorChange:
         there = cv2.COLOR_RGB2HSV if self.rgb else cv2.COLOR_BGR2HSV
         back = cv2.COLOR_HSV2RGB if self.rgb else cv2.COLOR_HSV2BGR
         hsv = cv2.cvtColor(np.ascontiguousarray(image), there)
-        hsv[..., 0] = (hsv[..., 0].astype(np.int16) + self.hue) % 180
-        hsv[..., 1] = _linear(hsv[..., 1], self.saturation, 0.0)
-        return cv2.cvtColor(hsv, back)
+        hue = ((_LEVELS.astype(np.int16) + self.hue) % 180).astype(np.uint8)
+        saturation = _linear_levels(self.saturation, 0.0)
+        return cv2.cvtColor(cv2.LUT(hsv, np.stack([hue, saturation, _LEVELS], axis=-1)[None]), back)
 
 
 def _linear(pixels: np.ndarray, factor: float, offset: float) -> np.ndarray:
     if factor == 1.0 and offset == 0.0:
         return pixels
-    return (pixels.astype(np.float32) * factor + offset).clip(0, 255).astype(np.uint8)
+    return cv2.LUT(np.ascontiguousarray(pixels), _linear_levels(factor, offset))
+
+
+def _linear_levels(factor: float, offset: float) -> np.ndarray:
+    """What each of the 256 levels becomes: looking it up is quicker than computing it for each pixel."""
+    return (_LEVELS.astype(np.float32) * factor + offset).clip(0, 255).astype(np.uint8)

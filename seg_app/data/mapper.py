@@ -11,6 +11,7 @@ import torch
 from d2_frozen.caching import SLOT, FeatureCache
 from d2_frozen.data.cached_mapper import augment
 from d2_frozen.data.label_values import LABEL_VALUES, values_of
+from d2_frozen.data.reading import channels_first
 from detectron2.config import CfgNode
 from detectron2.data import detection_utils
 from detectron2.data import transforms as T
@@ -22,7 +23,8 @@ _IGNORED = 255
 
 
 class SegmentationMapper:
-    """Reads, augments, converts. While ``cache`` is set, training images are read where their features are not in it.
+    """Reads, augments, converts; in training, images for what the augmentation keeps, and while ``cache`` is set, where
+    their features are not in it.
 
     Args:
         is_train: labels are read too.
@@ -68,17 +70,11 @@ class SegmentationMapper:
             LabelMapError: image and label map differ in size, or the latter holds no ids.
         """
         record = dict(record)
-        if self.is_train and (self.cache is not None or self.fast_reading):
+        if self.is_train:
             return self._drawn_first(record)
-        image = self._image(record)
-        labels, class_of = self._labels(record) if self.is_train else (None, None)
-        if labels is not None:
-            _check_sizes(record, labels, image)
-        inputs = T.AugInput(image, sem_seg=labels)
+        inputs = T.AugInput(self._image(record))
         self.augmentations(inputs)
-        record["image"] = torch.from_numpy(np.ascontiguousarray(inputs.image.transpose(2, 0, 1)))
-        if class_of is not None:
-            _add_labels(record, inputs.sem_seg, class_of)
+        record["image"] = torch.from_numpy(channels_first(inputs.image))
         return record
 
     def _drawn_first(self, record: dict[str, Any]) -> dict[str, Any]:
@@ -120,8 +116,7 @@ class SegmentationMapper:
         path = record["sem_seg_file_name"]
         ignore_label = record.get("ignore_label", 255)
         labels = read_label_map(path, record.get("label_values"), ignore_label)
-        present = np.flatnonzero(np.bincount(labels.ravel()))
-        present = present[present != ignore_label]
+        present = np.array([value for value in values_of(labels) if value != ignore_label], dtype=np.int64)
         # Numbers 0, 1, ... without 255, which stands for ignored.
         numbers = np.arange(len(present)) + (np.arange(len(present)) >= _IGNORED)
         class_of = np.full(max(_IGNORED, len(present)) + 1, self.ignore_value, dtype=np.int64)
@@ -130,13 +125,13 @@ class SegmentationMapper:
         number_of[present] = numbers
         # Detectron2 resizes 8-bit label maps by pixel centres, and others in floating point.
         dtype = np.uint8 if len(present) <= _IGNORED else np.float32
-        return number_of.astype(dtype)[labels], class_of
+        return np.take(number_of.astype(dtype), labels), class_of
 
 
 def _add_labels(record: dict[str, Any], numbers: np.ndarray, class_of: np.ndarray) -> None:
     """Labels of augmented numbers, and which of them there are."""
-    numbers = numbers.astype(np.int64)
-    record["sem_seg"] = torch.from_numpy(class_of[numbers])
+    numbers = numbers if numbers.dtype == np.uint8 else numbers.astype(np.int64)
+    record["sem_seg"] = torch.from_numpy(np.take(class_of, numbers))
     record[LABEL_VALUES] = np.unique(class_of[values_of(numbers)]).tolist()
 
 
