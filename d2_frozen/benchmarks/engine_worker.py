@@ -99,11 +99,23 @@ def inference_task(settings: dict[str, Any], now: Clock) -> Task:
     return run
 
 
+def frozen_step_task(settings: dict[str, Any], now: Clock) -> Task:
+    """A step of ``bench step``, of the subject in the settings."""
+    from d2_frozen.benchmarks.step import Subject
+    from d2_frozen.engine.allocator import keep_freed_memory
+
+    if not torch.cuda.is_available():
+        keep_freed_memory()  # as train_net.py does
+    one = Subject(settings["subject"], settings, now)
+    return lambda turn: Run(one.step(), {})
+
+
 TASKS: dict[str, Callable[[dict[str, Any], Clock], Task]] = {
     "build": build_task,
     "training step": training_task,
     "inference": inference_task,
     "evaluation": evaluation_task,
+    "frozen step": frozen_step_task,
 }
 
 

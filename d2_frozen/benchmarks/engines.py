@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -122,12 +123,15 @@ class EngineProcess:
         line = self._process.stdout.readline()
         if line:
             return json.loads(line)
-        self._process.wait()
+        code = self._process.wait()
         self._stderr.seek(0)
-        raise RuntimeError(
-            f"the {self.engine} engine failed. To compare, Detectron2 itself must be importable "
-            f"(PYTHONPATH may name its folder). What its process said:\n{self._stderr.read()[-3000:]}"
-        )
+        why = ""
+        if code == -signal.SIGKILL:
+            why = " It was killed: was there enough memory?"
+        elif self.engine == "detectron2":
+            why = " To compare, Detectron2 itself must be importable (PYTHONPATH may name its folder)."
+        said = self._stderr.read()[-3000:]
+        raise RuntimeError(f"the {self.engine} engine failed.{why} What its process said:\n{said}")
 
 
 def largest_difference(section: str, first: list[dict[str, float]], second: list[dict[str, float]]) -> float:

@@ -6,7 +6,8 @@
 (timm's network as it is, in training mode, inside the model's graph). A precision, also with ``+compile``, is this
 project's frozen backbone. ``full`` is fine-tuning. ``+amp`` behind any of them is SOLVER.AMP.ENABLED, mixed precision
 for neck and heads (with naive and full for the backbone, too). Weights and images are generated; every subject has the
-same.
+same. ``@detectron2`` behind one runs it on an installed Detectron2, in a process of its own, ``@embedded`` on the
+embedded engine; else it is the engine of this process (D2_FROZEN_ENGINE).
 
 Peak memory is measured first, each alone (on a CPU, in a process of its own). Ctrl-C and SIGTERM end the run with what
 was measured; with ``--json`` the file is written again after every round.
@@ -15,28 +16,27 @@ was measured; with ``--json`` the file is written again after every round.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import copy
-import functools
 import gc
-import json
 import signal
 import sys
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from tabulate import tabulate
 from torch import nn
 
+import d2_frozen
 from d2_frozen.backbone.fast import PRECISIONS
 from d2_frozen.benchmarks.arguments import parse_with_lists
 from d2_frozen.benchmarks.engine_worker import generated_batch
+from d2_frozen.benchmarks.engines import ENGINES, EngineProcess
 from d2_frozen.benchmarks.measuring import (
     Clock,
     Seconds,
     alternate,
     machine_facts,
-    memory_in_child,
     phase_table,
     write_json,
 )
@@ -53,21 +53,22 @@ _PHASES = tuple(phase for phase in PHASES if phase != "data")
 
 def main(arguments: list[str]) -> dict[str, Any]:
     """Command line; returns what ``--json`` writes."""
-    args = parse_with_lists(_parser(), arguments, subjects=subject)
+    args = parse_with_lists(_parser(), arguments, subjects=subject_name)
     if not torch.cuda.is_available():
         keep_freed_memory()  # as train_net.py does
     now = Clock(args.cpu_time)
     options = [*DEFAULT_OPTIONS, *args.opts]
-    subjects = {
-        name: functools.partial(_Subject, name, args.config_file, options, args.size, args.batch, now)
-        for name in args.subjects
+    settings = {
+        "config": args.config_file,
+        "options": options,
+        "size": args.size,
+        "batch": args.batch,
+        "cpu_time": args.cpu_time,
     }
-    if args.memory_of:
-        print(json.dumps({"peak": _peak_memory(subjects[args.memory_of])}))
-        return {}
     result: dict[str, Any] = {"machine": machine_facts(), "config": args.config_file, "options": options}
     result |= {"size": args.size, "batch": args.batch, "unit": "CPU seconds" if args.cpu_time else "seconds"}
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: what was measured is not lost
+    # As Ctrl-C: what was measured is not lost.
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
 
     def keep(measured: dict[str, Seconds], rounds: int) -> None:
         result.update(step=measured, rounds=rounds)
@@ -76,12 +77,16 @@ def main(arguments: list[str]) -> dict[str, Any]:
     if args.memory:
         # Before there are models here, which may leave no room for another one.
         memory = result["peak memory MiB"] = {}
-        for name, make in subjects.items():
+        for name in args.subjects:
             print(f"peak memory of {name}", file=sys.stderr, flush=True)
-            alone = torch.cuda.is_available()  # the allocator of a GPU counts from 0 again; a process cannot
-            memory[name] = _peak_memory(make) if alone else _memory_in_child(name, args)
+            memory[name] = _peak_memory(name, settings, now)
             write_json(result, args.json, quietly=True)
-    alternate({name: make().step for name, make in subjects.items()}, args.rounds, args.warmup, keep)
+    with contextlib.ExitStack() as ends:
+        ends.callback(signal.signal, signal.SIGTERM, before)
+        subjects = {name: _make(name, settings, now) for name in args.subjects}
+        for one in subjects.values():
+            ends.callback(one.close)
+        alternate({name: one.step for name, one in subjects.items()}, args.rounds, args.warmup, keep)
     print(report(result))
     write_json(result, args.json)
     return result
@@ -94,7 +99,7 @@ def report(result: dict[str, Any]) -> str:
     steps, memory = result["step"], result.get("peak memory MiB", {})
     rows = dict(steps)
     first = next(iter(steps))
-    others = [first, *(name for name in list(steps)[1:] if name.partition("+")[0] == "full")]
+    others = [first, *(name for name in list(steps)[1:] if name.startswith("full"))]
     for other in others:
         for name in steps:
             if name not in others or (other == first and name != first):
@@ -115,15 +120,18 @@ def _share(mib: float | None, of: float | None) -> str:
     return f"{mib / of:.2f}" if mib and of else ""
 
 
-class _Subject:
-    """One model with its optimiser, on the same generated batch at each step."""
+class Subject:
+    """One model with its optimiser, on the same generated batch at each step.
 
-    def __init__(
-        self, name: str, config_file: str, options: list[str], size: int, batch: int, now: Clock
-    ) -> None:
+    Args:
+        name: of the subject, without an engine.
+        settings: "config" (file), "options" (KEY, VALUE, ...), "size" (pixels), "batch" (images).
+    """
+
+    def __init__(self, name: str, settings: dict[str, Any], now: Clock) -> None:
         from d2_frozen.engine import FrozenTrainer
 
-        cfg = read_config(config_file, options)
+        cfg = read_config(settings["config"], settings["options"])
         cfg.MODEL.ROI_HEADS.NUM_CLASSES = max(cfg.MODEL.ROI_HEADS.NUM_CLASSES, 1)
         cfg.MODEL.DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
         kind, *additions = name.split("+")
@@ -138,10 +146,13 @@ class _Subject:
         if kind == "naive":
             self.model.backbone.bottom_up.requires_grad_(False)
         self.optimizer = FrozenTrainer.build_optimizer(cfg, self.model)
-        self.batch = generated_batch(size, batch, cfg.MODEL.ROI_HEADS.NUM_CLASSES)
+        self.batch = generated_batch(settings["size"], settings["batch"], cfg.MODEL.ROI_HEADS.NUM_CLASSES)
         self.now = now
         self.backbone = Watch(self.model.backbone.bottom_up, now)
         self.precision = MixedPrecision(cfg.SOLVER.AMP.ENABLED, cfg.MODEL.DEVICE)
+
+    def close(self) -> None:
+        """Nothing to end here."""
 
     def step(self) -> Seconds:
         """Seconds of one step by phase."""
@@ -159,36 +170,72 @@ def _enliven(bottom_up: nn.Module) -> None:
             tensor.fill_(0.2)
 
 
-def _peak_memory(make: Callable[[], _Subject]) -> float:
-    """MiB that two steps need; on a CPU at least what this process had before."""
-    if torch.cuda.is_available():
+class _OnEngine:
+    """A subject on a named engine, in a process of its own."""
+
+    def __init__(self, name: str, engine: str, settings: dict[str, Any]) -> None:
+        self._process = EngineProcess(engine, {**settings, "subject": name})
+        self.peak_mib = float("nan")
+
+    def step(self) -> Seconds:
+        answer = self._process.run("frozen step", 0)
+        self.peak_mib = answer["peak MiB"]
+        return answer["seconds"]
+
+    def close(self) -> None:
+        self._process.close()
+
+
+def _make(name: str, settings: dict[str, Any], now: Clock) -> Subject | _OnEngine:
+    kind, _, engine = name.partition("@")
+    if engine:
+        return _OnEngine(kind, engine, settings)
+    return Subject(kind, settings, now)
+
+
+def _peak_memory(name: str, settings: dict[str, Any], now: Clock) -> float | None:
+    """MiB that two steps need, alone; None where there is not enough, which is said on stderr."""
+    kind, _, engine = name.partition("@")
+    if torch.cuda.is_available() and not engine:
+        # The allocator of a GPU can count from 0 again, a process cannot.
         gc.collect()
         torch.cuda.reset_peak_memory_stats()
-    one = make()
-    for _ in range(2):
-        one.step()
-    return peak_memory_mib()
+        here = Subject(kind, settings, now)
+        for _ in range(_STEPS_OF_PEAK):
+            here.step()
+        return peak_memory_mib()
+    try:
+        alone = _OnEngine(kind, engine or d2_frozen.engine_name(), settings)
+        try:
+            for _ in range(_STEPS_OF_PEAK):
+                alone.step()
+        finally:
+            alone.close()
+    except RuntimeError as err:
+        print(f"no peak memory of {name}: {err}", file=sys.stderr)
+        return None
+    return alone.peak_mib
 
 
-def _memory_in_child(name: str, args: argparse.Namespace) -> float | None:
-    flags = ["--subjects", name, "--memory-of", name, "--config-file", args.config_file]
-    flags += ["--size", str(args.size), "--batch", str(args.batch), *args.opts]
-    return memory_in_child([sys.executable, "-W", "ignore", "-m", "d2_frozen.bench", "step", *flags])
+# The second one has the optimiser's state from the beginning.
+_STEPS_OF_PEAK = 2
 
 
-def subject(text: str) -> str:
+def subject_name(text: str) -> str:
     """A name of a subject.
 
     Raises:
         ValueError: it is none.
     """
-    kind, *additions = text.split("+")
+    what, at, engine = text.partition("@")
+    kind, *additions = what.split("+")
     known = [*PRECISIONS, "naive", "full"]
     allowed = {"amp", "compile"} if kind in PRECISIONS else {"amp"}
-    if kind not in known or not set(additions) <= allowed or len(set(additions)) < len(additions):
+    fits = kind in known and set(additions) <= allowed and len(set(additions)) == len(additions)
+    if not fits or (at and engine not in ENGINES):
         raise ValueError(
             f"{text!r} is no subject of this comparison: choose {', '.join(known)}; behind a precision +compile, "
-            "behind each +amp."
+            "behind each +amp, last an engine: @detectron2 or @embedded."
         )
     return text
 
@@ -208,6 +255,5 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--memory", action="store_true", help="also peak memory, each alone")
     parser.add_argument("--cpu-time", action="store_true", help="count CPU seconds instead of the clock")
     parser.add_argument("--json", help="also write the result to this file")
-    parser.add_argument("--memory-of", help=argparse.SUPPRESS)
     parser.add_argument("opts", nargs=argparse.REMAINDER, help="config options: KEY VALUE ...")
     return parser

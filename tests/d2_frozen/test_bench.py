@@ -1,6 +1,7 @@
 """The benchmark's arithmetic and its refusal to compare unequal work; nothing here is timed."""
 
 import importlib.util
+import json
 import os
 import subprocess
 import sys
@@ -11,7 +12,14 @@ import torch
 from d2_frozen import bench
 from d2_frozen.bench import COMPARISONS
 from d2_frozen.benchmarks import engines, step
-from d2_frozen.benchmarks.measuring import alternate, memory_in_child, phase_table, source_commit, with_ratio
+from d2_frozen.benchmarks.measuring import (
+    Clock,
+    alternate,
+    memory_in_child,
+    phase_table,
+    source_commit,
+    with_ratio,
+)
 from d2_frozen.benchmarks.timed_step import MixedPrecision
 
 
@@ -125,15 +133,46 @@ def test_step_reports_ratios_to_the_first_subject_and_to_full_fine_tuning():
     assert rows["full+amp"][1] == "failed"
 
 
-@pytest.mark.parametrize("name", ["naive", "full+amp", "bf16+compile+amp", "fp32"])
+@pytest.mark.parametrize(
+    "name", ["naive", "full+amp", "bf16+compile+amp", "fp32", "naive@detectron2", "bf16+amp@embedded"]
+)
 def test_subjects_of_a_step(name):
-    assert step.subject(name) == name
+    assert step.subject_name(name) == name
 
 
-@pytest.mark.parametrize("name", ["bf17", "naive+compile", "bf16+amp+amp", "bf16+", ""])
+@pytest.mark.parametrize(
+    "name", ["bf17", "naive+compile", "bf16+amp+amp", "bf16+", "", "naive@", "naive@torch", "@embedded"]
+)
 def test_subjects_that_there_are_not(name):
     with pytest.raises(ValueError, match="is no subject"):
-        step.subject(name)
+        step.subject_name(name)
+
+
+def test_steps_here_and_in_a_process_of_their_own(capsys, tmp_path):
+    """A tiny model frozen in two ways, one of them on a named engine; the json has what the table shows."""
+    tiny = [
+        "MODEL.TIMM.NAME",
+        "swinv2_pico_window8_256",
+        "MODEL.FPN.OUT_CHANNELS",
+        "32",
+        "MODEL.BIFPN.NUM_LAYERS",
+        "1",
+    ]
+    tiny += ["MODEL.ROI_BOX_HEAD.FC_DIM", "16", "MODEL.ROI_MASK_HEAD.CONV_DIM", "16"]
+    flags = ["--subjects", "bf16", "naive+amp@embedded", "--size", "128", "--batch", "1"]
+    file = tmp_path / "step.json"
+    result = step.main([*flags, "--rounds", "1", "--warmup", "0", "--json", str(file), *tiny])
+    assert json.loads(file.read_text()) == result
+    assert all(seconds["step"] > 0 for seconds in result["step"].values())
+    assert result["rounds"] == 1
+    assert "naive+amp@embedded / bf16" in capsys.readouterr().out
+
+
+def test_peak_memory_of_what_cannot_run_is_said(capsys):
+    settings = {"config": step.DEFAULT_CONFIG, "options": [], "size": 64, "batch": 0, "cpu_time": True}
+    settings["options"] = ["MODEL.TIMM.NAME", "no_such_network"]
+    assert step._peak_memory("bf16", settings, Clock()) is None
+    assert "no_such_network" in capsys.readouterr().err
 
 
 def test_mixed_precision_of_the_bench_is_that_of_training():
