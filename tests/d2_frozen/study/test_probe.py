@@ -32,6 +32,9 @@ SMALL = (
 )
 
 
+SMALL_HEADS = ("MODEL.ROI_BOX_HEAD.FC_DIM", "32", "MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE", "16")
+
+
 def job_of(config: str, *options: str) -> Job:
     return Job("job", str(CONFIGS / config), (*SMALL, *NOWHERE, *options))
 
@@ -62,7 +65,7 @@ def test_a_generated_batch_is_as_large_as_a_real_one(
 @pytest.mark.parametrize(
     "config, options",
     [
-        ("coco/table2/fpn_mask_frozen.yaml", ("INPUT.SCALE_CROP.SIZE", "64")),
+        ("coco/table2/fpn_mask_frozen.yaml", ("INPUT.SCALE_CROP.SIZE", "64", *SMALL_HEADS)),
         ("ade20k/table3/encoder_1_decoder_3_full.yaml", ("INPUT.CROP.SIZE", "(64, 64)")),
         ("kinetics400/table4/global_frozen.yaml", ("VIDEO.NUM_FRAMES", "2", "VIDEO.CROP_SIZE", "64")),
     ],
