@@ -199,7 +199,7 @@ def _judge(claim: Claim, scores: dict[tuple[int, str], Scores]) -> Finding:
             values = scores.get((claim.table, task), {}).get(heading, {})
             for measure, differences in claim.measures.items():
                 finding.add(
-                    f"{task}, {heading}" + (f", {measure}" if len(claim.measures) > 1 else ""),
+                    f"{task} {heading}" + (f", {measure}" if len(claim.measures) > 1 else ""),
                     {label: difference(weights, values) for label, weights in differences.items()},
                 )
     return finding
@@ -231,7 +231,7 @@ def _similarity(root: Path) -> Finding:
         }
         if all(means.values()):
             finding.add(
-                f"{folder.parent.parent.name}/{folder.name}, CKA",
+                f"{folder.parent.parent.name} {folder.name}, CKA",
                 {"cascade - BiFPN": difference({"cascade": 1, "bifpn": -1}, means)},
             )
     return finding

@@ -81,13 +81,13 @@ def test_masked_pretraining_is_worst_for_one_task_and_not_for_another(tmp_path: 
             runs(tmp_path, 1, task, other, 50.0, 50.2, 50.4)
     found = verdict(tmp_path, "i")
     assert found.verdicts == {
-        "detection, box AP": NOT_RUN,
-        "detection, mask AP": NOT_RUN,
-        "segmentation, mIoU": HOLDS,
-        "video, top-1": FAILS,
+        "detection box AP": NOT_RUN,
+        "detection mask AP": NOT_RUN,
+        "segmentation mIoU": HOLDS,
+        "video top-1": FAILS,
     }
     assert found.verdict == (
-        "not run: detection, box AP, detection, mask AP; holds: segmentation, mIoU; does not hold: video, top-1"
+        "not run: detection box AP, detection mask AP; holds: segmentation mIoU; does not hold: video top-1"
     )
 
 
