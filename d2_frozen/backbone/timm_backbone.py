@@ -159,7 +159,7 @@ def create_timm_backbone(
         final_norm: see :class:`TimmBackbone`; a plain ViT always has its own.
     Raises:
         ValueError: unknown name (the nearest ones are listed), no pyramid, or weights that do not fit.
-        FileNotFoundError: no weights at ``pretrained``.
+        FileNotFoundError: no weights at ``pretrained``, or none that could be downloaded.
     """
     if not timm.is_model(name):
         near = difflib.get_close_matches(name.split(".")[0], timm.list_models(), n=3, cutoff=0.4)
@@ -186,6 +186,16 @@ def create_timm_backbone(
         raise ValueError(
             f"timm's {name} does not take one of {sorted(asked)}: {err}. With MODEL.TIMM.DROP_PATH_RATE 0.0, "
             "MODEL.TIMM.ARGS {} and three image channels nothing special is asked of it."
+        ) from err
+    except (OSError, RuntimeError) as err:
+        if pretrained != "hub":
+            raise
+        cause = next(iter(str(err).splitlines()), "")
+        raise FileNotFoundError(
+            f"MODEL.TIMM.PRETRAINED is 'hub', but timm has got no weights of {name}: {type(err).__name__}: {cause} "
+            "Without internet, give a file of them (docs/own_data.md, 'Backbones without internet'); '' is random "
+            "weights. What ships with d2_frozen: NAME swinv2_pico_window8_256, PRETRAINED "
+            "d2_frozen://swinv2_pico_fdsl.safetensors."
         ) from err
     plain = is_plain(network)
     if plain and list(out_features) != list(STRIDE_NAMES.values()):

@@ -33,12 +33,14 @@ class CocoReport:
     """What was found in one dataset.
 
     ``categories``: names in the order of category ids, i.e. of Detectron2's contiguous class ids.
+    ``rle_masks``: how many masks of single objects are RLE; 0 where masks are not used.
     """
 
     name: str
     json_file: str
     categories: list[str] = field(default_factory=list)
     problems: list[Problem] = field(default_factory=list)
+    rle_masks: int = 0
     _document: dict[str, Any] = field(default_factory=dict, repr=False)
     _bad_images: set[int] = field(default_factory=set, repr=False)  # positions in the document's lists
     _bad_annotations: set[int] = field(default_factory=set, repr=False)
@@ -387,6 +389,7 @@ def _segmentation_fault(
             segmentation
         ) if segmentation is not None else ""
     if isinstance(segmentation, dict):
+        report.rle_masks += not annotation.get("iscrowd")
         return _rle_fault(segmentation, int(image["width"]), int(image["height"]))
     if not isinstance(segmentation, list):
         return "segmentation is neither polygons nor RLE", repr(segmentation)[:80]

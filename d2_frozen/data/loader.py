@@ -195,7 +195,9 @@ class DrawnDataset(Dataset):
                     return Drawn(error=f"{fault}. {advice}", traceback=traceback.format_exc())
                 faults = (*faults, fault)
             index = draw_index(len(self.records), self.seed, position, redraw)
-        told = "; ".join(faults) or "the mapper returned None for each of them"
+        # The first of each cause: with one that all images share, twenty lines would say the same.
+        by_cause = {fault.split(" of the sample stream: ")[-1]: fault for fault in reversed(faults)}
+        told = "; ".join(reversed(by_cause.values())) or "the mapper returned None for each of them"
         return Drawn(error=f"no sample at position {position} after {_MAX_REDRAWS} redraws: {told}")
 
     def _draws(self, record: Record, position: int, redraw: int) -> AbstractContextManager[None]:

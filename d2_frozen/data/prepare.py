@@ -26,13 +26,14 @@ _cleaned: dict[str, tuple[str, str]] = {}
 
 
 def prepare_datasets(cfg: CfgNode, train: bool = True) -> None:
-    """Register DATASETS.REGISTER, check every used dataset, and fill in the class count.
+    """Register DATASETS.REGISTER, check every used dataset, and fill in what the data says.
 
     With several processes, the first one checks and tells the others. Whole datasets are checked and counted,
     whatever share of them DATASETS.SUBSET trains on.
 
     Args:
-        cfg: gets MODEL.ROI_HEADS.NUM_CLASSES where that is -1.
+        cfg: gets MODEL.ROI_HEADS.NUM_CLASSES where that is -1, and INPUT.MASK_FORMAT "bitmask" where masks to train
+            on are RLE: as polygons they cannot be read.
         train: False for evaluation only: DATASETS.TRAIN is not looked at.
     Raises:
         BadDataError: a list of the problems, unless DATASETS.SKIP_BAD is True and all of them can be skipped.
@@ -51,12 +52,18 @@ def prepare_datasets(cfg: CfgNode, train: bool = True) -> None:
     for name in names:
         if name in _cleaned:
             _point_to(name, _cleaned.pop(name)[0])
-    error, moved = on_first_process(lambda: _check(cfg, names, train))
+    error, found = on_first_process(lambda: _check(cfg, names, train))
     if error is not None:
         raise error
-    for name, (original, json_file) in moved.items():
+    for name, (original, json_file) in found["moved"].items():
         _point_to(name, json_file)
         _cleaned[name] = original, json_file
+    if found["rle"] and cfg.INPUT.MASK_FORMAT == "polygon":
+        logger.info(
+            "%s; INPUT.MASK_FORMAT is set to 'bitmask', which reads polygons too.",
+            ", ".join(f"{name} has {count} masks as RLE" for name, count in found["rle"].items()),
+        )
+        _set(cfg.INPUT, "MASK_FORMAT", "bitmask")
     resolve_num_classes(cfg, names)
 
 
@@ -82,11 +89,7 @@ def resolve_num_classes(cfg: CfgNode, names: Sequence[str] | None = None) -> int
         return None
     name, classes = found
     if wanted < 0:
-        frozen = cfg.is_frozen()
-        cfg.defrost()
-        cfg.MODEL.ROI_HEADS.NUM_CLASSES = len(classes)
-        if frozen:
-            cfg.freeze()
+        _set(cfg.MODEL.ROI_HEADS, "NUM_CLASSES", len(classes))
     elif wanted != len(classes):
         shown = ", ".join(classes[:12]) + (", ..." if len(classes) > 12 else "")
         raise ValueError(
@@ -117,8 +120,22 @@ def classes_of(name: str) -> Classes | None:
     return Classes([category["name"] for category in categories], [category["id"] for category in categories])
 
 
-def _check(cfg: CfgNode, names: Iterable[str], train: bool) -> dict[str, tuple[str, str]]:
-    """Look at every COCO dataset; name -> (original json, cleaned json) of those with bad records."""
+def _set(node: CfgNode, key: str, value: Any) -> None:
+    """Fill in a key of a config that may be frozen."""
+    frozen = node.is_frozen()
+    node.defrost()
+    node[key] = value
+    if frozen:
+        node.freeze()
+
+
+def _check(cfg: CfgNode, names: Iterable[str], train: bool) -> dict[str, dict[str, Any]]:
+    """Look at every COCO dataset.
+
+    Returns:
+        "moved": name -> (original json, cleaned json) of those with bad records; "rle": name -> number of masks of
+        those to train on.
+    """
     if train:
         check_semantic_maps(cfg)
     reports: list[CocoReport] = []
@@ -142,11 +159,16 @@ def _check(cfg: CfgNode, names: Iterable[str], train: bool) -> dict[str, tuple[s
         )
     problems: list[Problem] = [problem for report in reports for problem in report.problems]
     problems += across(reports)
+    found: dict[str, dict[str, Any]] = {"moved": {}, "rle": {}}
+    found["rle"] = {
+        r.name: r.rle_masks for r in reports if r.rle_masks and train and r.name in cfg.DATASETS.TRAIN
+    }
     if not problems:
-        return {}
+        return found
     if not cfg.DATASETS.SKIP_BAD or not all(problem.skippable for problem in problems):
         raise BadDataError(problems)
-    return {report.name: _write_cleaned(cfg, report) for report in reports if report.problems}
+    found["moved"] = {report.name: _write_cleaned(cfg, report) for report in reports if report.problems}
+    return found
 
 
 def _write_cleaned(cfg: CfgNode, report: CocoReport) -> tuple[str, str]:

@@ -235,3 +235,21 @@ def test_drop_path_acts_in_the_trained_part_only():
     runs = [partly(images) for _ in range(8)]
     assert all(torch.equal(run["res3"], runs[0]["res3"]) for run in runs)
     assert len({run["res5"].sum().item() for run in runs}) > 1
+
+
+@pytest.mark.parametrize(
+    "error", [OSError("no connection\nmore"), RuntimeError("No pretrained weights exist")]
+)
+def test_weights_that_cannot_be_downloaded(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The error names the key and what works without internet; errors of other causes stay what they are."""
+
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr("timm.create_model", fail)
+    with pytest.raises(
+        FileNotFoundError, match=r"PRETRAINED is 'hub'.*swinv2_tiny_window8_256: .*own_data.md"
+    ):
+        create_timm_backbone("swinv2_tiny_window8_256", "hub")
+    with pytest.raises(type(error), match=str(error).splitlines()[0]):
+        create_timm_backbone("swinv2_tiny_window8_256", "")

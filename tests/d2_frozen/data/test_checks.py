@@ -9,9 +9,10 @@ import re
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
-from d2_frozen.data import BadDataError, prepare_datasets, resolve_num_classes
+from d2_frozen.data import BadDataError, build_train_loader, prepare_datasets, resolve_num_classes
 from d2_frozen.data.checks import check_coco
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
@@ -262,6 +263,41 @@ def test_class_count_comes_from_the_data(two_sets, make_cfg):
         ValueError, match=r"NUM_CLASSES is 80, but dataset train_test_checks has 2 classes \(nut, bolt\)"
     ):
         resolve_num_classes(cfg)
+
+
+@pytest.mark.parametrize("fast", [False, True])
+def test_masks_as_rle_are_trained_on(two_sets, world, make_cfg, fast):
+    """A mask of columns 2 to 6 and rows 2 to 6, once as a polygon, once as RLE (column by column): equal pixels."""
+    counts = [2 * HEIGHT + 2, *[5, HEIGHT - 5] * 4, 5]
+    counts.append(WIDTH * HEIGHT - sum(counts))
+    entries, write = two_sets
+    options = ["INPUT.MIN_SIZE_TRAIN", (HEIGHT,), "INPUT.RANDOM_FLIP", "none", "INPUT.FAST_READING", fast]
+    options += ["SOLVER.IMS_PER_BATCH", 1, "DATALOADER.NUM_WORKERS", 0]
+    cfg = make_cfg(entries, *options)
+    prepare_datasets(cfg)
+    assert cfg.INPUT.MASK_FORMAT == "polygon"
+
+    world["annotations"][0]["segmentation"] = {"size": [HEIGHT, WIDTH], "counts": counts}
+    write(train=world)
+    cfg = make_cfg(entries, *options)
+    prepare_datasets(cfg)
+    assert cfg.INPUT.MASK_FORMAT == "bitmask"
+    samples = {}
+    for (sample,) in build_train_loader(cfg):
+        samples[sample["image_id"]] = sample["instances"]
+        if 1 in samples:
+            break
+    rle, polygon = samples[1].gt_masks.tensor
+    assert torch.equal(rle, polygon) and rle.sum() == 25
+
+
+def test_crowds_as_rle_change_nothing(two_sets, world, make_cfg):
+    rle = {"size": [HEIGHT, WIDTH], "counts": [0, WIDTH * HEIGHT]}
+    world["annotations"][0] = annotation(11, 1, iscrowd=1, segmentation=rle)
+    two_sets[1](train=world)
+    cfg = make_cfg(two_sets[0])
+    prepare_datasets(cfg)
+    assert cfg.INPUT.MASK_FORMAT == "polygon"
 
 
 def test_no_dataset_to_count_in(make_cfg):

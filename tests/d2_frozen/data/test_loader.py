@@ -182,6 +182,16 @@ def test_nothing_but_bad_samples_ends(shapes):
         next(iter(loader))
 
 
+def test_a_cause_that_all_images_share_is_said_once(shapes):
+    def fail(record):
+        raise ValueError("no such format")
+
+    loader = build_train_loader(shapes("DATASETS.SKIP_BAD", True), mapper=fail)
+    with pytest.raises(SampleError, match="after 20 redraws: image .*jpg, failed") as caught:
+        next(iter(loader))
+    assert str(caught.value).count("no such format") == 1
+
+
 def test_bad_settings(shapes):
     with pytest.raises(ValueError, match="SEED is negative"):
         build_train_loader(shapes("SEED", -1))

@@ -311,7 +311,7 @@ def _gather_masks(
     segmentations = _of_each(annos, "segmentation")
     if mask_format == "bitmask":
         bitmaps = [_to_bitmap(s, image_size) for s in segmentations]
-        return BitMasks(torch.stack([torch.from_numpy(np.ascontiguousarray(b)) for b in bitmaps]))
+        return BitMasks(torch.stack([torch.from_numpy(np.array(b, order="C")) for b in bitmaps]))
     if mask_format != "polygon":
         raise AssertionError(f"INPUT.MASK_FORMAT is 'polygon' or 'bitmask', not {mask_format!r}.")
     try:
