@@ -5,7 +5,9 @@ An app is a package with a module ``task`` in which an object ``TASK`` has the a
 
 from __future__ import annotations
 
+import difflib
 import importlib
+import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -148,14 +150,42 @@ def read_config(config_file: str | Path, options: Iterable[str] = ()) -> CfgNode
     """A yaml file ("" for none) and KEY VALUE options over the defaults of their task.
 
     Raises:
-        KeyError, AssertionError: unknown key in the file / in the options.
+        KeyError, AssertionError: unknown key in the file / in the options, or options that are no pairs.
+        FileNotFoundError: no such file, or none that its _BASE_ names.
     """
     options = list(options)
-    cfg = _load(APPS.get(_meta_architecture(config_file, options) or "", DETECTION)).add_config(get_cfg())
-    if config_file:
-        cfg.merge_from_file(str(config_file))
+    _check_pairs(options)
+    try:
+        task = _load(APPS.get(_meta_architecture(config_file, options) or "", DETECTION))
+        cfg = task.add_config(get_cfg())
+        if config_file:
+            cfg.merge_from_file(str(config_file))
+    except FileNotFoundError as err:
+        raise _missing(Path(err.filename or config_file), Path(config_file)) from err
     cfg.merge_from_list(options)
     return cfg
+
+
+def _check_pairs(options: list[str]) -> None:
+    """Refuse what is often written instead of KEY VALUE, with advice; what else is wrong is Detectron2's to say."""
+    flags = [text for text in map(str, options) if text.startswith("--")]
+    if flags:
+        raise AssertionError(
+            f"{flags[0]} stands behind KEY VALUE options; flags come before the first of them. Options: {options}"
+        )
+    joined = [text for text in map(str, options[::2]) if re.match(r"[A-Z][A-Z0-9_.]*=", text)]
+    if joined:
+        key, value = joined[0].split("=", 1)
+        raise AssertionError(f"{joined[0]} is no pair of KEY VALUE. Write: {key} {value or repr('')}")
+
+
+def _missing(path: Path, config_file: Path) -> FileNotFoundError:
+    of = "" if path == config_file else f", which is a _BASE_ of {config_file}"
+    beside = [other.name for other in path.parent.glob("*.y*ml")]
+    near = difflib.get_close_matches(path.name, beside, n=3)
+    meant = f" Beside it there is {', '.join(near)}." if near else ""
+    seen = "" if path.is_absolute() else f", seen from {Path.cwd()}"
+    return FileNotFoundError(f"no config file {path}{of}{seen}.{meant}")
 
 
 def _meta_architecture(config_file: str | Path, options: list[str]) -> str | None:

@@ -97,9 +97,13 @@ def evaluation_model(cfg: CfgNode, resume: bool = False) -> nn.Module:
     from d2_frozen.engine import FrozenCheckpointer
 
     model = tasks.task_of(cfg).trainer().build_model(cfg)
-    FrozenCheckpointer(model, save_dir=cfg.OUTPUT_DIR, strict=True).resume_or_load(
-        cfg.MODEL.WEIGHTS, resume=resume
-    )
+    checkpointer = FrozenCheckpointer(model, save_dir=cfg.OUTPUT_DIR, strict=True)
+    if not cfg.MODEL.WEIGHTS and not (resume and checkpointer.has_checkpoint()):
+        logger.warning(
+            "MODEL.WEIGHTS is empty%s: the heads that are evaluated are untrained.",
+            f", and {cfg.OUTPUT_DIR} has no checkpoint" if resume else "",
+        )
+    checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=resume)
     return model
 
 

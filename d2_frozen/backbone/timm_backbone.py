@@ -162,7 +162,9 @@ def create_timm_backbone(
         FileNotFoundError: no weights at ``pretrained``, or none that could be downloaded.
     """
     if not timm.is_model(name):
-        near = difflib.get_close_matches(name.split(".")[0], timm.list_models(), n=3, cutoff=0.4)
+        known, asked_name = timm.list_models(), name.split(".")[0]
+        near = [one for one in known if one.startswith(f"{asked_name}_")][:3]
+        near = near or difflib.get_close_matches(asked_name, known, n=3, cutoff=0.4)
         raise ValueError(
             f"MODEL.TIMM.NAME is {name!r}, which timm {timm.__version__} does not know. "
             f"{'Nearest: ' + ', '.join(near) + '. ' if near else ''}timm.list_models() lists all."

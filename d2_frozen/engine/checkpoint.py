@@ -190,10 +190,16 @@ class FrozenCheckpointer(DetectionCheckpointer):
         for fact in facts:
             part = parts.get(fact["prefix"])
             if part is None:
+                has, advice = (
+                    "no frozen part",
+                    "Set MODEL.BACKBONE.FREEZE: all, or save with MODEL.FROZEN.SAVE_FULL_MODEL True",
+                )
+                if parts:
+                    has = f"its own at '{', '.join(parts)}': it is a model of another kind"
+                    advice = "Use the config it was trained with (config.yaml beside it)"
                 raise CheckpointMismatchError(
                     f"{self._loading_from} was trained on the frozen backbone {fact['name']} at '{fact['prefix']}', "
-                    f"but this model has {'frozen parts at ' + ', '.join(parts) if parts else 'no frozen part'}. "
-                    "Set MODEL.BACKBONE.FREEZE: all, or save with MODEL.FROZEN.SAVE_FULL_MODEL True."
+                    f"but this model has {has}. {advice}."
                 )
             if part.fingerprint()["sha256"] == fact["sha256"]:
                 continue

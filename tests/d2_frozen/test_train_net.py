@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from argparse import Namespace
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
+from tiny_runs import SEGMENTATION, Flags, flags_for, sem_seg_entries, train, trained_on, write_config
 
-from d2_frozen.train_net import argument_parser, evaluation_model, main, setup
+from d2_frozen.engine.checkpoint import CheckpointMismatchError
+from d2_frozen.train_net import argument_parser, evaluation_model, main, read_config, setup
 from detectron2.engine import default_argument_parser
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -38,9 +38,6 @@ def test_help_works_from_both_entries(entry: list[str]) -> None:
     assert done.returncode == 0 and "--config-file" in done.stdout and "--dist-url" in done.stdout
 
 
-Flags = Callable[..., Namespace]
-
-
 def test_missing_weights_are_named(flags: Flags) -> None:
     with pytest.raises(FileNotFoundError, match="nowhere.pth"):
         main(flags("--eval-only", "MODEL.WEIGHTS", "nowhere.pth"))
@@ -54,6 +51,51 @@ def test_weights_for_another_class_count_are_refused_at_evaluation(flags: Flags,
     torch.save({"model": {**model.state_dict(), **state}}, tmp_path / "other.pth")
     with pytest.raises(RuntimeError, match=r"cls_score.weight.*\(3, 32\).*\(7, 32\)"):
         main(flags("--eval-only", "MODEL.WEIGHTS", str(tmp_path / "other.pth")))
+
+
+def test_evaluating_without_weights_is_said(
+    flags: Flags, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    evaluation_model(setup(flags("--eval-only")))
+    assert "MODEL.WEIGHTS is empty: the heads that are evaluated are untrained" in caplog.text
+    caplog.clear()
+    evaluation_model(setup(flags("--eval-only", "--resume")), resume=True)
+    assert f"{tmp_path}/out has no checkpoint: the heads that are evaluated are untrained" in caplog.text
+
+
+def test_weights_of_another_kind_of_model_are_refused(flags: Flags, tiny_world: Path, tmp_path: Path) -> None:
+    """A head of segmentation is no head of detection, though both have a backbone of the same name."""
+    entries = sem_seg_entries(tiny_world, "other_kind")
+    other = write_config(tmp_path / "seg.yaml", SEGMENTATION, trained_on(entries, iterations=1))
+    train(flags_for(other)("OUTPUT_DIR", str(tmp_path / "seg"), "DATASETS.TEST", "()"))
+    with pytest.raises(CheckpointMismatchError, match="it is a model of another kind.*config.yaml beside it"):
+        main(flags("--eval-only", "MODEL.WEIGHTS", str(tmp_path / "seg/model_final.pth")))
+
+
+@pytest.mark.parametrize(
+    "options, advice",
+    [
+        (["OUTPUT_DIR", "out", "--resume"], "--resume stands behind KEY VALUE options; flags come before"),
+        (["SOLVER.MAX_ITER=3"], "SOLVER.MAX_ITER=3 is no pair of KEY VALUE. Write: SOLVER.MAX_ITER 3"),
+        (["SEED", "1", "MODEL.WEIGHTS="], "Write: MODEL.WEIGHTS ''"),
+        (["SEED"], "expected KEY VALUE pairs|odd|length"),
+    ],
+)
+def test_options_that_are_no_pairs(options: list[str], advice: str) -> None:
+    with pytest.raises(AssertionError, match=advice):
+        read_config("", options)
+
+
+def test_a_config_file_that_is_not_there(tmp_path: Path) -> None:
+    """The file, whose base it is, and what it may have been meant to be."""
+    (tmp_path / "parts.yaml").write_text("_BASE_: Base-Frozn.yaml\n")
+    (tmp_path / "Base-Frozen.yaml").write_text("SEED: 1\n")
+    with pytest.raises(FileNotFoundError, match=r"no config file .*part.yaml. Beside it there is parts.yaml"):
+        read_config(str(tmp_path / "part.yaml"), [])
+    with pytest.raises(
+        FileNotFoundError, match=r"Frozn.yaml, which is a _BASE_ of .*parts.yaml. .* is Base-Frozen.yaml"
+    ):
+        read_config(str(tmp_path / "parts.yaml"), [])
 
 
 def test_unknown_key_is_an_error(flags: Flags) -> None:

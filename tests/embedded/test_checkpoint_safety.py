@@ -241,6 +241,13 @@ def test_files_without_sense_are_named(tmp_path):
             _load(path)
 
 
+def test_files_of_another_kind_are_named(tmp_path):
+    path = tmp_path / "metrics.pth"
+    path.write_text('{"iteration": 3}\n')
+    with pytest.raises(ValueError, match=r"metrics.pth is no file of weights: it starts with .*iteration"):
+        _load(path)
+
+
 def test_missing_file_is_named_with_advice():
     with pytest.raises(AssertionError, match=r"nowhere/w\.pth.*MODEL\.WEIGHTS"):
         _load("nowhere/w.pth")

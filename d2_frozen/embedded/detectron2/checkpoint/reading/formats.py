@@ -77,6 +77,10 @@ def _read_torch(path: str) -> Any:
         return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as err:
         text = str(err)
+        with open(path, "rb") as stream:
+            start = stream.read(40)
+        if start and not start.startswith((b"\x80", b"PK")):  # neither a pickle nor a zip archive
+            raise ValueError(f"{path} is no file of weights: it starts with {start!r}.") from err
         if "Unsupported" not in text and "not an allowed" not in text and "GLOBAL" not in text:
             raise ValueError(_damaged(path, err)) from err
         raise UnsafePickleError(
