@@ -1,12 +1,14 @@
 """Transformer blocks over the cells of a clip: along time, within frames, over everything, or from a learned query.
 
-Blocks normalise before each part (pre-norm); attention is PyTorch's fused one (scaled_dot_product_attention).
+Blocks normalise before each part (pre-norm); attention is PyTorch's fused one (scaled_dot_product_attention), but where
+its backward pass is slow.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.ops import StochasticDepth
@@ -123,11 +125,29 @@ class Attention(nn.Module):
         """
         cells = query if cells is None else cells
         q, k, v = (self._split(x) for x in (self.query(query), self.key(cells), self.value(cells)))
-        attended = F.scaled_dot_product_attention(q, k, v)  # (N, heads, Q, width / heads)
+        attended = attend(q, k, v)  # (N, heads, Q, width / heads)
         return self.dropout(self.out(attended.transpose(1, 2).flatten(2)))
 
     def _split(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+
+
+# Above this many numbers (128 MiB in bfloat16) the weights of attention are not kept for the backward pass.
+_MOST_WEIGHTS = 2**26
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """softmax(q k^T / sqrt(d)) v, of (N, heads, Q or S, d).
+
+    Training in bfloat16 on a CPU, two products and a softmax: the backward pass of the fused kernel is not made for AMX
+    and takes twice as long with 784 cells, eight times as long with 16.
+    """
+    trains = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+    num_weights = q.shape[0] * q.shape[1] * q.shape[2] * k.shape[2]
+    if q.device.type == "cpu" and q.dtype == torch.bfloat16 and trains and num_weights <= _MOST_WEIGHTS:
+        weights = ((q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)).softmax(dim=-1)
+        return weights.to(v.dtype) @ v
+    return F.scaled_dot_product_attention(q, k, v)
 
 
 def feed_forward(width: int, ratio: float, dropout: float) -> nn.Sequential:
