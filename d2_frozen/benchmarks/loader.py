@@ -82,11 +82,14 @@ def report(result: dict[str, Any]) -> str:
     facts = "  ".join(f"{name}: {value}" for name, value in result["machine"].items())
     head = f"{result['config']}  {' '.join(result['options'])}\n{facts}\n"
     head += f"{result['batch']} {result['unit']} a step, the first of {result['input']}\n\n"
-    columns = list(next(iter(result["loops"].values())))
-    rows = [
-        [workers, *(f"{found[name]:.2f}" for name in columns)] for workers, found in result["loops"].items()
-    ]
-    return head + tabulate(rows, headers=[f"workers ({result['unit']}/s)", *columns], disable_numparse=True)
+    return head + table(result["loops"], result["unit"])
+
+
+def table(loops: dict[str, dict[str, float]], unit: str) -> str:
+    """Of what ``compare`` found: a row for each number of workers."""
+    columns = list(next(iter(loops.values())))
+    rows = [[workers, *(f"{found[name]:.2f}" for name in columns)] for workers, found in loops.items()]
+    return tabulate(rows, headers=[f"workers ({unit}/s)", *columns], disable_numparse=True)
 
 
 def _measure(

@@ -5,16 +5,13 @@
 In clips per second, medians of rounds:
 - decode + sample, by each installed reader, and how much its process grows over --opens files;
 - the backbone's forward pass of a training batch, and a step of the head on maps that are there already;
-- with 1 and 2 loader workers: the loader alone, and the whole loop of loading and training. Their ratio says what
-  training costs beside pure decoding; 1 means that decoding is all that one waits for.
+- with 1 and 2 loader workers: the loader alone, the step alone, and the whole loop, as ``bench loader`` has them.
 """
 
 from __future__ import annotations
 
 import argparse
-import itertools
 import tempfile
-from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -22,22 +19,19 @@ import torch.nn.functional as F
 from tabulate import tabulate
 
 from d2_frozen import tasks
+from d2_frozen.benchmarks import loader
 from d2_frozen.benchmarks.arguments import parse_with_lists
 from d2_frozen.benchmarks.measuring import Clock, Seconds, alternate, machine_facts, write_json
 from d2_frozen.data import training_records
 from d2_frozen.engine.allocator import keep_freed_memory
 from d2_frozen.train_net import read_config
 from detectron2.config import CfgNode
-from detectron2.utils.events import EventStorage
 from video_app.benchmarks.reading import memory_growth_mib, reading_task
 from video_app.clips.mapper import ClipMapper
 from video_app.clips.reader import installed_readers
 from video_app.trainer import VideoTrainer
 
 DEFAULT_CONFIG = "configs/quickstart/video.yaml"
-# Batches that a worker prepares ahead, torch's own number.
-_AHEAD = 2
-_WHOLE, _LOADER = "whole loop", "loader alone"
 
 
 def main(arguments: list[str]) -> dict[str, Any]:
@@ -53,10 +47,7 @@ def main(arguments: list[str]) -> dict[str, Any]:
         "clip": f"{cfg.VIDEO.NUM_FRAMES} frames of {cfg.VIDEO.CROP_SIZE} px, {cfg.SOLVER.IMS_PER_BATCH} clips a batch",
         "reading": compare_readers(cfg, args.clips, args.rounds, args.warmup, args.opens),
         "model": measure_model(cfg, args.rounds, args.warmup),
-        "loop": {
-            str(workers): measure_loop(cfg, workers, args.batches, args.rounds, args.warmup)
-            for workers in args.workers
-        },
+        "loop": loader.compare(cfg, args.workers, args.batches, args.rounds, args.warmup)["loops"],
     }
     print(report(result))
     write_json(result, args.json)
@@ -98,49 +89,19 @@ def _growth(mapper: ClipMapper, records: list[dict[str, Any]], opens: int) -> fl
 def measure_model(cfg: CfgNode, rounds: int, warmup: int) -> dict[str, float]:
     """{part: clips per second} of the backbone's forward pass, of a step of the head, and of both."""
     step = _Step(cfg)
-    batch = next(_batches(cfg, workers=0))
+    batch = _first_batch(cfg)
     seconds = alternate({"step": lambda: step.parts(batch)}, rounds, warmup)["step"]
     return {part: len(batch) / value for part, value in seconds.items()}
 
 
-def measure_loop(cfg: CfgNode, workers: int, batches: int, rounds: int, warmup: int) -> dict[str, float]:
-    """Clips per second of the loader alone and of the whole loop, and whole / alone.
-
-    Args:
-        batches: per round.
-    """
-    step, loader, now = _Step(cfg), _batches(cfg, workers), Clock()
-
-    def run(use: Callable[[list[dict[str, Any]]], Any]) -> Seconds:
-        # What has been prepared ahead would make the first batches free.
-        for _ in range(_AHEAD * workers):
-            next(loader)
-        start, clips = now(), 0
-        for batch in itertools.islice(loader, batches):
-            use(batch)
-            clips += len(batch)
-        return {"clip": (now() - start) / clips}
-
-    seconds = alternate(
-        {_LOADER: lambda: run(lambda batch: None), _WHOLE: lambda: run(step.train)}, rounds, warmup
-    )
-    found = {name: 1 / value["clip"] for name, value in seconds.items()}
-    return {**found, "whole / alone": found[_WHOLE] / found[_LOADER]}
-
-
 class _Step:
-    """A model with its optimiser; runs training steps, whole or part by part."""
+    """A model with its optimiser; runs training steps part by part."""
 
     def __init__(self, cfg: CfgNode) -> None:
         torch.manual_seed(cfg.SEED)
         self.model = VideoTrainer.build_model(cfg).train()
         self.optimizer = VideoTrainer.build_optimizer(cfg, self.model)
         self.amp = cfg.SOLVER.AMP.ENABLED
-
-    def train(self, batch: list[dict[str, Any]]) -> None:
-        with EventStorage(), self._precision():
-            loss = sum(self.model(batch).values())
-        self._learn(loss)
 
     def parts(self, batch: list[dict[str, Any]]) -> Seconds:
         now = Clock()
@@ -174,11 +135,7 @@ def report(result: dict[str, Any]) -> str:
     blocks.append(_table(rows, ["decode + sample", "clips/s", "growth, MiB", "over files"]))
     rows = [[part, f"{value:.2f}"] for part, value in result["model"].items()]
     blocks.append(_table(rows, ["training batch", "clips/s"]))
-    rows = [
-        [workers, f"{found[_LOADER]:.2f}", f"{found[_WHOLE]:.2f}", f"{found['whole / alone']:.2f}"]
-        for workers, found in result["loop"].items()
-    ]
-    blocks.append(_table(rows, ["workers", f"{_LOADER}, clips/s", f"{_WHOLE}, clips/s", "whole / alone"]))
+    blocks.append(loader.table(result["loop"], "clips"))
     return "\n\n".join(blocks)
 
 
@@ -186,10 +143,10 @@ def _table(rows: list[list[str]], headers: list[str]) -> str:
     return tabulate(rows, headers=headers, disable_numparse=True)
 
 
-def _batches(cfg: CfgNode, workers: int) -> Iterator[list[dict[str, Any]]]:
+def _first_batch(cfg: CfgNode) -> list[dict[str, Any]]:
     cfg = cfg.clone()
-    cfg.DATALOADER.NUM_WORKERS = workers
-    return iter(VideoTrainer.build_train_loader(cfg))
+    cfg.DATALOADER.NUM_WORKERS = 0
+    return next(iter(VideoTrainer.build_train_loader(cfg)))
 
 
 def _config(config_file: str, options: list[str]) -> CfgNode:
