@@ -12,27 +12,29 @@ from detectron2.config import CfgNode
 from detectron2.structures import Boxes, Instances, PolygonMasks
 
 _SEED = 0
-# COCO has 7.3 labelled objects in a picture.
-_OBJECTS_PER_IMAGE = 8
 # A picture of ADE20K shows about ten classes.
 _PATCHES_PER_SIDE = 3
 
 
-def generated_batch(size: int, count: int, num_classes: int) -> list[dict[str, Any]]:
-    """Blurred noise with octagons on it, as DatasetMapper would give it."""
+def generated_batch(size: int, count: int, num_classes: int, objects: int = 8) -> list[dict[str, Any]]:
+    """Blurred noise with octagons on it, as DatasetMapper would give it.
+
+    Args:
+        objects: in each picture; COCO has 7.3 in one.
+    """
     draw = np.random.default_rng(_SEED)
     batch = []
     for _ in range(count):
         image = blurred_noise(draw, size)
         truth = Instances((size, size))
-        side = draw.uniform(size / 16, size / 2, (_OBJECTS_PER_IMAGE, 1))
-        center = side / 2 + draw.uniform(0, 1, (_OBJECTS_PER_IMAGE, 2)) * (size - side)
+        side = draw.uniform(size / 16, size / 2, (objects, 1))
+        center = side / 2 + draw.uniform(0, 1, (objects, 2)) * (size - side)
         boxes = np.concatenate((center - side / 2, center + side / 2), axis=1)
         angle = (np.arange(8) + 0.5) * np.pi / 4
         corner = np.stack((np.cos(angle), np.sin(angle)), axis=1) / np.cos(np.pi / 8)
         outlines = (center[:, None] + side[:, None] / 2 * corner).clip(0, size)  # (objects, 8, 2)
         truth.gt_boxes = Boxes(torch.from_numpy(boxes).float())
-        truth.gt_classes = torch.from_numpy(draw.integers(0, num_classes, _OBJECTS_PER_IMAGE))
+        truth.gt_classes = torch.from_numpy(draw.integers(0, num_classes, objects))
         truth.gt_masks = PolygonMasks([[outline.reshape(-1)] for outline in outlines])
         batch.append({"image": image, "height": size, "width": size, "instances": truth})
     return batch

@@ -43,7 +43,11 @@ class DetectionTask:
     def generated_batch(self, cfg: CfgNode, count: int) -> list[dict[str, Any]]:
         from d2_frozen.data.generated import generated_batch, training_side
 
-        batch = generated_batch(training_side(cfg), count, cfg.MODEL.ROI_HEADS.NUM_CLASSES)
+        heads = cfg.MODEL.ROI_HEADS
+        # An untrained network proposes nothing that fits an object, so that only the objects themselves are positive
+        # RoIs. A trained one proposes up to this share, which mask heads then work on.
+        positive = max(1, round(heads.BATCH_SIZE_PER_IMAGE * heads.POSITIVE_FRACTION))
+        batch = generated_batch(training_side(cfg), count, heads.NUM_CLASSES, positive)
         if cfg.MODEL.HTC.SEMANTIC_ON:
             for sample in batch:
                 sample["sem_seg"] = sample["image"][0].long() % cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES

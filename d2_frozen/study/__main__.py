@@ -121,6 +121,10 @@ def _run(args: argparse.Namespace, groups: Sequence[Sequence[Job]], tasks: set[s
     Returns:
         The jobs that have not finished; None with --dry-run.
     """
+    if not args.dry_run and (args.no_probe or args.probe_synthetic):
+        raise ValueError(
+            "--no-probe and --probe-synthetic say how to make the plan of --dry-run: add that, or leave them out."
+        )
     jobs = [job for of_seed in zip(*groups) for job in of_seed]
     if args.scale == "mini" and not (args.dry_run and (args.no_probe or args.probe_synthetic)):
         _prepare([job for job in jobs if job.result(_root(args)) is None], tasks)
@@ -210,7 +214,8 @@ def _plan(args: argparse.Namespace, jobs: Sequence[Job], models: int) -> str:
         )
     if disk > free:
         lines.append(
-            "The disk is too small: raise SOLVER.CHECKPOINT_PERIOD with --options, or choose another --output."
+            "The disk is too small: keep fewer checkpoints (--options SOLVER.CHECKPOINTS_KEPT 1), or choose another "
+            "--output."
         )
     return "\n".join(lines)
 
@@ -288,12 +293,13 @@ def _add_queue_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dry-run", action="store_true", help="say what would run, and how long it would take"
     )
-    parser.add_argument(
+    instead = parser.add_mutually_exclusive_group()
+    instead.add_argument(
         "--no-probe",
         action="store_true",
         help="with --dry-run: only build the models, without weights, and count",
     )
-    parser.add_argument(
+    instead.add_argument(
         "--probe-synthetic",
         action="store_true",
         help="with --dry-run: first iterations on generated data with random weights; needs neither data nor weights",

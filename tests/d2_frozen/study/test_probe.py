@@ -79,6 +79,14 @@ def test_a_step_is_measured_without_data_and_weights(config: str, options: tuple
     assert step.checkpoint_mib * 2**20 < 3.1 * 4 * step.trainable + 2**20
 
 
+def test_the_mask_head_has_as_many_rois_as_that_of_a_trained_network() -> None:
+    """A quarter of 512."""
+    cfg = tasks.read_config(CONFIGS / "coco/table2/bifpn_htc_frozen.yaml", ("INPUT.SCALE_CROP.SIZE", "64"))
+    fill_standard_classes(cfg)
+    (sample,) = tasks.task_of(cfg).generated_batch(cfg, 1)
+    assert len(sample["instances"]) == 128
+
+
 def test_a_batch_that_gpus_cannot_share_is_refused() -> None:
     with pytest.raises(ValueError, match="IMS_PER_BATCH 16 cannot be shared by 3 GPUs"):
         probe.measure_step(job_of("coco/table2/fpn_mask_frozen.yaml"), num_gpus=3)
@@ -123,3 +131,5 @@ def test_dry_run_needs_no_data(configs: Path, tmp_path: Path, capsys: pytest.Cap
     (line,) = (line for line in out.splitlines() if line.startswith("table6/"))
     assert "to do" in line and " 6 " in line and "MiB" in line, out
     assert "without reading data" in out and not (tmp_path / "out").exists()
+    assert main([flag for flag in flags if flag != "--dry-run"]) == 2
+    assert "add that, or leave them out" in capsys.readouterr().err
