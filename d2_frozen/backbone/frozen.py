@@ -135,7 +135,8 @@ class FrozenBackbone(_TransparentWrapper):
         with torch.no_grad(), torch.autocast(device, enabled=False):
             if self.by_sample is not None:
                 return self.by_sample(images, self._compute, outer)
-            return {name: feature.to(outer) for name, feature in self._compute(images).items()}
+            maps = self._network(images.device)(images.float())
+            return {name: _contiguous(feature, outer) for name, feature in maps.items()}
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FrozenBackbone:
         # An accelerator needs the weights that run, not their originals: SwinV2-G has 12 GB of them in float32.

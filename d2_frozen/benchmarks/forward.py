@@ -22,7 +22,7 @@ from tabulate import tabulate
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from d2_frozen.backbone import FrozenBackbone, TimmBackbone, create_timm_backbone
+from d2_frozen.backbone import FrozenBackbone, PlainViT, TimmBackbone, create_timm_backbone
 from d2_frozen.backbone.fast import EIGHT_BITS, PRECISIONS
 from d2_frozen.benchmarks.measuring import Clock, Seconds, alternate, machine_facts, write_json
 
@@ -118,11 +118,11 @@ def report(result: dict[str, Any]) -> str:
     return head + "\n" + tabulate(rows, headers=["forward", *names], disable_numparse=True)
 
 
-def lively_backbone(name: str) -> TimmBackbone:
+def lively_backbone(name: str) -> TimmBackbone | PlainViT:
     """A network with random weights, none of which switches a branch off as SwinV2's start does."""
     torch.manual_seed(0)
     backbone = create_timm_backbone(name).eval().requires_grad_(False)
-    assert isinstance(backbone, TimmBackbone)
+    assert isinstance(backbone, TimmBackbone | PlainViT)
     for key, tensor in backbone.named_parameters():
         if key.endswith(("norm1.weight", "norm2.weight", "gamma")):
             tensor.uniform_(0.1, 0.3)
@@ -175,7 +175,7 @@ def _best(function: Callable[[], Any]) -> float:
     return min(times[2:])
 
 
-def _swin_modes(modes: list[str], backbone: TimmBackbone) -> list[tuple[str, FrozenBackbone]]:
+def _swin_modes(modes: list[str], backbone: TimmBackbone | PlainViT) -> list[tuple[str, FrozenBackbone]]:
     if not hasattr(backbone.network, "layers") or not hasattr(backbone.network.layers[0], "blocks"):
         return []
     if not hasattr(backbone.network.layers[0].blocks[0], "window_size"):
@@ -183,7 +183,7 @@ def _swin_modes(modes: list[str], backbone: TimmBackbone) -> list[tuple[str, Fro
     return [(mode, FrozenBackbone(backbone, mode.split("+")[0].split("-")[-1])) for mode in modes]
 
 
-def _runner(mode: str, backbone: TimmBackbone) -> Callable[[Tensor], Maps]:
+def _runner(mode: str, backbone: TimmBackbone | PlainViT) -> Callable[[Tensor], Maps]:
     kind, _, compiled = mode.partition("+")
     if compiled not in ("", "compile"):
         raise ValueError(f"mode {mode!r}: only +compile may follow a precision")

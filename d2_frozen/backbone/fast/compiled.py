@@ -5,7 +5,8 @@
 - Swin on CPU: what lies between GEMMs and attention becomes one loop each. These loops depend on the number of tokens
   only, so that a new image size compiles nothing.
 - Everything else: torch.compile of the whole, with weights as constants on CPU. The second size compiles again, for any
-  size.
+  size; on CPU single images have a graph of their own, and some more where they are so small that torch chooses other
+  convolutions. After 8 of them torch runs uncompiled what none of them fits.
 """
 
 from __future__ import annotations
@@ -51,9 +52,17 @@ class _CompiledWhole(nn.Module):
         super().__init__()
         self.network = network
         self.compiled: Any = torch.compile(network)
+        # Images of one size are the usual case. With the second size comes a graph for any: if torch found out by
+        # itself which sides vary, it would take several.
+        self._first_shape: torch.Size | None = None
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         """(B, 3, H, W) -> {name: (B, C, h, w)}."""
+        if self._first_shape is None:
+            self._first_shape = images.shape
+        elif images.shape != self._first_shape:
+            for axis in (0, 2, 3):
+                torch._dynamo.maybe_mark_dynamic(images, axis)
         with torch._inductor.config.patch(freezing=images.device.type == "cpu"):
             return self.compiled(images)
 

@@ -165,6 +165,16 @@ class UsesTheConvolutionTwice(nn.Module):
         return {"res2": self.bn(y) + y}
 
 
+class TwoConvolutions(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 32, 4, 4), nn.Conv2d(32, 32, 3, padding=1)
+
+    def forward(self, x):
+        y = self.first(x).relu()
+        return {"res2": self.second(y) + y}
+
+
 def test_a_convolution_that_others_use_keeps_its_norm(caplog):
     backbone = UsesTheConvolutionTwice().eval()
     with torch.no_grad():
@@ -245,6 +255,35 @@ def test_compiled_swin_compiles_nothing_at_a_new_size(precision, relative):
         batch = images(*size)
         with torch._dynamo.config.patch(error_on_recompile=number > 1):
             assert_same_maps(wrapped(batch), backbone(batch), relative)
+
+
+@pytest.mark.skipif(
+    not any(map(shutil.which, ("g++", "clang++"))), reason="torch.compile needs a C++ compiler on CPU"
+)
+@pytest.mark.parametrize(("precision", "relative"), [("fp32", 1e-5), ("bf16", 0.05)])
+def test_another_compiled_network_compiles_for_two_sizes(precision, relative):
+    """For the first, and at the second for any."""
+    torch.manual_seed(0)
+    backbone = TwoConvolutions().eval().requires_grad_(False)
+    with torch.no_grad():
+        fast = fast_network(backbone, precision, CPU, compile=True)
+        for number, size in enumerate([(64, 64), (64, 96), (160, 96), (128, 192), (64, 64), (96, 256)]):
+            batch = images(*size)
+            with torch._dynamo.config.patch(error_on_recompile=number > 1):
+                assert_same_maps(fast(batch), backbone(batch), relative)
+
+
+@pytest.mark.parametrize("name", ["resnet18", "convnext_atto", "vit_tiny_patch16_224"])
+def test_low_precision_computes_with_channels_last(name):
+    """Not the originals, whose memory stays as it is."""
+    backbone = network(name)
+    low = fast_network(backbone, "bf16", CPU)
+    last = torch.channels_last
+    kernels = [m.weight for m in low.modules() if isinstance(m, nn.Conv2d) and m.kernel_size != (1, 1)]
+    assert kernels and all(weight.is_contiguous(memory_format=last) for weight in kernels)
+    assert all(tensor.is_contiguous() for tensor in backbone.parameters())
+    maps = FrozenBackbone(backbone, "bf16")(images(64, 96))
+    assert all(m.is_contiguous() for m in maps.values())
 
 
 @pytest.mark.skipif(importlib.util.find_spec("torchao") is None, reason="torchao is not installed")
