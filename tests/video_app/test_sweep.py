@@ -96,3 +96,21 @@ def test_a_sweep_needs_a_frozen_backbone(tiny_config: Path) -> None:
     options = [*SWEEP, "MODEL.BACKBONE.FREEZE", "none", "MODEL.VIDEO_HEAD.NUM_CLASSES", "3"]
     with pytest.raises(ValueError, match="FREEZE: all"):
         build_model(tasks.read_config(tiny_config, options))
+
+
+def test_the_best_is_also_measured_where_it_was_not_chosen(flags: Flags, tmp_path: Path) -> None:
+    """The log says that the first set chose the head, and what the head does on the second."""
+    options = ["TEST.PICTURES", "0", "SOLVER.MAX_ITER", "1", "MODEL.META_ARCHITECTURE", "FrozenVideoSweep"]
+    options += ["MODEL.VIDEO_HEAD.SWEEP.LR", "[0.1,0.001]"]
+    main(flags(*options))
+    assert (
+        "chose the best of 2 heads, so its figure there flatters it" in (tmp_path / "out/log.txt").read_text()
+    )
+    both = tmp_path / "both"
+    sets = ("DATASETS.TEST", "('tiny_video_val', 'tiny_video_train')")
+    results = main(flags(*options, *sets, "OUTPUT_DIR", str(both)))
+    best = json.loads((both / "sweep.json").read_text())["best"]
+    other = results["tiny_video_train"][f"head_{best:02d}"]
+    line = f"Head {best}, chosen on tiny_video_val, on sets that had no say in it: tiny_video_train: top-1 "
+    assert f"{line}{other['top1']:.2f}" in (both / "log.txt").read_text()
+    assert results["tiny_video_train"]["video"] == other
