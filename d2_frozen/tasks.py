@@ -151,6 +151,7 @@ def read_config(config_file: str | Path, options: Iterable[str] = ()) -> CfgNode
 
     Raises:
         KeyError, AssertionError: unknown key in the file / in the options, or options that are no pairs.
+        ValueError: a value of another type than the default.
         FileNotFoundError: no such file, or none that its _BASE_ names.
     """
     options = list(options)
@@ -162,7 +163,13 @@ def read_config(config_file: str | Path, options: Iterable[str] = ()) -> CfgNode
             cfg.merge_from_file(str(config_file))
     except FileNotFoundError as err:
         raise _missing(Path(err.filename or config_file), Path(config_file)) from err
-    cfg.merge_from_list(options)
+    try:
+        cfg.merge_from_list(options)
+    except ValueError as err:
+        if not re.search(r"Type mismatch \(<class '(tuple|list)'> vs. <class '(str|int|float)'>", str(err)):
+            raise
+        advice = "KEY \"('a', 'b')\", or \"('a',)\" for one: with quotes around what a shell would take apart"
+        raise ValueError(f"{err}. A list is written as {advice}.") from err
     return cfg
 
 

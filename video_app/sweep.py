@@ -108,7 +108,7 @@ def report(cfg: CfgNode, model: FrozenVideoSweep, results: dict[str, Any]) -> di
     """Find the best head, log and write the table, write the best head or all of them.
 
     The best has the highest top-1 on the first set of DATASETS.TEST, the first of equals. So its figure is a maximum
-    over the heads on that set, as in V-JEPA 2; the other sets tell how it does elsewhere, and the log says which is which.
+    over the heads on that set, as in V-JEPA 2; the other sets tell how it does elsewhere, and the log says so.
 
     Args:
         results: of :class:`SweepEvaluator`, as the trainer's ``test`` gives them; empty on other processes.
@@ -198,8 +198,8 @@ def _what_the_best_is_worth(names: Sequence[str], per_set: dict[str, Any], best:
     """A figure that chose the head flatters it; those of other sets do not."""
     if len(names) == 1:
         return (
-            f"{names[0]} chose the best of {heads} heads, so its figure there flatters it. For a figure that does not, give "
-            f"a second set: DATASETS.TEST ('{names[0]}', 'OTHER') chooses on the first and measures on the other."
+            f"{names[0]} chose the best of {heads} heads, so its figure there flatters it. For one that does not, give a "
+            f"second set: DATASETS.TEST ('{names[0]}', 'OTHER') chooses on the first and measures on the other."
         )
     others = [
         f"{name}: top-1 {of_head['top1']:.2f}, top-5 {of_head['top5']:.2f}"

@@ -86,6 +86,12 @@ def test_options_that_are_no_pairs(options: list[str], advice: str) -> None:
         read_config("", options)
 
 
+@pytest.mark.parametrize("key, value", [("DATASETS.TRAIN", "parts_train"), ("SOLVER.STEPS", "700")])
+def test_a_list_that_is_none(key: str, value: str) -> None:
+    with pytest.raises(ValueError, match=rf"{key}\. A list is written as KEY "):
+        read_config("", [key, value])
+
+
 def test_a_config_file_that_is_not_there(tmp_path: Path) -> None:
     """The file, whose base it is, and what it may have been meant to be."""
     (tmp_path / "parts.yaml").write_text("_BASE_: Base-Frozn.yaml\n")
