@@ -198,8 +198,8 @@ def _what_the_best_is_worth(names: Sequence[str], per_set: dict[str, Any], best:
     """A figure that chose the head flatters it; those of other sets do not."""
     if len(names) == 1:
         return (
-            f"{names[0]} chose the best of {heads} heads, so its figure there flatters it. For one that does not, give a "
-            f"second set: DATASETS.TEST ('{names[0]}', 'OTHER') chooses on the first and measures on the other."
+            f"{names[0]} chose the best of {heads} heads, so its figure there flatters it. For one that does not, give "
+            f"a second set: DATASETS.TEST ('{names[0]}', 'OTHER') chooses on the first and measures on the other."
         )
     others = [
         f"{name}: top-1 {of_head['top1']:.2f}, top-5 {of_head['top5']:.2f}"
