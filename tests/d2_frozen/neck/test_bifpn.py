@@ -129,6 +129,16 @@ def test_activations_keep_their_scale_through_nine_layers():
     assert all(0.8 < level.std() < 1.2 for level in out)
 
 
+def test_depthwise_filters_start_near_the_identity():
+    """1 in the middle; on top a tenth of Xavier's uniform start, whose bound is sqrt(3 / 9) for 9 inputs."""
+    torch.manual_seed(0)
+    identity = torch.zeros(3, 3)
+    identity[1, 1] = 1
+    for node in [*(layer := BiFPNLayer(16, 4)).top_down, *layer.bottom_up]:
+        off = node.conv[0].weight[:, 0] - identity
+        assert 0 < off.abs().max() <= 0.1 * (3 / 9) ** 0.5
+
+
 @pytest.mark.parametrize("num_layers", [1, 5, 9])
 def test_any_number_of_layers(tiny_bottom_up, num_layers):
     """The paper's Figure 4 goes from 1 to 9; every layer has the same number of parameters."""
