@@ -103,7 +103,8 @@ def augment(
         transforms, pixels = augmentations(inputs), None
     except PixelsNeeded:
         restore()
-        inputs, transforms = _augmented(augmentations, read(), sem_seg)
+        inputs = T.AugInput(read(), sem_seg=sem_seg)
+        transforms = augmentations(inputs)
         pixels = inputs.image
     slot = None
     if cache is not None:
@@ -114,26 +115,13 @@ def augment(
     if pixels is None:
         pixels = read_augmented(path, image_format, image_hw, transforms, fast_reading)
     if pixels is None:
-        whole = read()
-        pixels = transforms.apply_image(whole)
-        if pixels.shape[:2] != (height, width):
-            if cache is not None:
-                raise ValueError(
-                    f"the augmentations make {pixels.shape[1]}x{pixels.shape[0]} pixels (width x height) of {path}, "
-                    f"where {width}x{height} were expected. One of them is a subclass with another result; set "
-                    "MODEL.FROZEN.CACHE.DIR to '' to train with it."
-                )
-            restore()
-            inputs, transforms = _augmented(augmentations, whole, sem_seg)
-            pixels = inputs.image
+        pixels = transforms.apply_image(read())
+    if pixels.shape[:2] != (height, width):
+        raise ValueError(
+            f"the augmentations make {pixels.shape[1]}x{pixels.shape[0]} pixels (width x height) of {path}, where "
+            f"{width}x{height} were expected: one of its transforms was made for an image of another size."
+        )
     return Augmented(torch.from_numpy(channels_first(pixels)), inputs.sem_seg, transforms, slot)
-
-
-def _augmented(
-    augmentations: T.Augmentation, image: np.ndarray, sem_seg: np.ndarray | None
-) -> tuple[T.AugInput, TransformList]:
-    inputs = T.AugInput(image, sem_seg=sem_seg)
-    return inputs, augmentations(inputs)
 
 
 def _copied(record: dict[str, Any]) -> dict[str, Any]:

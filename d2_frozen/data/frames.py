@@ -26,7 +26,14 @@ from detectron2.data import transforms as T
 from detectron2.utils.file_io import PathManager
 
 _EXIF_ORIENTATION = 0x0112
-_KEEP_SIZE = (NoOpTransform, HFlipTransform, VFlipTransform, BlendTransform, T.ColorTransform)
+_KEEP_SIZE = (
+    NoOpTransform,
+    HFlipTransform,
+    VFlipTransform,
+    BlendTransform,
+    T.ColorTransform,
+    T.PILColorTransform,
+)
 
 
 class PixelsNeeded(Exception):
@@ -81,29 +88,34 @@ class FrameInput(T.AugInput):
             self.sem_seg = tfm.apply_segmentation(self.sem_seg)
 
 
+def does_as(transform: Transform, kind: type[Transform]) -> bool:
+    """Does it to pixels what ``kind`` does? A subclass may do something else."""
+    return isinstance(transform, kind) and type(transform).apply_image is kind.apply_image
+
+
 def size_after(transform: Transform, hw: tuple[int, int]) -> tuple[int, int]:
     """Height and width of an image of ``hw`` pixels after a transform.
 
     Raises:
-        PixelsNeeded: the transform is none of fvcore's or Detectron2's that are known here.
+        PixelsNeeded: the transform is none of fvcore's or Detectron2's that are known here, nor does it as they do.
     """
     height, width = hw
     if isinstance(transform, TransformList):
         for one in transform.transforms:
             height, width = size_after(one, (height, width))
         return height, width
-    if isinstance(transform, _KEEP_SIZE):
+    if any(does_as(transform, kind) for kind in _KEEP_SIZE):
         return height, width
-    if isinstance(transform, T.ResizeTransform | ScaleTransform):
+    if does_as(transform, T.ResizeTransform) or does_as(transform, ScaleTransform):
         return transform.new_h, transform.new_w
-    if isinstance(transform, CropTransform):
+    if does_as(transform, CropTransform):
         kept_h, kept_w = min(transform.h, height - transform.y0), min(transform.w, width - transform.x0)
         return max(0, kept_h), max(0, kept_w)
-    if isinstance(transform, PadTransform):
+    if does_as(transform, PadTransform):
         return height + transform.y0 + transform.y1, width + transform.x0 + transform.x1
-    if isinstance(transform, T.RotationTransform):
+    if does_as(transform, T.RotationTransform):
         return transform.bound_h, transform.bound_w
-    if isinstance(transform, T.ExtentTransform):
+    if does_as(transform, T.ExtentTransform):
         return tuple(transform.output_size)
     raise PixelsNeeded(f"{type(transform).__name__} may change the size of an image in a way not known here")
 

@@ -18,14 +18,12 @@ import numpy as np
 from fvcore.transforms.transform import CropTransform, NoOpTransform, Transform, TransformList
 from PIL import Image, UnidentifiedImageError
 
-from d2_frozen.data.transforms import ClippingCrop
+from d2_frozen.data.frames import does_as
 from detectron2.data import transforms as T
 from detectron2.utils.file_io import PathManager
 
 _EXIF_ORIENTATION = 0x0112
 _CHANNELS = {"RGB": slice(None), "BGR": slice(None, None, -1)}
-# Not their subclasses, which may do something else.
-_CROPS = (CropTransform, ClippingCrop)
 # Pixels on each side that a filter of PIL looks at when it enlarges: Lanczos 3, the magic kernel of Pillow 13 4.5.
 _REACH = 5
 
@@ -46,12 +44,12 @@ def read_augmented(
         FileNotFoundError: no such file.
         OSError: the file is no image or is damaged; names the file.
     """
-    steps = [step for step in _flat(transforms) if type(step) is not NoOpTransform]
-    before = steps.pop(0) if steps and type(steps[0]) in _CROPS else None
-    if not steps or type(steps[0]) is not T.ResizeTransform or image_format not in _CHANNELS:
+    steps = [step for step in _flat(transforms) if not does_as(step, NoOpTransform)]
+    before = steps.pop(0) if steps and does_as(steps[0], CropTransform) else None
+    if not steps or not does_as(steps[0], T.ResizeTransform) or image_format not in _CHANNELS:
         return None
     resize: Any = steps.pop(0)
-    crop = steps.pop(0) if steps and type(steps[0]) in _CROPS else None
+    crop = steps.pop(0) if steps and does_as(steps[0], CropTransform) else None
     with PathManager.open(path, "rb") as stream:
         try:
             with Image.open(stream) as image:
