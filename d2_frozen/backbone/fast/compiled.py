@@ -11,6 +11,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 import types
@@ -24,6 +25,8 @@ from torch import Tensor, nn
 from d2_frozen.backbone.fast.graphs import GraphPerSize
 from d2_frozen.backbone.fast.layouts import WindowLayout
 from d2_frozen.backbone.fast.swin import Block, FastSwin
+
+logger = logging.getLogger(__name__)
 
 
 def compiled_network(network: Any, device: torch.device) -> nn.Module:
@@ -55,6 +58,7 @@ class _CompiledWhole(nn.Module):
         # Images of one size are the usual case. With the second size comes a graph for any: if torch found out by
         # itself which sides vary, it would take several.
         self._first_shape: torch.Size | None = None
+        self._broken = False
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         """(B, 3, H, W) -> {name: (B, C, h, w)}."""
@@ -63,8 +67,24 @@ class _CompiledWhole(nn.Module):
         elif images.shape != self._first_shape:
             for axis in (0, 2, 3):
                 torch._dynamo.maybe_mark_dynamic(images, axis)
-        with torch._inductor.config.patch(freezing=images.device.type == "cpu"):
-            return self.compiled(images)
+        if self._broken:
+            return self.network(images)
+        try:
+            with torch._inductor.config.patch(freezing=images.device.type == "cpu"):
+                return self.compiled(images)
+        except torch.cuda.OutOfMemoryError:
+            raise
+        except Exception as reason:  # whatever goes wrong inside a compiler must not stop the training
+            # Seen: torch 2.14, ConvNeXt in float32 on CPU, single images of a second size.
+            self._broken = True
+            logger.warning(
+                "MODEL.FROZEN.COMPILE: from here on the network runs uncompiled, as torch.compile failed on images of "
+                "%s (%s: %s).",
+                tuple(images.shape),
+                type(reason).__name__,
+                (str(reason).strip().splitlines() or [""])[0][:200],
+            )
+        return self.network(images)
 
 
 class _Loops:

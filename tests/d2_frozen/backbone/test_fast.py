@@ -261,7 +261,7 @@ def test_compiled_swin_compiles_nothing_at_a_new_size(precision, relative):
     not any(map(shutil.which, ("g++", "clang++"))), reason="torch.compile needs a C++ compiler on CPU"
 )
 @pytest.mark.parametrize(("precision", "relative"), [("fp32", 1e-5), ("bf16", 0.05)])
-def test_another_compiled_network_compiles_for_two_sizes(precision, relative):
+def test_another_compiled_network_compiles_for_two_sizes(precision, relative, caplog):
     """For the first, and at the second for any."""
     torch.manual_seed(0)
     backbone = TwoConvolutions().eval().requires_grad_(False)
@@ -271,6 +271,23 @@ def test_another_compiled_network_compiles_for_two_sizes(precision, relative):
             batch = images(*size)
             with torch._dynamo.config.patch(error_on_recompile=number > 1):
                 assert_same_maps(fast(batch), backbone(batch), relative)
+    assert "uncompiled" not in caplog.text  # as an error from recompiling would have it
+
+
+def test_where_torch_cannot_compile_the_network_runs_as_it_is(monkeypatch, caplog):
+    def fails(network):
+        def call(images):
+            raise AssertionError("expected stride 1\nand more")
+
+        return call
+
+    monkeypatch.setattr(torch, "compile", fails)
+    monkeypatch.setattr(shutil, "which", lambda name: name)
+    backbone = network("resnet18")
+    wrapped = FrozenBackbone(backbone, compile=True)
+    for size in [(64, 64), (64, 96)]:
+        assert_same_maps(wrapped(images(*size)), backbone(images(*size)))
+    assert caplog.text.count("runs uncompiled") == 1 and "(AssertionError: expected stride 1)" in caplog.text
 
 
 @pytest.mark.parametrize("name", ["resnet18", "convnext_atto", "vit_tiny_patch16_224"])
