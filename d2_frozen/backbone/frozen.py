@@ -135,8 +135,7 @@ class FrozenBackbone(_TransparentWrapper):
         with torch.no_grad(), torch.autocast(device, enabled=False):
             if self.by_sample is not None:
                 return self.by_sample(images, self._compute, outer)
-            maps = self._network(images.device)(images.float())
-            return {name: _contiguous(feature, outer) for name, feature in maps.items()}
+            return self._compute(images, outer)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FrozenBackbone:
         # An accelerator needs the weights that run, not their originals: SwinV2-G has 12 GB of them in float32.
@@ -158,10 +157,10 @@ class FrozenBackbone(_TransparentWrapper):
             self._sha256_state = state
         return {"name": self.name, "sha256": self._sha256}
 
-    def _compute(self, images: Tensor) -> dict[str, Tensor]:
-        """Maps in the dtype of the network. Contiguous: heads may view them, whatever layout it computes in."""
+    def _compute(self, images: Tensor, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+        """Maps in ``dtype``, or in that of the network."""
         maps = self._network(images.device)(images.float())
-        return {name: feature.contiguous() for name, feature in maps.items()}
+        return {name: _contiguous(feature, dtype or feature.dtype) for name, feature in maps.items()}
 
     def _network(self, device: torch.device) -> nn.Module:
         state = (device, _tensor_versions(self.inner))

@@ -27,9 +27,9 @@ def calls_of(predictor: Predictor, name: str) -> list[tuple[int, ...]]:
     seen: list[tuple[int, ...]] = []
     compute = part._compute
 
-    def watched(images: torch.Tensor) -> dict[str, torch.Tensor]:
+    def watched(images: torch.Tensor, *dtype: torch.dtype) -> dict[str, torch.Tensor]:
         seen.append(tuple(images.shape))
-        return compute(images)
+        return compute(images, *dtype)
 
     part._compute = watched
     return seen
@@ -139,7 +139,7 @@ def test_a_bgr_head_gets_its_channels_turned(save_head: SaveHead) -> None:
     turned = Predictor([file], options=[*options, "MODEL.PIXEL_STD", "[57.375, 57.12, 58.395]"])
     (part,) = frozen_parts(turned.heads[0].model).values()
     compute = part._compute
-    part._compute = lambda images: compute(images.flip(1))
+    part._compute = lambda images, *dtype: compute(images.flip(1), *dtype)
     assert same(turned([image])[0]["det"], rgb)
 
 
