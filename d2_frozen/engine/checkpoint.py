@@ -92,11 +92,17 @@ class FrozenCheckpointer(DetectionCheckpointer):
         """As in Detectron2: the last checkpoint of ``save_dir`` when resuming and there is one, else ``path``.
 
         What a run continues from, or what is evaluated, must fit in every tensor; a starting point need not.
+
+        Raises:
+            FileNotFoundError: ``last_checkpoint`` names a file that is gone.
         """
         if resume and self.has_checkpoint():
+            last = self.get_checkpoint_file()
+            if not self.path_manager.isfile(last):
+                raise FileNotFoundError(_gone(last))
             strict, self.strict = self.strict, True
             try:
-                return self.load(self.get_checkpoint_file())
+                return self.load(last)
             finally:
                 self.strict = strict
         return self.load(path, checkpointables=[])
@@ -255,6 +261,16 @@ def saved_seed(save_dir: str) -> int | None:
         return None
     content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     return content.get("seed")
+
+
+def _gone(checkpoint: str) -> str:
+    folder, name = os.path.split(checkpoint)
+    others = sorted(file for file in os.listdir(folder) if file.endswith(".pth"))
+    instead = f", write one of {', '.join(others)} into it" if others else ""
+    return (
+        f"{os.path.join(folder, 'last_checkpoint')} names {name}, which is not there. Put that file back{instead}, or "
+        "remove last_checkpoint to start anew."
+    )
 
 
 def write_atomically(path: str, write: Any) -> None:

@@ -53,6 +53,14 @@ def test_file_holds_the_head_and_the_fingerprint(tmp_path: Path) -> None:
     assert (tmp_path / "last_checkpoint").read_text() == "model_final.pth"
 
 
+def test_a_last_checkpoint_that_is_gone_is_named_with_what_is_left(tmp_path: Path) -> None:
+    save(Model(), tmp_path)
+    (tmp_path / "last_checkpoint").write_text("model_0000099.pth")
+    message = "last_checkpoint names model_0000099.pth, which is not there.* one of model_final.pth into it"
+    with pytest.raises(FileNotFoundError, match=message):
+        FrozenCheckpointer(Model(), str(tmp_path)).resume_or_load("", resume=True)
+
+
 def test_loading_gives_the_head_back(tmp_path: Path) -> None:
     model, other = Model(), Model()
     FrozenCheckpointer(other, strict=True).load(save(model, tmp_path))
