@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import yaml
 
-from d2_frozen import tasks
+from d2_frozen import bench, tasks
 from d2_frozen.train_net import argument_parser, main, setup
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -171,6 +171,24 @@ def assert_resumed_equals_uninterrupted(whole: Path, flags: Flags, folder: Path)
     (folder / "last_checkpoint").write_text("model_0000001.pth")
     main(flags("--resume", "OUTPUT_DIR", str(folder)))
     assert_same_weights(whole, folder)
+
+
+def assert_accuracy_of_two_modes(flags: Flags, config: Path, folder: Path, task: str, metric: str) -> None:
+    """``bench accuracy`` of a head that an iteration has trained: fp32 is what --eval-only finds, bf16 is near.
+
+    Args:
+        config: yaml of what ``flags`` trains, in ``folder``.
+        task, metric: one of 0 to 100 in the results of the evaluation.
+    """
+    main(flags("SOLVER.MAX_ITER", "1", "DATASETS.TEST", "()"))
+    head = ["MODEL.WEIGHTS", str(folder / "model_final.pth")]
+    result = bench.main(["accuracy", "--config-file", str(config), "--modes", "fp32", "bf16", *head])
+    exact, low = result["modes"].values()
+    assert all(0 <= error < 1e-5 for error in exact["error"].values())
+    assert all(1e-4 < error < 0.05 for error in low["error"].values())
+    again = main(flags("--eval-only", *head))
+    assert 0 <= exact["metrics"][f"{task}/{metric}"] == again[task][metric]
+    assert 0 <= low["metrics"][f"{task}/{metric}"] <= 100
 
 
 def _merged(parts: tuple[Part, ...]) -> dict[str, Any]:

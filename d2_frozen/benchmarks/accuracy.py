@@ -23,6 +23,7 @@ from torch import Tensor
 
 from d2_frozen import tasks
 from d2_frozen.backbone import PRECISIONS, FrozenBackbone, frozen_parts
+from d2_frozen.benchmarks.arguments import parse_with_lists
 from d2_frozen.benchmarks.measuring import machine_facts, write_json
 from d2_frozen.engine.allocator import keep_freed_memory
 from d2_frozen.train_net import evaluate, evaluation_model, read_config
@@ -36,13 +37,10 @@ _HEADLINES = ("AP", "mIoU", "top1")
 
 def main(arguments: list[str]) -> dict[str, Any]:
     """Command line; returns what ``--json`` writes."""
-    args = _parser().parse_args(arguments)
+    args = parse_with_lists(_parser(), arguments, modes=_no_key)
     if not torch.cuda.is_available():
         keep_freed_memory()  # as train_net.py does
-    # argparse gives --modes all that follows up to the next flag.
-    first_key = next((place for place, word in enumerate(args.modes) if word.isupper()), len(args.modes))
-    modes, options = args.modes[:first_key], args.modes[first_key:] + args.opts
-    result = compare(args.config_file, options, modes, args.batches)
+    result = compare(args.config_file, args.opts, args.modes, args.batches)
     print(report(result))
     write_json(result, args.json)
     return result
@@ -181,6 +179,12 @@ def _flat(results: dict[str, Any], prefix: str = "") -> dict[str, float]:
         else:
             flat[prefix + name] = float(value)
     return flat
+
+
+def _no_key(text: str) -> str:
+    if text.isupper():
+        raise ValueError(text)
+    return text
 
 
 def _parser() -> argparse.ArgumentParser:

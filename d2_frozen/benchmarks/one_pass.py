@@ -25,7 +25,14 @@ import torch
 from tabulate import tabulate
 
 from d2_frozen.backbone import frozen_parts
-from d2_frozen.benchmarks.measuring import Clock, Seconds, alternate, machine_facts, write_json
+from d2_frozen.benchmarks.measuring import (
+    Clock,
+    Seconds,
+    add_measuring_flags,
+    alternate,
+    machine_facts,
+    write_json,
+)
 from d2_frozen.engine.allocator import keep_freed_memory
 from d2_frozen.prediction import Predictor, build_head
 from d2_frozen.prediction.predictor import model_inputs
@@ -156,11 +163,5 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--size", type=int, default=512, help="side of the pictures in pixels")
     parser.add_argument("--batch", type=int, default=1)
-    parser.add_argument("--rounds", type=int, default=5, help="measured batches of each subject")
-    parser.add_argument("--warmup", type=int, default=1)
-    parser.add_argument(
-        "--cpu-time", action="store_true", help="CPU seconds instead of the clock; use one thread"
-    )
-    parser.add_argument("--json", help="also write the result to this file")
-    parser.add_argument("opts", nargs=argparse.REMAINDER, help="config options for both heads: KEY VALUE ...")
+    add_measuring_flags(parser, "batches", rounds=5, warmup=1, options="config options for both heads")
     return parser

@@ -35,6 +35,7 @@ from d2_frozen.benchmarks.engines import ENGINES, EngineProcess
 from d2_frozen.benchmarks.measuring import (
     Clock,
     Seconds,
+    add_measuring_flags,
     alternate,
     machine_facts,
     phase_table,
@@ -250,10 +251,6 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--config-file", default=DEFAULT_CONFIG)
     parser.add_argument("--size", type=int, default=512, help="side of the images in pixels")
     parser.add_argument("--batch", type=int, default=2, help="images per step")
-    parser.add_argument("--rounds", type=int, default=5, help="measured steps of each")
-    parser.add_argument("--warmup", type=int, default=1, help="steps of each before measuring")
     parser.add_argument("--memory", action="store_true", help="also peak memory, each alone")
-    parser.add_argument("--cpu-time", action="store_true", help="count CPU seconds instead of the clock")
-    parser.add_argument("--json", help="also write the result to this file")
-    parser.add_argument("opts", nargs=argparse.REMAINDER, help="config options: KEY VALUE ...")
+    add_measuring_flags(parser, "steps", rounds=5, warmup=1)
     return parser

@@ -29,9 +29,8 @@ def values_of(labels: Tensor | np.ndarray) -> list[int]:
     low, high = (int(x) for x in labels.aminmax())
     if low < 0 or high >= _COUNTABLE:
         return labels.unique().tolist()
-    return (
-        torch.bincount(labels.flatten()).nonzero()[:, 0].tolist()
-    )  # counting is faster than unique()'s sort
+    # Counting is faster than unique()'s sort.
+    return torch.bincount(labels.flatten()).nonzero()[:, 0].tolist()
 
 
 def values_in(sample: Mapping[str, Any]) -> list[int]:

@@ -1,6 +1,6 @@
 """How does a neck compute on a CPU? Channels last: then depthwise convolutions and pooling are vectorised, 1x1
-convolutions are
-plain matrix products, and a weighted sum makes no copies of its terms. The numbers are equal up to rounding.
+convolutions are plain matrix products, and a weighted sum makes no copies of its terms. The numbers are equal up to
+rounding.
 """
 
 from __future__ import annotations

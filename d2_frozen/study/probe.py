@@ -14,10 +14,10 @@ import os
 import statistics
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -33,6 +33,7 @@ _ITERATIONS = 8
 _WARM_UP, _TIMED = 5, 10
 # Numbers that an optimiser keeps for each parameter.
 _STATES = {"ADAMW": 2, "SGD": 1}
+_Found = TypeVar("_Found")
 
 
 @dataclass(frozen=True)
@@ -106,14 +107,10 @@ def probe_synthetic(
     Args:
         gpu: number of the GPU to use; None for whatever is visible.
     """
-    known: dict[str, Step | str] = {}
     estimates: list[Estimate | str] = []
-    for job in jobs:
-        cfg = tasks.read_config(job.config_file, job.options)
-        key = _what_a_step_depends_on(cfg)
-        if key not in known:
-            known[key] = _step_in_process(job, threads, num_gpus, gpu)
-        step = known[key]
+    for cfg, step in _shared(
+        jobs, _what_a_step_depends_on, lambda job, _: _step_in_process(job, threads, num_gpus, gpu)
+    ):
         if isinstance(step, str):
             estimates.append(step)
         else:
@@ -189,17 +186,8 @@ def count_up(jobs: Sequence[Job]) -> list[Estimate | str]:
 
     A checkpoint has the trained parameters and the optimiser's state, in float32.
     """
-    known: dict[str, int | str] = {}
     estimates: list[Estimate | str] = []
-    for job in jobs:
-        cfg = tasks.read_config(job.config_file, job.options)
-        model = model_of(cfg)
-        if model not in known:
-            try:
-                known[model] = Counts.of(build_weightless(cfg)).trainable
-            except Exception as err:  # of any kind: the plan names it, and goes on with the next job
-                known[model] = f"{type(err).__name__}: {err}"
-        count = known[model]
+    for cfg, count in _shared(jobs, model_of, lambda _, cfg: _trainable(cfg)):
         if isinstance(count, str):
             estimates.append(count)
         else:
@@ -207,6 +195,26 @@ def count_up(jobs: Sequence[Job]) -> list[Estimate | str]:
             solver = cfg.SOLVER
             estimates.append(Estimate(count, solver.MAX_ITER, math.nan, size, _kept(solver)))
     return estimates
+
+
+def _shared(
+    jobs: Sequence[Job], key: Callable[[CfgNode], str], measure: Callable[[Job, CfgNode], _Found]
+) -> Iterator[tuple[CfgNode, _Found]]:
+    """Config of each job, and what was measured of it; jobs with an equal key share a measurement."""
+    known: dict[str, _Found] = {}
+    for job in jobs:
+        cfg = tasks.read_config(job.config_file, job.options)
+        of_job = key(cfg)
+        if of_job not in known:
+            known[of_job] = measure(job, cfg)
+        yield cfg, known[of_job]
+
+
+def _trainable(cfg: CfgNode) -> int | str:
+    try:
+        return Counts.of(build_weightless(cfg)).trainable
+    except Exception as err:  # of any kind: the plan names it, and goes on with the next job
+        return f"{type(err).__name__}: {err}"
 
 
 def _step_in_process(job: Job, threads: int, num_gpus: int, gpu: int | None) -> Step | str:

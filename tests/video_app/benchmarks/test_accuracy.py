@@ -1,20 +1,9 @@
 """``bench accuracy`` of a head for video."""
 
-from argparse import Namespace
-from collections.abc import Callable
 from pathlib import Path
 
-from d2_frozen import bench
-from d2_frozen.train_net import main
+from tiny_runs import Flags, assert_accuracy_of_two_modes
 
 
-def test_two_modes(flags: Callable[..., Namespace], tiny_config: Path, tmp_path: Path) -> None:
-    main(flags("SOLVER.MAX_ITER", "1", "DATASETS.TEST", "()"))
-    head = ["MODEL.WEIGHTS", str(tmp_path / "out" / "model_final.pth")]
-    result = bench.main(["accuracy", "--config-file", str(tiny_config), "--modes", "fp32", "bf16", *head])
-    exact, low = result["modes"].values()
-    assert all(0 <= error < 1e-5 for error in exact["error"].values())
-    assert all(1e-4 < error < 0.05 for error in low["error"].values())
-    again = main(flags("--eval-only", *head))
-    assert 0 <= exact["metrics"]["video/top1"] == again["video"]["top1"]
-    assert 0 <= low["metrics"]["video/top1"] <= 100
+def test_two_modes(flags: Flags, tiny_config: Path, tmp_path: Path) -> None:
+    assert_accuracy_of_two_modes(flags, tiny_config, tmp_path / "out", "video", "top1")
