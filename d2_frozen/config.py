@@ -33,6 +33,11 @@ def _add_model_keys(cfg: CfgNode) -> None:
     # Read by MODEL.BACKBONE.NAME: build_frozen_backbone; Detectron2's own builders read FREEZE_AT.
     cfg.MODEL.BACKBONE.FREEZE = "all"
 
+    # True: trained layers that stand in a stack keep only their inputs, and compute again in backward: layers of BiFPN,
+    # blocks of ResidualFPN, of seg_app's pixel decoder, of video heads, and of a timm network that trains. Same losses
+    # and gradients from less memory and more time (docs/speed.md, "Less memory").
+    cfg.MODEL.USE_ACT_CHECKPOINT = False
+
     cfg.MODEL.FROZEN = CfgNode()
     # Bottom-up network under the neck: any name in Detectron2's BACKBONE registry that gives a feature pyramid.
     cfg.MODEL.FROZEN.BOTTOM_UP = "build_timm_backbone"

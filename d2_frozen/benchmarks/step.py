@@ -5,9 +5,10 @@
 ``naive`` is how a backbone is frozen in Detectron2: ``requires_grad = False`` on its parameters, and nothing else
 (timm's network as it is, in training mode, inside the model's graph). A precision, also with ``+compile``, is this
 project's frozen backbone. ``full`` is fine-tuning. ``+amp`` behind any of them is SOLVER.AMP.ENABLED, mixed precision
-for neck and heads (with naive and full for the backbone, too). Weights and images are generated; every subject has the
-same. ``@detectron2`` behind one runs it on an installed Detectron2, in a process of its own, ``@embedded`` on the
-embedded engine; else it is the engine of this process (D2_FROZEN_ENGINE).
+for neck and heads (with naive and full for the backbone, too); ``+checkpoint`` is MODEL.USE_ACT_CHECKPOINT, less memory
+for more time. ``@detectron2`` behind one runs it on an installed Detectron2, in a process of its own, ``@embedded`` on
+the embedded engine; else it is the engine of this process (D2_FROZEN_ENGINE). Weights and images are generated; every
+subject has the same.
 
 Peak memory is measured first, each alone (on a CPU, in a process of its own). Ctrl-C and SIGTERM end the run with what
 was measured; with ``--json`` the file is written again after every round.
@@ -141,6 +142,7 @@ class Subject:
         if frozen:
             cfg.MODEL.FROZEN.PRECISION, cfg.MODEL.FROZEN.COMPILE = kind, "compile" in additions
         cfg.SOLVER.AMP.ENABLED = cfg.SOLVER.AMP.ENABLED or "amp" in additions
+        cfg.MODEL.USE_ACT_CHECKPOINT = cfg.MODEL.USE_ACT_CHECKPOINT or "checkpoint" in additions
         torch.manual_seed(0)
         self.model = FrozenTrainer.build_model(cfg)
         _enliven(self.model.backbone.bottom_up)
@@ -231,12 +233,12 @@ def subject_name(text: str) -> str:
     what, at, engine = text.partition("@")
     kind, *additions = what.split("+")
     known = [*PRECISIONS, "naive", "full"]
-    allowed = {"amp", "compile"} if kind in PRECISIONS else {"amp"}
+    allowed = {"amp", "checkpoint"} | ({"compile"} if kind in PRECISIONS else set())
     fits = kind in known and set(additions) <= allowed and len(set(additions)) == len(additions)
     if not fits or (at and engine not in ENGINES):
         raise ValueError(
             f"{text!r} is no subject of this comparison: choose {', '.join(known)}; behind a precision +compile, "
-            "behind each +amp, last an engine: @detectron2 or @embedded."
+            "behind each +amp, +checkpoint, last an engine: @detectron2 or @embedded."
         )
     return text
 

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from d2_frozen import tasks
+from d2_frozen.act_checkpoint import use_act_checkpoint
 from d2_frozen.backbone import exclude_frozen_from_ddp, frozen_parts
 from d2_frozen.caching import FeatureCache
 from d2_frozen.data import build_test_loader, build_train_loader
@@ -147,11 +148,15 @@ class FrozenTrainer(DefaultTrainer):
         part it does not know: without pretrained weights it would be another one in each process.
         """
         if comm.get_world_size() == 1:
-            return super().build_model(cfg)
-        seed = cfg.SEED if cfg.SEED >= 0 else comm.shared_random_seed()
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(seed)
-            return super().build_model(cfg)
+            model = super().build_model(cfg)
+        else:
+            seed = cfg.SEED if cfg.SEED >= 0 else comm.shared_random_seed()
+            with torch.random.fork_rng(devices=[]):
+                torch.default_generator.manual_seed(seed)
+                model = super().build_model(cfg)
+        if cfg.MODEL.USE_ACT_CHECKPOINT:
+            use_act_checkpoint(model)
+        return model
 
     @classmethod
     def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from fvcore.nn.weight_init import c2_xavier_fill
 from torch import Tensor, nn
 
+from d2_frozen.act_checkpoint import ActCheckpointLayer
 from d2_frozen.neck.cpu_layout import PointwiseConv2d, channels_last_on_cpu, weighted_sum
 from d2_frozen.neck.padding import PadsForBottomUp
 from detectron2.layers import get_norm
@@ -94,7 +95,7 @@ class BiFPN(PadsForBottomUp, Backbone):
         return dict(zip(self._out_features, self.layers(levels)))
 
 
-class BiFPNLayer(nn.Module):
+class BiFPNLayer(ActCheckpointLayer):
     """One top-down pass, then one bottom-up pass that also sees the layer's input (Figure 2d of the paper).
 
     With inputs x_0 (finest) .. x_{n-1}, and node = conv(act(fuse(...))):

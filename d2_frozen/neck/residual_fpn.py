@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from fvcore.nn.weight_init import c2_msra_fill
 from torch import Tensor, nn
 
+from d2_frozen.act_checkpoint import ActCheckpointLayer
 from d2_frozen.neck.padding import PadsForBottomUp
 from detectron2.layers import ShapeSpec, get_norm
 from detectron2.modeling.backbone import FPN, Backbone
@@ -74,7 +75,7 @@ class ResidualFPN(PadsForBottomUp, FPN):
         return out
 
 
-class ResidualBlock(nn.Module):
+class ResidualBlock(ActCheckpointLayer):
     """x + conv(relu(conv(relu(x)))), 3x3 convolutions with norm behind each; the identity at the start."""
 
     def __init__(self, channels: int, norm: str = ""):

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from fvcore.nn.weight_init import c2_xavier_fill
 from torch import Tensor, nn
 
+from d2_frozen.act_checkpoint import ActCheckpointLayer
 from detectron2.layers import Conv2d, ShapeSpec, get_norm
 from seg_app.models.deformable import MSDeformAttn, cell_centres
 from seg_app.models.position import sine_positions
@@ -158,7 +159,7 @@ class _LevelEncoder(nn.Module):
         ]
 
 
-class EncoderLayer(nn.Module):
+class EncoderLayer(ActCheckpointLayer):
     """Deformable self-attention and a feed-forward network, each added and then normalised."""
 
     def __init__(

@@ -13,10 +13,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.ops import StochasticDepth
 
+from d2_frozen.act_checkpoint import ActCheckpointLayer
+
 AXES = ("time", "space", "all")
 
 
-class VideoBlock(nn.Module):
+class VideoBlock(ActCheckpointLayer):
     """Attention along each of ``axes`` in turn, then a feed-forward part; each added to its input.
 
     Args:
