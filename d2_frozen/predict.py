@@ -43,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> Summary:
     setup_logger(name="d2_frozen")
     if not torch.cuda.is_available():
         keep_freed_memory()
-    items = find_items(args.inputs)
+    items = find_items(args.inputs, args.output)
     options = [part for line in args.options for part in line.split("=", 1)]
     predictor = Predictor(args.heads, args.config_files, device=args.device, size=args.size, options=options)
     logger.info("Heads:\n%s", predictor.describe())
@@ -100,6 +100,9 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         parser.error("--heads: no checkpoint (.pth, .pkl, .safetensors) behind it.")
     if not args.inputs:
         parser.error("no inputs: give pictures, videos, or folders of them.")
+    for flag, least in (("batch", 0), ("readers", 1)):
+        if getattr(args, flag) < least:
+            parser.error(f"--{flag} is {getattr(args, flag)}; it must be {least} or more.")
     return args
 
 
@@ -161,12 +164,15 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def console_main() -> None:
-    """Exit code 0; 1 where inputs failed or the run could not start."""
+    """Exit code 0; 1 where inputs failed or the run could not start; 130 after Ctrl-C."""
     try:
         summary = main()
     except (BadInputError, OutputError, OSError, ValueError) as err:
         print(f"error: {err}", file=sys.stderr)
         raise SystemExit(1) from err
+    except KeyboardInterrupt:
+        print("stopped: what is finished is kept; start again to go on.", file=sys.stderr)
+        raise SystemExit(130) from None
     raise SystemExit(1 if summary.failed else 0)
 
 

@@ -98,12 +98,12 @@ class DetectionPrediction:
 
 
 def resized_by(augmentations: list[T.Augmentation], height: int, width: int) -> tuple[int, int]:
-    """(height, width) after the test augmentations, which must be resizes."""
+    """(height, width) after the test augmentations, which must be resizes; no side becomes less than a pixel."""
     blank = np.broadcast_to(np.uint8(0), (height, width, 3))  # of no memory
     for augmentation in augmentations:
         transform = augmentation.get_transform(blank)
         if isinstance(transform, T.ResizeTransform):
-            height, width = transform.new_h, transform.new_w
+            height, width = max(1, transform.new_h), max(1, transform.new_w)
             blank = np.broadcast_to(np.uint8(0), (height, width, 3))
         elif not isinstance(transform, T.NoOpTransform):
             raise ValueError(f"a test augmentation is {augmentation}, but prediction knows resizing only.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import logging
 import re
 import tempfile
@@ -25,6 +26,8 @@ from detectron2.utils.env import seed_all_rng
 
 logger = logging.getLogger(__name__)
 
+# Folders that results have beside those of heads, or that are none.
+_NO_NAMES = ("", ".", "..", "pictures")
 # What of a config says how a backbone computes, besides its weights.
 _NO_MATTER = ("PRETRAINED", "DROP_PATH_RATE", "SAVE_FULL_MODEL", "CACHE")
 
@@ -72,7 +75,8 @@ def load_heads(
         options: KEY VALUE, over the config of every head that has the key.
     Raises:
         FileNotFoundError: no such file, or no config for it.
-        ValueError: two heads of one name, another number of configs than of files, or a config without class count.
+        ValueError: two heads of one name, a name that is no folder's, another number of configs than of files, a config
+            without class count, a device that is not there, or an option that no head has.
         CheckpointMismatchError: file and config do not belong together.
     """
     if not files:
@@ -81,18 +85,54 @@ def load_heads(
         raise ValueError(
             f"{len(files)} heads, but {len(config_files)} config files: give one for each, or none."
         )
+    check_device(device)
+    if len(options) % 2:
+        raise ValueError(f"options are KEY VALUE pairs; {list(options)} has a key without value.")
     named = [_name_and_file(str(file)) for file in files]
     names = distinct_names([name for name, _ in named])
+    for name in names:
+        if name in _NO_NAMES:
+            raise ValueError(
+                f"a head cannot be called {name!r}: its results get a folder. Name it: NAME=FILE."
+            )
     configs = [str(config) for config in config_files] or [""] * len(files)
     heads: list[Head] = []
+    keys_of_all: set[str] = set()
     for name, (_, file), config in zip(names, named, configs):
         facts = {key: value for key, value in read_checkpoint(file).items() if key != "model"}
-        cfg = _config(file, config, facts, list(options))
+        keys = _keys(_config(file, config, facts, []))
+        keys_of_all |= keys
+        own = [
+            text for key, value in zip(options[::2], options[1::2]) if key in keys for text in (key, value)
+        ]
+        cfg = _config(file, config, facts, own)
         classes = _classes_in(facts) or _built_in_classes(cfg)
         heads.append(build_head(name, cfg, classes, device=device, file=file))
         # One after the other, so that never more than two copies of a backbone are in memory.
         share_backbones(heads)
+    for key in options[::2]:
+        if key not in keys_of_all:
+            near = difflib.get_close_matches(key, keys_of_all, n=1)
+            raise ValueError(
+                f"no head has the config key {key}" + (f"; did you mean {near[0]}?" if near else ".")
+            )
     return heads
+
+
+def check_device(device: str | None) -> None:
+    """
+    Raises:
+        ValueError: no such device, or not on this machine.
+    """
+    if device is None:
+        return
+    try:
+        wanted = torch.device(device)
+    except RuntimeError as err:
+        raise ValueError(f"device {device!r} is not known; give cpu, cuda, or cuda:0 and so on.") from err
+    count = torch.cuda.device_count()
+    if wanted.type == "cuda" and (wanted.index or 0) >= count:
+        raise ValueError(f"device {device!r}: torch sees {count} GPUs here. Give another, or cpu.")
 
 
 def build_head(
@@ -143,6 +183,16 @@ def _without(node: Any) -> Any:
     if isinstance(node, dict):
         return {key: _without(value) for key, value in sorted(node.items()) if key not in _NO_MATTER}
     return node
+
+
+def _keys(node: CfgNode, above: str = "") -> set[str]:
+    """Full names of all keys of a config, sections included."""
+    found = set()
+    for key, value in node.items():
+        found.add(above + key)
+        if isinstance(value, CfgNode):
+            found |= _keys(value, f"{above}{key}.")
+    return found
 
 
 def _config(file: str, config_file: str, facts: dict[str, Any], options: list[str]) -> CfgNode:

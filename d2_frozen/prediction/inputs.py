@@ -6,7 +6,7 @@ import os
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import numpy as np
 from PIL import Image
@@ -53,16 +53,28 @@ class Item:
         return [status.st_size, status.st_mtime_ns]
 
 
-def find_items(inputs: Sequence[str | Path]) -> list[Item]:
+def find_items(inputs: Sequence[str | Path], output: str | Path | None = None) -> list[Item]:
     """Pictures and videos, in the order given and by name within a folder, subfolders included.
 
+    Args:
+        output: the folder for results. Where it lies inside a folder of inputs, nothing in it is an input: a run that
+            goes on would predict its own pictures.
     Raises:
         FileNotFoundError: an input that is not there, or a folder without pictures and videos.
+        ValueError: ``output`` is one of the folders.
     """
     found: list[tuple[Path, str]] = []
+    results = None if output is None else Path(output).resolve()
     for given in map(Path, inputs):
         if given.is_dir():
+            if given.resolve() == results:
+                raise ValueError(
+                    f"{given} is both an input and the folder for results. Choose another --output, such as "
+                    f"{given / 'predictions'}."
+                )
             inside = sorted(path for path in given.rglob("*") if _is_media(path, given))
+            if results is not None and given.resolve() in results.parents:
+                inside = [path for path in inside if results not in path.resolve().parents]
             if not inside:
                 raise FileNotFoundError(
                     f"{given} has no pictures ({', '.join(PICTURES)}) or videos ({', '.join(VIDEOS)})."
@@ -82,12 +94,22 @@ def read_picture(path: Path) -> np.ndarray:
     """(H, W, 3) uint8 RGB, turned as EXIF says.
 
     Raises:
-        OSError, ValueError: it cannot be read.
+        OSError, ValueError: it cannot be read, or has more than 8 bits per channel.
     """
     try:
-        return np.ascontiguousarray(detection_utils.read_image(str(path), format="RGB"))
+        with Image.open(path) as image:
+            mode = image.mode
     except Image.DecompressionBombError as err:
-        raise ValueError(str(err)) from err
+        raise ValueError(f"{err} Cut it into tiles.") from err
+    except (OSError, SyntaxError):
+        mode = ""  # read_image says what is wrong
+    if mode.startswith(("I", "F")):
+        # PIL would cut off all values above 255: nearly all of the picture would be white.
+        raise ValueError(
+            f"it has {'floating point numbers' if mode == 'F' else '16 or 32 bits'} per pixel (PIL mode {mode}); "
+            "pictures of 8 bits per channel are predicted. Convert it, with the range that matters to you."
+        )
+    return np.ascontiguousarray(detection_utils.read_image(str(path), format="RGB"))
 
 
 def _is_media(path: Path, root: Path) -> bool:
@@ -109,9 +131,12 @@ def _named(found: list[tuple[Path, str]]) -> list[Item]:
         taken.add(name)
         names.append(name)
     stems = Counter(os.path.splitext(name)[0] for name in names)
+    folders = {folder.as_posix() for name in names for folder in PurePosixPath(name).parents}
     items = []
     for (path, _), name in zip(found, names):
         stem = os.path.splitext(name)[0]
         is_video = path.suffix.lower() in VIDEOS
-        items.append(Item(path, name, stem if stems[stem] == 1 else name, is_video))
+        # Frames of a video go into a folder of its own, not into that of pictures which were cut out of it before.
+        unique = stems[stem] == 1 and stem not in taken and not (is_video and stem in folders)
+        items.append(Item(path, name, stem if unique else name, is_video))
     return items

@@ -18,6 +18,7 @@ import json
 import logging
 import os
 import shutil
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TextIO
@@ -32,6 +33,7 @@ from d2_frozen.prediction.inputs import Item
 logger = logging.getLogger(__name__)
 
 _JPEG_QUALITY = 92
+_LONGEST_JPEG_SIDE = 65500
 
 
 class OutputFolder:
@@ -55,13 +57,15 @@ class OutputFolder:
         made_by = {"heads": {head.name: _facts(head) for head in heads}, **settings}
         self._claim(made_by, overwrite)
         done = folder / "done.jsonl"
-        self._done = {line["file"]: line for line in read_lines(done)}
+        self._done = {line["file"]: line for line in read_lines(done) if "file" in line}
         # One line per input again, and none that a kill cut off.
         _write_lines(done, list(self._done.values()))
         for name in self.heads:
             (folder / name).mkdir(exist_ok=True)
             keep_lines(self.predictions(name), lambda line: self._finished(line["file"]))
         self._files: dict[Path, TextIO] = {}
+        # A failed input is noted by the thread that read it, others by the one that writes.
+        self._lock = threading.Lock()
 
     def predictions(self, head: str) -> Path:
         """The JSONL file of a head."""
@@ -92,14 +96,18 @@ class OutputFolder:
         return self.folder / "pictures" / f"{item.stem}{'.mp4' if item.is_video else '.jpg'}"
 
     def add_picture(self, item: Item, picture: np.ndarray) -> None:
-        """(H, W, 3) uint8 RGB, as JPEG."""
+        """(H, W, 3) uint8 RGB, as JPEG; made smaller where that cannot be so large."""
         path = self.picture_file(item)
         path.parent.mkdir(parents=True, exist_ok=True)
-        done, code = cv2.imencode(".jpg", picture[:, :, ::-1], [cv2.IMWRITE_JPEG_QUALITY, _JPEG_QUALITY])
-        if not done:
-            raise ValueError(
-                f"a picture of {picture.shape[1]}x{picture.shape[0]} pixels is too large for JPEG"
-            )
+        shrink = max(picture.shape[:2]) / _LONGEST_JPEG_SIDE
+        if shrink > 1:
+            height, width = (max(1, int(side / shrink)) for side in picture.shape[:2])
+            logger.warning(
+                "%s: a JPEG has %d pixels at most on a side; drawn at %dx%d. Files of results have the full size.",
+                item.name, _LONGEST_JPEG_SIDE, width, height,
+            )  # fmt: skip
+            picture = cv2.resize(picture, (width, height), interpolation=cv2.INTER_AREA)
+        code = cv2.imencode(".jpg", picture[:, :, ::-1], [cv2.IMWRITE_JPEG_QUALITY, _JPEG_QUALITY])[1]
         write_bytes(path, code.tobytes())
 
     def finish(self, item: Item, **facts: Any) -> None:
@@ -135,12 +143,13 @@ class OutputFolder:
 
     def _claim(self, made_by: dict[str, Any], overwrite: bool) -> None:
         path = self.folder / "run.json"
-        before = json.loads(path.read_text()) if path.is_file() else None
+        before = self._run_before(path, overwrite)
         if overwrite and before is not None:
             for name in ("run.json", "done.jsonl"):
                 (self.folder / name).unlink(missing_ok=True)
-            for folder in (*before["heads"], "pictures"):
-                shutil.rmtree(self.folder / folder, ignore_errors=True)
+            for folder in (*before.get("heads", ()), "pictures"):
+                if Path(folder).name == folder != "..":  # nothing outside of the folder, whoever wrote the file
+                    shutil.rmtree(self.folder / folder, ignore_errors=True)
             before = None
         if before is not None and before != made_by:
             differing = sorted(key for key in {*before, *made_by} if before.get(key) != made_by.get(key))
@@ -151,14 +160,31 @@ class OutputFolder:
         if before is None:
             write_text(path, json.dumps(made_by, indent=1))
 
+    def _run_before(self, path: Path, overwrite: bool) -> dict[str, Any] | None:
+        if not path.is_file():
+            return None
+        try:
+            before = json.loads(path.read_text())
+            if isinstance(before, dict):
+                return before
+        except ValueError:
+            pass
+        if overwrite:
+            return {}
+        raise ValueError(
+            f"{path} is not what a prediction run writes. Choose another --output, or --overwrite to replace it."
+        )
+
     def _append(self, path: Path, line: dict[str, Any]) -> None:
-        if path not in self._files:
-            self._files[path] = open(path, "a", encoding="utf-8")  # noqa: SIM115
-        self._files[path].write(json.dumps(line) + "\n")
+        with self._lock:
+            if path not in self._files:
+                self._files[path] = open(path, "a", encoding="utf-8")  # noqa: SIM115
+            self._files[path].write(json.dumps(line) + "\n")
 
     def _flush(self) -> None:
-        for file in self._files.values():
-            file.flush()
+        with self._lock:
+            for file in self._files.values():
+                file.flush()
 
 
 def read_lines(path: Path) -> Iterator[dict[str, Any]]:

@@ -186,7 +186,17 @@ class PredictionRun:
                     self._wait_for_writing(0)  # nothing may come after the file is closed
             if frames == 0:
                 raise ValueError("not one frame could be decoded")
+            self._tell_missing(item, reader, frames)
         self._write(item, self._finish_video, item, frames)
+
+    def _tell_missing(self, item: Item, reader: VideoReader, frames: int) -> None:
+        """A cut or damaged video is predicted as far as it decodes, but not in silence."""
+        claimed = reader.frames or 0  # where it is only estimated, a few frames too many
+        if reader.damaged or frames < 0.95 * claimed - 2:
+            logger.warning(
+                "%s is cut or damaged: %d frames are predicted, of %s that it claims; %d packets do not decode.",
+                item.path, frames, claimed or "?", reader.damaged,
+            )  # fmt: skip
 
     def _frames(
         self,

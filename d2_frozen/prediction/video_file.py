@@ -19,15 +19,19 @@ _PLAYS_EVERYWHERE = "yuv420p"
 class VideoReader:
     """Iterating gives (seconds from the start, (H, W, 3) uint8 RGB) of every frame that can be decoded.
 
+    What does not decode is left out, and so is what a cut file lacks; the frames around it are given.
+
     Attributes:
         rate: frames per second.
         frames: how many there are, as the file says or its length suggests; None where neither is known.
+        damaged: how many packets did not decode the last time.
     Raises:
         ValueError: no video stream, or not a video at all.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.damaged = 0
         try:
             with av.open(str(path)) as container:
                 if not container.streams.video:
@@ -41,18 +45,31 @@ class VideoReader:
             raise ValueError(f"{path} cannot be read as a video: {err}") from err
 
     def __iter__(self) -> Iterator[tuple[float, np.ndarray]]:
-        try:
-            with av.open(str(self.path)) as container:
-                stream = container.streams.video[0]
-                stream.thread_type = "AUTO"
-                start: float | None = None  # many files do not begin at 0
-                for number, frame in enumerate(container.decode(stream)):
-                    seconds = float(frame.time) if frame.time is not None else float(number / self.rate)
-                    start = seconds if start is None else start
-                    seconds -= start
-                    yield seconds, _turned(frame.to_ndarray(format="rgb24"), getattr(frame, "rotation", 0))
-        except av.FFmpegError as err:
-            raise ValueError(f"{self.path} breaks off: {err}") from err
+        self.damaged = 0
+        with av.open(str(self.path)) as container:
+            stream = container.streams.video[0]
+            stream.thread_type = "AUTO"
+            start: float | None = None  # many files do not begin at 0
+            for number, frame in enumerate(self._decoded(container, stream)):
+                seconds = float(frame.time) if frame.time is not None else float(number / self.rate)
+                start = seconds if start is None else start
+                seconds -= start
+                yield seconds, _turned(frame.to_ndarray(format="rgb24"), getattr(frame, "rotation", 0))
+
+    def _decoded(self, container: Any, stream: Any) -> Iterator[Any]:
+        packets = container.demux(stream)
+        while True:
+            try:
+                packet = next(packets)
+            except StopIteration:
+                return
+            except av.FFmpegError:  # the container itself is damaged here; there is no way on
+                self.damaged += 1
+                return
+            try:
+                yield from packet.decode()
+            except av.FFmpegError:
+                self.damaged += 1
 
 
 class VideoWriter:

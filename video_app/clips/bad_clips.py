@@ -41,10 +41,10 @@ class BadClips:
 
 
 def read_bad_clips(path: str | Path) -> dict[str, str]:
-    """{path: reason}; empty if there is no such file."""
+    """{path: reason}; empty if there is no such file that can be read."""
     try:
         text = Path(path).read_text(encoding="utf-8", errors="surrogateescape")
-    except FileNotFoundError:
-        return {}
+    except (FileNotFoundError, NotADirectoryError, PermissionError):
+        return {}  # a head that was trained elsewhere names a folder of that machine
     lines = (line.partition("\t") for line in text.splitlines())
     return {path: reason for path, _, reason in lines if path}

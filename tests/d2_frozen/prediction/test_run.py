@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import subprocess
 import sys
 from collections.abc import Callable
@@ -12,9 +13,11 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
+from PIL import Image
 from pycocotools.coco import COCO
 
 from d2_frozen.predict import main, parse
+from d2_frozen.prediction.heads import load_heads
 from d2_frozen.prediction.inputs import find_items
 from d2_frozen.prediction.outputs import read_lines
 from d2_frozen.prediction.run import BadInputError
@@ -166,6 +169,115 @@ def test_a_video_that_breaks_off_leaves_nothing_half_done(
     assert list(summary.failed) == ["film.mp4"]
     assert not lines(out / "det" / "predictions.jsonl")
     assert not list((out / "pictures").glob("*"))
+
+
+def test_a_damaged_video_is_predicted_as_far_as_it_decodes(
+    heads: list[str], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Zeros over a stretch in the middle: the frames in front of it and behind it are there, and the log says it."""
+    path = tmp_path / "film.mp4"
+    noise = np.random.default_rng(0)
+    with VideoWriter(path, Fraction(10)) as film:
+        for _ in range(40):
+            film.add(noise.integers(0, 255, (48, 64, 3), dtype=np.uint8))
+    content = bytearray(path.read_bytes())
+    middle = content.find(b"mdat") + (len(content) // 2)
+    content[middle : middle + 6000] = bytes(6000)
+    path.write_bytes(content)
+    reader = VideoReader(path)
+    there = len(list(reader))
+    assert 0 < there < 40 and reader.damaged
+    logging.getLogger("d2_frozen").propagate = True
+    summary = main([*heads[:2], str(path), "--output", str(tmp_path / "out")])
+    assert (summary.failed, summary.inputs) == ({}, 1)
+    frames = [line["frame"] for line in lines(tmp_path / "out" / "det" / "predictions.jsonl")]
+    assert frames == list(range(there))
+    assert f"film.mp4 is cut or damaged: {there} frames are predicted" in caplog.text
+
+
+def test_results_inside_the_folder_of_inputs_are_no_inputs(
+    heads: list[str], pictures: Path, tmp_path: Path
+) -> None:
+    command = [*heads[:2], str(pictures), "--output", str(pictures / "predictions")]
+    assert main(command).inputs == 3
+    assert main(command).inputs == 0
+    assert main([*command, "--overwrite"]).inputs == 3
+    assert len(lines(pictures / "predictions" / "det" / "predictions.jsonl")) == 3
+    # Given by themselves, results are pictures like others.
+    again = main([*heads[:2], str(pictures / "predictions/pictures"), "--output", str(tmp_path / "o")])
+    assert again.inputs == 3
+    with pytest.raises(ValueError, match="both an input and the folder for results"):
+        main([*heads[:2], str(pictures), "--output", str(pictures)])
+
+
+def test_pictures_cut_out_of_a_video_do_not_share_its_folder_of_results(tmp_path: Path) -> None:
+    for name in ("film.mp4", "film/000001.png", "b.jpg", "b.png", "b.jpg.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    stems = {item.name: item.stem for item in find_items([tmp_path])}
+    assert stems["film.mp4"] == "film.mp4" and stems["film/000001.png"] == "film/000001"
+    assert len(set(stems.values())) == 5
+
+
+def test_pictures_of_any_shape_and_none_of_16_bits(heads: list[str], tmp_path: Path) -> None:
+    """A side that the resize would round to nothing keeps a pixel; 16 bits would be nearly all white."""
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    Image.fromarray(np.full((3000, 2, 3), 90, np.uint8)).save(folder / "tall.png")
+    Image.fromarray(np.full((40, 40), 30000, np.uint16)).save(folder / "deep.png")
+    Image.fromarray(np.full((40, 40), 0.5, np.float32)).save(folder / "float.tif")
+    summary = main([*heads, str(folder), "--output", str(tmp_path / "out")])
+    assert summary.inputs == 1 and sorted(summary.failed) == ["deep.png", "float.tif"]
+    assert "8 bits per channel" in summary.failed["deep.png"]
+    assert "floating point" in summary.failed["float.tif"]
+
+
+def test_a_picture_too_long_for_jpeg_is_drawn_smaller(heads: list[str], tmp_path: Path) -> None:
+    Image.fromarray(np.full((8, 66000, 3), 90, np.uint8)).save(tmp_path / "long.png")
+    main(["--heads", heads[2], str(tmp_path / "long.png"), "--output", str(tmp_path / "out")])
+    assert Image.open(tmp_path / "out/pictures/long.jpg").size == (65500, 7)
+    assert Image.open(tmp_path / "out/seg/labels/long.png").size == (66000, 8)
+
+
+def test_a_folder_whose_run_json_is_something_else(heads: list[str], pictures: Path, tmp_path: Path) -> None:
+    out, outside = tmp_path / "out", tmp_path / "precious"
+    for folder in (out, outside):
+        folder.mkdir()
+    command = [*heads[:2], str(pictures / "a.png"), "--output", str(out)]
+    (out / "run.json").write_text("{half")
+    with pytest.raises(ValueError, match="run.json is not what a prediction run writes"):
+        main(command)
+    (out / "run.json").write_text(json.dumps({"heads": {str(outside): {}, "../precious": {}, "..": {}}}))
+    assert main([*command, "--overwrite"]).inputs == 1
+    assert outside.is_dir()
+
+
+def test_options_are_for_the_heads_that_have_them(heads: list[str], tmp_path: Path) -> None:
+    options = ["TEST.SLIDING_WINDOW.SIZE", "32"]
+    detection, segmentation = load_heads(heads[1:], options=options)
+    assert "SLIDING_WINDOW" not in detection.cfg.TEST and segmentation.cfg.TEST.SLIDING_WINDOW.SIZE == 32
+    with pytest.raises(
+        ValueError, match=r"no head has the config key TEST.SLIDING_WINDOW.SIZES; did you mean"
+    ):
+        load_heads(heads[1:], options=["TEST.SLIDING_WINDOW.SIZES", "32"])
+    with pytest.raises(ValueError, match="KEY VALUE pairs"):
+        load_heads(heads[1:], options=["SEED"])
+
+
+@pytest.mark.parametrize("flags", [["--batch", "-3"], ["--readers", "0"]])
+def test_counts_that_would_predict_nothing_are_refused(flags: list[str]) -> None:
+    with pytest.raises(SystemExit):
+        parse(["--heads", "det.pth", "a.jpg", "--output", "out", *flags])
+
+
+def test_devices_and_names_that_cannot_be(heads: list[str]) -> None:
+    with pytest.raises(ValueError, match="'abacus' is not known"):
+        load_heads(heads[1:], device="abacus")
+    with pytest.raises(ValueError, match="torch sees [0-9]+ GPUs"):
+        load_heads(heads[1:], device="cuda:99")
+    for name in ("..", "pictures"):
+        with pytest.raises(ValueError, match="cannot be called"):
+            load_heads([f"{name}={heads[1]}"])
 
 
 def test_odd_sides_are_padded_for_the_codec(tmp_path: Path) -> None:
