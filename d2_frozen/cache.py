@@ -44,7 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     try:
         return args.run(args)
-    except (FileNotFoundError, ValueError, SampleError) as err:
+    except (OSError, ValueError, SampleError) as err:
         print(f"error: {err}", file=sys.stderr)
         return 2
 
@@ -54,6 +54,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def build(args: argparse.Namespace) -> int:
     """All views of all training images of a config into its cache."""
+    if args.processes < 1:
+        raise ValueError(f"--processes is {args.processes}; it must be at least 1.")
     if args.processes > 1:
         return _build_in_processes(args)
     cfg = _config(args.config_file, args.opts)
@@ -196,7 +198,10 @@ def _part(text: str) -> tuple[int, int]:
 def _config(config_file: str, options: list[str]) -> CfgNode:
     from d2_frozen.engine.caching import check_cache_settings
 
-    cfg = read_config(config_file, options)
+    try:
+        cfg = read_config(config_file, options)
+    except (KeyError, AssertionError) as err:  # an unknown key; the message names it
+        raise ValueError(err.args[0] if err.args else str(err)) from err
     check_cache_settings(cfg)
     cfg.SEED = max(cfg.SEED, 0)
     tasks.task_of(cfg).prepare_datasets(cfg, train=True)
@@ -243,6 +248,9 @@ def info(args: argparse.Namespace) -> int:
     """What is in a cache folder, space by space."""
     spaces = spaces_in(args.dir)
     rows = [_row(space) for space in spaces]
+    if not spaces:
+        _tell_empty(args.dir)
+        return 0
     print(tabulate(rows, headers=["space", "entries", "on disk", "per entry", "shards", "last used"]))
     for space in spaces:
         print(f"\n{space.id}: {space.describe()}")
@@ -251,6 +259,13 @@ def info(args: argparse.Namespace) -> int:
         f"\n{args.dir}: {gib(sum(space.bytes() for space in spaces))} in all; {gib(free)} are free on its disk."
     )
     return 0
+
+
+def _tell_empty(folder: str) -> None:
+    print(
+        f"{folder} holds no features. MODEL.FROZEN.CACHE.DIR of a config says where they are; training or "
+        "`python -m d2_frozen.cache build` fills it."
+    )
 
 
 def _row(space: Space) -> list[Any]:
@@ -268,7 +283,10 @@ def _row(space: Space) -> list[Any]:
 def verify(args: argparse.Namespace) -> int:
     """Read every entry and compare its checksum. With --repair, shards that hold damaged ones are deleted."""
     damaged: list[tuple[Space, str]] = []
-    for space in spaces_in(args.dir):
+    spaces = spaces_in(args.dir)
+    if not spaces:
+        _tell_empty(args.dir)
+    for space in spaces:
         store = Store(space.folder)
         places = list(store.places())
         bad = []
@@ -317,6 +335,9 @@ def prune(args: argparse.Namespace) -> int:
         raise ValueError(
             "say what to delete: --space ID, --unused-days D, or --max-gb G (longest unused first)."
         )
+    for flag, value in (("unused-days", args.unused_days), ("max-gb", args.max_gb)):
+        if value is not None and not value >= 0:
+            raise ValueError(f"--{flag} is {value}; it is 0 or more.")
     now = time.time()
     doomed = [
         space

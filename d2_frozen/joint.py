@@ -103,11 +103,14 @@ def argument_parser() -> argparse.ArgumentParser:
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """Flags; KEY VALUE options may follow the files directly."""
-    args = argument_parser().parse_args(arguments)
+    parser = argument_parser()
+    args = parser.parse_args(arguments)
     files = [i for i, text in enumerate(args.config_files) if not text.endswith((".yaml", ".yml"))]
     if files:
         args.opts = args.config_files[files[0] :] + args.opts
         args.config_files = args.config_files[: files[0]]
+    if not args.config_files:
+        parser.error(f"--config-files: {args.opts[0]!r} is no .yaml file, and options come behind the files.")
     return args
 
 

@@ -23,6 +23,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from d2_frozen.data.register import read_class_list
 from video_app.clips.decoder import BadClip, ClipDecoder, VideoReading
 from video_app.clips.sampling import SamplingPlan
 from video_app.data.lists import (
@@ -34,6 +35,7 @@ from video_app.data.lists import (
     write_lines,
     write_list,
 )
+from video_app.data.register import classes_beside
 
 # Beginning, middle and end: a cut file fails at the end.
 _LOOK = SamplingPlan("uniform", frames=3)
@@ -160,14 +162,7 @@ def kinetics_pairs(
         ValueError: a class of the csv that the class file lacks.
     """
     clips = read_kinetics_csv(csv_file)
-    named = sorted({clip.class_name for clip in clips})
-    classes = classes_file.read_text(encoding="utf-8").splitlines() if classes_file.is_file() else named
-    unknown = sorted(set(named) - set(classes))
-    if unknown:
-        raise ValueError(
-            f"{csv_file} has the class {unknown[0]!r}, which {classes_file} lacks; prepare the training split first, "
-            "or delete that file."
-        )
+    classes = common_classes(sorted({clip.class_name for clip in clips}), csv_file, classes_file)
     label_of = {name: label for label, name in enumerate(classes)}
     # Downloaders differ in folders (per split, per class) but not in stems.
     place_of: dict[str, list[str]] = {}
@@ -182,6 +177,27 @@ def kinetics_pairs(
         else:
             pairs.append((_of_class(place_of[stem], clip.class_name), label_of[clip.class_name]))
     return pairs, classes, missing
+
+
+def common_classes(named: list[str], place: str, classes_file: Path) -> list[str]:
+    """The classes of all splits, in the order of labels: those of the class file if it exists, else those of this one.
+
+    Args:
+        named: classes that a split has.
+        place: where it has them, for the message.
+    Raises:
+        ValueError: a class that the class file lacks.
+    """
+    if not classes_file.is_file():
+        return named
+    classes = read_class_list(str(classes_file.absolute()), str(classes_file)) or []
+    unknown = sorted(set(named) - set(classes))
+    if unknown:
+        raise ValueError(
+            f"{place} has the class {unknown[0]!r}, which {classes_file} lacks; prepare the training split first, "
+            "or delete that file."
+        )
+    return classes
 
 
 def _of_class(paths: list[str], class_name: str) -> str:
@@ -200,10 +216,16 @@ def main(arguments: list[str] | None = None) -> None:
         if args.kind == "kinetics":
             pairs, classes, missing = kinetics_pairs(args.csv, args.videos, classes_file)
         elif args.kind == "folder":
-            classes = folder_classes(args.videos)
+            # A class that no video of this split shows would move the labels of those behind it.
+            classes = common_classes(folder_classes(args.videos), args.videos, classes_file)
             pairs = folder_list(args.videos, classes)
         else:
             pairs = read_list(args.list)
+            classes = classes_beside(args.list)
+            if classes is not None and common_classes(classes, args.list, classes_file) != classes:
+                raise ValueError(
+                    f"{classes_file} has other classes than {args.list}; choose another --output."
+                )
         reading = VideoReading(args.reader, short_side_px=64, timeout_s=args.timeout)
         name = (
             args.name or Path(args.csv if args.kind == "kinetics" else getattr(args, "list", "videos")).stem
@@ -211,7 +233,7 @@ def main(arguments: list[str] | None = None) -> None:
         if not pairs:
             raise ValueError(f"no video of the list is under {args.videos}")
         bad = prepare(pairs, args.videos, output, name, reading, args.workers)
-    except (ValueError, OSError) as err:
+    except (ValueError, OSError, RuntimeError) as err:
         sys.exit(f"prepare: {err}")
     if classes is not None:
         write_lines(classes_file, classes)

@@ -9,11 +9,14 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import logging
 import os
 from pathlib import Path
 from typing import Any
 
 from d2_frozen.caching.store import Store, bytes_under
+
+logger = logging.getLogger(__name__)
 
 _FACTS = "space.json"
 # Of the layout of blobs and the meaning of keys; a change makes new spaces.
@@ -63,7 +66,8 @@ class Space:
 
 
 def spaces_in(root: str | Path) -> list[Space]:
-    """All spaces of a cache folder, that last used first; other things in the folder are left alone.
+    """All spaces of a cache folder, that last used first; other things in the folder are left alone, among them
+    folders whose space.json is not what a cache writes.
 
     Raises:
         FileNotFoundError: no such folder.
@@ -73,7 +77,15 @@ def spaces_in(root: str | Path) -> list[Space]:
         raise FileNotFoundError(f"no cache folder at {root}; MODEL.FROZEN.CACHE.DIR says where it is.")
     found = []
     for path in root.glob(f"*/{_FACTS}"):
-        facts = json.loads(path.read_text())
+        try:
+            facts = json.loads(path.read_text())
+        except FileNotFoundError:  # pruned meanwhile
+            continue
+        except ValueError:
+            facts = None
+        if not isinstance(facts, dict):
+            logger.warning("%s is not what a feature cache writes; its folder is left alone.", path)
+            continue
         facts.pop("format", None)
         space = Space(root, facts)
         space.folder = path.parent  # of an older format it has another name

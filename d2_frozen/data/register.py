@@ -138,7 +138,7 @@ def read_class_list(classes: Any, place: str) -> list[str] | None:
         path = Path(find_path(classes))
         if not path.is_file():
             raise FileNotFoundError(f"{place}: no class file at {path}.")
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")  # Windows' editors begin a file with a mark
         try:
             classes = json.loads(text) if path.suffix == ".json" else text.split("\n")
         except ValueError as err:

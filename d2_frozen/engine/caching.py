@@ -55,12 +55,21 @@ def open_cache(cfg: CfgNode, model: nn.Module) -> FeatureCache | None:
     """The cache of MODEL.FROZEN.CACHE.DIR for this model, None if DIR is empty.
 
     The weights must be in the model: their fingerprint is part of what features are known by.
+
+    Raises:
+        ValueError: DIR is no folder, or one that cannot be written to and has nothing for this model.
     """
     settings = cfg.MODEL.FROZEN.CACHE
     if not settings.DIR:
         return None
     space = space_of(cfg, model)
-    store = space.open(int(settings.MAX_GB * 2**30))
+    try:
+        store = space.open(int(settings.MAX_GB * 2**30))
+    except OSError as err:
+        raise ValueError(
+            f"MODEL.FROZEN.CACHE.DIR is {settings.DIR!r}; it holds no features of this backbone, and nothing can be "
+            f"written there: {err}. Choose a folder that can be written to, or DIR '' to train without a cache."
+        ) from err
     # Pictures of the training input want pixels.
     cache = FeatureCache(store, space.facts["dtype"], space.facts["maps"], wants_pixels=cfg.VIS_PERIOD > 0)
     logger.info(

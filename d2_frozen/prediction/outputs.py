@@ -148,7 +148,9 @@ class OutputFolder:
             for name in ("run.json", "done.jsonl"):
                 (self.folder / name).unlink(missing_ok=True)
             for folder in (*before.get("heads", ()), "pictures"):
-                if Path(folder).name == folder != "..":  # nothing outside of the folder, whoever wrote the file
+                if (
+                    Path(folder).name == folder != ".."
+                ):  # nothing outside of the folder, whoever wrote the file
                     shutil.rmtree(self.folder / folder, ignore_errors=True)
             before = None
         if before is not None and before != made_by:

@@ -93,6 +93,10 @@ def _check_folders(report: LabelMapReport, facts: Any) -> bool:
         report.add("two files of one name", path, "they differ in the extension only", skippable=False)
     if not found.pairs:
         counts = f"{len(found.images_alone)} images, {len(found.labels_alone)} label maps"
+        if not found.labels_alone and any(
+            name.lower().endswith((".jpg", ".jpeg")) for _, _, names in os.walk(labels) for name in names
+        ):
+            counts += "; JPEG is no format for label maps, since it changes numbers: save them as PNG"
         report.add("no image with a label map of its name", f"{images} and {labels}", counts, skippable=False)
     return bool(found.pairs)
 
@@ -149,10 +153,7 @@ def _look(
         with PathManager.open(path, "rb") as file, Image.open(file) as image:
             check_id_mode(path, image.mode)
         return None
-    try:
-        present = np.flatnonzero(np.bincount(read_label_map(path, values, ignore_label).ravel()))
-    except (OSError, SyntaxError, EOFError) as err:
-        raise LabelMapError("broken label map", f"{path}: {err}") from err
+    present = np.flatnonzero(np.bincount(read_label_map(path, values, ignore_label).ravel()))
     if allowed is not None and len(wrong := np.setdiff1d(present, allowed)):
         raise LabelMapError(
             "label value out of range",

@@ -36,12 +36,16 @@ def read_label_map(
     Returns:
         (H, W) integers, 0..65535.
     Raises:
-        LabelMapError: the file holds colours instead of ids, or larger numbers.
-        FileNotFoundError, PIL.UnidentifiedImageError: no such file, no image.
+        LabelMapError: the file holds colours instead of ids, or larger numbers; it is cut, damaged, or no image.
+        FileNotFoundError: no such file.
     """
-    with PathManager.open(path, "rb") as file, Image.open(file) as image:
-        check_id_mode(path, image.mode)
-        numbers = np.array(image)
+    with PathManager.open(path, "rb") as file:
+        try:
+            with Image.open(file) as image:
+                check_id_mode(path, image.mode)
+                numbers = np.array(image)
+        except (OSError, SyntaxError, EOFError) as err:  # PIL does not name the file
+            raise LabelMapError("broken label map", f"{path}: {err}") from err
     if numbers.dtype == bool:
         numbers = numbers.astype(np.uint8)
     lowest, highest = int(numbers.min(initial=0)), int(numbers.max(initial=0))
@@ -62,7 +66,7 @@ def check_id_mode(path: str, mode: str) -> None:
     if mode not in ID_MODES:
         raise LabelMapError(
             "label map holds colours instead of class ids",
-            f"{path} is {mode}; one channel of 8 or 16 bits is wanted",
+            f"{path} is {mode}; one channel of 8 or 16 bits is wanted, with the number of its class at each pixel",
         )
 
 

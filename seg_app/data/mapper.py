@@ -31,6 +31,7 @@ class SegmentationMapper:
         augmentations: in the order in which they run; label maps are resized by nearest neighbour.
         image_format: as Detectron2's ``read_image`` has it.
         ignore_value: what ignored pixels are for the model; the data's own number may be another one.
+        num_classes: larger ids are an error here, where DATASETS.SKIP_BAD can draw another image; None: not looked at.
         fast_reading: INPUT.FAST_READING, for training.
     """
 
@@ -44,7 +45,9 @@ class SegmentationMapper:
         image_format: str = "RGB",
         ignore_value: int = 255,
         fast_reading: bool = False,
+        num_classes: int | None = None,
     ) -> None:
+        self.num_classes = num_classes
         self.fast_reading = fast_reading
         self.is_train = is_train
         self.augmentations = T.AugmentationList(list(augmentations))
@@ -59,6 +62,9 @@ class SegmentationMapper:
             image_format=cfg.INPUT.FORMAT,
             ignore_value=cfg.MODEL.SEM_SEG_HEAD.IGNORE_VALUE,
             fast_reading=cfg.INPUT.FAST_READING,
+            num_classes=cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES
+            if cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES > 0
+            else None,
         )
 
     def __call__(self, record: dict[str, Any]) -> dict[str, Any]:
@@ -67,7 +73,7 @@ class SegmentationMapper:
             The record with "height", "width" of the file, "image" (3, h, w) uint8, in training "sem_seg" (h, w) int64
             and its values (LABEL_VALUES).
         Raises:
-            LabelMapError: image and label map differ in size, or the latter holds no ids.
+            LabelMapError: image and label map differ in size, or the latter holds no ids, or ids that are no classes.
         """
         record = dict(record)
         if self.is_train:
@@ -117,6 +123,7 @@ class SegmentationMapper:
         ignore_label = record.get("ignore_label", 255)
         labels = read_label_map(path, record.get("label_values"), ignore_label)
         present = np.array([value for value in values_of(labels) if value != ignore_label], dtype=np.int64)
+        self._check_ids(path, present)
         # Numbers 0, 1, ... without 255, which stands for ignored.
         numbers = np.arange(len(present)) + (np.arange(len(present)) >= _IGNORED)
         class_of = np.full(max(_IGNORED, len(present)) + 1, self.ignore_value, dtype=np.int64)
@@ -126,6 +133,17 @@ class SegmentationMapper:
         # Detectron2 resizes 8-bit label maps by pixel centres, and others in floating point.
         dtype = np.uint8 if len(present) <= _IGNORED else np.float32
         return np.take(number_of.astype(dtype), labels), class_of
+
+    def _check_ids(self, path: str, present: np.ndarray) -> None:
+        if self.num_classes is None:
+            return
+        wrong = present[(present >= self.num_classes) & (present != self.ignore_value)]
+        if len(wrong):
+            raise LabelMapError(
+                "label value out of range",
+                f"{path} has {', '.join(map(str, wrong[:5]))}; the {self.num_classes} classes are 0 to "
+                f"{self.num_classes - 1}",
+            )
 
 
 def _add_labels(record: dict[str, Any], numbers: np.ndarray, class_of: np.ndarray) -> None:

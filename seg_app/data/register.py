@@ -125,7 +125,9 @@ def _ignore_label(given: Any, classes: list[str] | None, name: str) -> int:
         return 255 if classes is None or len(classes) <= 255 else 65535
     if type(given) is not int or given < 0 or (classes and given < len(classes)):
         raise ValueError(
-            f"DATASETS.REGISTER ({name}): ignore_label is {given!r}; a number that is no class id is wanted."
+            f"DATASETS.REGISTER ({name}): ignore_label is {given!r}; a number that is no class id is wanted. Where ids "
+            "in your files do not begin at 0, list them in label_values, in the order of classes, as [1, 2, 3]; all "
+            "other numbers are ignored then."
         )
     return given
 

@@ -6,6 +6,7 @@ other classes that are taken for them lower the IoU of those.
 
 from __future__ import annotations
 
+import io
 import logging
 import os
 from collections.abc import Sequence
@@ -18,6 +19,7 @@ from PIL import Image
 from tabulate import tabulate
 
 from d2_frozen.confusion import confusion_picture, mostly_taken_for
+from d2_frozen.data.written import write_bytes
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.evaluation import SemSegEvaluator
 from seg_app.data.label_maps import read_label_map
@@ -65,7 +67,9 @@ class LabelMapEvaluator(SemSegEvaluator):
             path = (self._prediction_folder / relative).with_suffix(".png")
             path.parent.mkdir(parents=True, exist_ok=True)
             dtype = np.uint8 if self._values.max() <= 255 else np.uint16
-            Image.fromarray(labels.astype(dtype)).save(path)
+            buffer = io.BytesIO()
+            Image.fromarray(labels.astype(dtype)).save(buffer, format="PNG")
+            write_bytes(path, buffer.getvalue())
 
     def evaluate(self) -> dict[str, Any] | None:
         """Detectron2's result; logs the table, writes the confusion matrix. None on all processes but the first."""
@@ -75,8 +79,8 @@ class LabelMapEvaluator(SemSegEvaluator):
         counts = np.asarray(self._conf_matrix)[:-1, :-1].T  # rows: truth, columns: prediction
         logger.info("%s, per class:\n%s", self._name, class_table(self._classes, counts))
         if self._output_dir:
-            path = os.path.join(self._output_dir, f"confusion_{self._name}.png")
-            cv2.imwrite(path, confusion_picture(self._classes, counts)[..., ::-1])
+            picture = cv2.imencode(".png", confusion_picture(self._classes, counts)[..., ::-1])[1]
+            write_bytes(Path(self._output_dir, f"confusion_{self._name}.png"), picture.tobytes())
         return results
 
 

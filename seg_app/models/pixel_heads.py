@@ -134,6 +134,8 @@ class UPerNetHead(_PixelHead):
         conv_dims: width.
         pool_sizes: cells per side to which the coarsest map is averaged (arXiv 1612.01105).
         norm, loss_weight, ignore_value: as for :class:`LinearSegHead`.
+    Raises:
+        ValueError: norm is "GN", and the width is too small for its groups.
     """
 
     @configurable
@@ -149,6 +151,11 @@ class UPerNetHead(_PixelHead):
         ignore_value: int = 255,
     ) -> None:
         super().__init__(input_shape, num_classes, loss_weight, ignore_value)
+        if norm == "GN" and (conv_dims % 32 or conv_dims < 64):
+            raise ValueError(
+                f"MODEL.SEM_SEG_HEAD.CONVS_DIM is {conv_dims}; with NORM GN, which has 32 groups, UPerNetHead wants a "
+                "multiple of 32, and 64 or more: one cell of one channel cannot be normalised. LN takes any."
+            )
         channels = [input_shape[name].channels for name in self.in_features]
         coarsest = channels[-1]
         self.pool_sizes = tuple(pool_sizes)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from d2_frozen.backbone import FrozenBackbone
+from d2_frozen.data.label_values import values_in
 from d2_frozen.summary import RestOf
 from detectron2.config import CfgNode, configurable
 from detectron2.modeling import META_ARCH_REGISTRY, Backbone, build_backbone, build_sem_seg_head
@@ -186,7 +187,12 @@ class FrozenSegmentor(nn.Module):
     def _losses(self, features: dict[str, Tensor], batch: Batch, size: tuple[int, int]) -> dict[str, Tensor]:
         labels = (batch, size, self.num_classes, self.ignore_value, self.device)
         if self.criterion is None:
-            return self.sem_seg_head(features, padded_labels(*labels))[1]
+            targets = padded_labels(*labels)
+            if any(value != self.ignore_value for one in batch for value in values_in(one)):
+                return self.sem_seg_head(features, targets)[1]
+            # Detectron2's head takes a mean over the labelled pixels: of none, that is no number, and ends the run.
+            losses = self.sem_seg_head(features, torch.zeros_like(targets))[1]
+            return {name: loss * 0.0 for name, loss in losses.items()}
         targets = mask_targets(*labels)
         # Without deep supervision the earlier layers' losses have no weight.
         every_layer = "loss_ce_0" in self.criterion.weight_dict

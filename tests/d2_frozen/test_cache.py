@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from d2_frozen import cache
-from d2_frozen.caching import Store, spaces_in
+from d2_frozen.caching import Space, Store, spaces_in
 from d2_frozen.engine import FrozenTrainer
 from d2_frozen.train_net import argument_parser, setup
 
@@ -144,6 +144,34 @@ def test_messages(tiny_config: Path, tmp_path: Path, capsys: pytest.CaptureFixtu
     assert "no cache folder at" in run(capsys, "info", tmp_path / "none")[1]
     assert "DIR is empty" in run(capsys, "build", "--config-file", tiny_config)[1]
     assert "--part is '3/3'" in run(capsys, "build", "--config-file", tiny_config, "--part", "3/3")[1]
+
+
+def test_folders_that_are_no_cache(
+    tiny_config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], options: list[str]
+) -> None:
+    """Empty, or with somebody else's files: it is said, and they stay."""
+    root = tmp_path / "photos"
+    (root / "album").mkdir(parents=True)
+    for command in ("info", "verify"):
+        assert "holds no features" in run(capsys, command, root)[1]
+    for content in ("{half", "[1, 2]"):
+        (root / "album" / "space.json").write_text(content)
+        for command in (("info", root), ("verify", root), ("prune", root, "--max-gb", 0, "--yes")):
+            code, _ = run(capsys, *command)
+            assert code == 0 and (root / "album" / "space.json").read_text() == content
+    (tmp_path / "file").touch()
+    taken = ["MODEL.FROZEN.CACHE.DIR", str(tmp_path / "file"), "MODEL.FROZEN.CACHE.VIEWS", "1"]
+    code, out = run(capsys, "build", "--config-file", tiny_config, *taken)
+    assert code == 2 and "nothing can be written there" in out
+    code, out = run(capsys, "build", "--config-file", tiny_config, *options, "MODEL.FROZEN.CACHE.VIEW", "2")
+    assert code == 2 and "MODEL.FROZEN.CACHE.VIEW" in out
+
+
+def test_numbers_below_zero_delete_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Space(tmp_path, {"dtype": "fp32"}).open()
+    for flag in ("--max-gb", "--unused-days"):
+        code, out = run(capsys, "prune", tmp_path, flag, "-1", "--yes")
+        assert code == 2 and "0 or more" in out and len(spaces_in(tmp_path)) == 1
 
 
 def test_time_left_counts_what_was_computed() -> None:

@@ -243,3 +243,10 @@ def test_only_equal_loaders_share_batches(detection: Yaml) -> None:
                   ("DATASETS.SUBSET.PERCENT", "50.0"), ("MODEL.MASK_ON", "False"),
                   ("INPUT.SCALE_CROP.MIN_SCALE", "0.5")):  # fmt: skip
         assert not same_batches(first, loader(*other)), other
+
+
+def test_configs_without_their_ending_are_not_taken_for_options(capsys: pytest.CaptureFixture[str]) -> None:
+    """`--config-files parts street` would have trained nothing, and said nothing."""
+    with pytest.raises(SystemExit):
+        joint.parse(["--config-files", "parts", "street"])
+    assert "'parts' is no .yaml file" in capsys.readouterr().err

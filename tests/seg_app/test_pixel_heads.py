@@ -75,3 +75,10 @@ def test_loss_counts_labelled_pixels_only(make) -> None:
     assert math.isclose(head.loss(logits, targets).item(), math.log(3), rel_tol=1e-6)
     _, losses = head(features(), torch.full((2, 64, 96), 255))
     assert losses["loss_sem_seg"].item() == 0
+
+
+def test_upernet_says_which_widths_group_norm_takes() -> None:
+    for width in (8, 32, 100):
+        with pytest.raises(ValueError, match="64 or more"):
+            uper(conv_dims=width, norm="GN")
+    uper(conv_dims=64, norm="GN")

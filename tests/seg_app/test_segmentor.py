@@ -100,7 +100,7 @@ def test_any_image_size(head: str, h: int, w: int) -> None:
     assert result["sem_seg"].shape == (2, h, w) and result["sem_seg"].isfinite().all()
 
 
-@pytest.mark.parametrize("head", ["Mask2FormerHead", "UPerNetHead", "LinearSegHead"])
+@pytest.mark.parametrize("head", HEADS)
 def test_nothing_but_ignored_pixels(head: str) -> None:
     model = model_of("MODEL.SEM_SEG_HEAD.NAME", head)
     losses = model([sample(32, 32, torch.full((32, 32), 255, dtype=torch.uint8))])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ from tiny_runs import (
     VIDEO,
     Flags,
     assert_same_weights,
+    flags_for,
     losses,
     train,
     trained_on,
@@ -17,6 +19,7 @@ from tiny_runs import (
 )
 
 from d2_frozen.caching import spaces_in
+from video_app.clips.bad_clips import read_bad_clips
 from video_app.moving_shapes import generate
 
 
@@ -64,6 +67,25 @@ def test_cached_training_equals_live_training_bit_for_bit(
     for name in ("filling", "reading"):
         assert losses(tmp_path / "live") == losses(tmp_path / name)
         assert_same_weights(tmp_path / "live", tmp_path / name)
+
+
+def test_a_file_that_is_gone_ends_no_cached_run(clips: Path, tiny_config: Path, tmp_path: Path) -> None:
+    """Another takes its place, as without a cache, and it is noted."""
+    lines = (clips / "train.txt").read_text().splitlines()
+    folder = tmp_path / "lists"
+    folder.mkdir()
+    (folder / "train.txt").write_text("\n".join([*lines[:3], "gone.mp4 0"]))
+    shutil.copy(clips / "classes.txt", folder)
+    entry = {"name": "with_gone", "type": "video_list", "list": str(folder / "train.txt"), "root": str(clips)}
+    config = write_config(
+        tmp_path / "gone.yaml",
+        {"_BASE_": str(tiny_config)},
+        {"DATASETS": {"REGISTER": [entry], "TRAIN": ["with_gone"]}, "SOLVER": {"MAX_ITER": 4}},
+        {"MODEL": {"FROZEN": {"CACHE": {"DIR": str(tmp_path / "cache")}}}},
+    )
+    train(flags_for(config)())
+    (noted,) = read_bad_clips(tmp_path / "out/bad_clips.txt")
+    assert noted == str(clips / "gone.mp4")
 
 
 def test_build(flags: Flags, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -128,6 +128,7 @@ class ClipDecoder:
             child = None
         if child is None:
             child = self._child = _Child()
+        used = child.videos > 0
         request = {
             "path": os.path.abspath(path),
             "reader": reader,
@@ -138,6 +139,12 @@ class ClipDecoder:
         }
         try:
             return child.ask(request, self.reading.timeout_s)
+        except _Died as err:
+            self.close()
+            if not used or isinstance(err, _TooSlow):
+                raise
+            # It may have died of something else: too little memory, a kill, an earlier file.
+            return self._ask(path, plan, reader)
         except BaseException:
             # Also on Ctrl-C: half an answer is left in the pipe.
             self.close()
@@ -160,6 +167,10 @@ class ClipDecoder:
 
 class _Died(Exception):
     """The process crashed, or was killed since it took too long."""
+
+
+class _TooSlow(_Died):
+    """The latter."""
 
 
 class _Child:
@@ -205,7 +216,7 @@ class _Child:
         while got < count:
             left = deadline - time.monotonic()
             if left <= 0 or not ready.poll(left * 1000):
-                raise _Died(f"took longer than {timeout_s:g} s and was killed")
+                raise _TooSlow(f"took longer than {timeout_s:g} s and was killed")
             part = os.readv(place, [view[got:]])
             if not part:
                 raise _Died(self._how_it_ended())

@@ -1,6 +1,6 @@
 """The process that decodes: requests on stdin, answers on stdout, one video at a time. Made to be killed.
 
-A message is 8 bytes (length of the JSON, length of the pixels; little-endian uint32 each), the JSON, the pixels.
+A message is 12 bytes (length of the JSON, uint32, and of the pixels, uint64; little-endian), the JSON, the pixels.
 ``decoder.py`` is the other side. FFmpeg may crash, hang or leak here without harm to training.
 """
 
@@ -19,7 +19,7 @@ import numpy as np
 from video_app.clips.reader import ClipError, FewerFrames, ReaderMissing, open_clip
 from video_app.clips.sampling import SamplingPlan
 
-HEADER = struct.Struct("<II")
+HEADER = struct.Struct("<IQ")
 # A decoder whose parent is gone and which hangs ends itself this much after the time limit; loading a reader may take
 # that long.
 _GRACE_S = 90

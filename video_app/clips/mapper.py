@@ -131,7 +131,10 @@ class ClipMapper:
         if self.cache is None or self.train_crop is None:
             return None
         how = (self.reading.reader, self.reading.short_side_px, self.reading.folder_fps)
-        return self.cache.look_up(path, [how, self.plan, self.train_crop, self.size_px, self.bgr, drawn])
+        try:
+            return self.cache.look_up(path, [how, self.plan, self.train_crop, self.size_px, self.bgr, drawn])
+        except OSError:
+            return None  # it is not there, which is told when it is read
 
     def _placeholder(self) -> torch.Tensor:
         zero = torch.zeros((), dtype=torch.uint8)

@@ -10,7 +10,10 @@ from pathlib import Path
 
 from video_app.clips.frame_folder import PICTURES
 
-VIDEOS = (".mp4", ".mkv", ".webm", ".avi", ".mov", ".m4v", ".mpg", ".mpeg", ".wmv", ".flv", ".3gp", ".ts")
+VIDEOS = (
+    *(".mp4", ".mkv", ".webm", ".avi", ".mov", ".m4v", ".mpg", ".mpeg", ".wmv", ".flv", ".3gp", ".ts"),
+    *(".mts", ".m2ts", ".ogv", ".gif"),
+)
 
 
 def read_list(path: str | Path) -> list[tuple[str, int]]:
@@ -22,7 +25,8 @@ def read_list(path: str | Path) -> list[tuple[str, int]]:
         ValueError: a line that does not end in an integer of 0 or more; the list is empty.
     """
     pairs: list[tuple[str, int]] = []
-    with open(path, encoding="utf-8", errors="surrogateescape") as file:
+    # Windows' editors begin a file with a mark that would be part of the first path.
+    with open(path, encoding="utf-8-sig", errors="surrogateescape") as file:
         for number, line in enumerate(file, 1):
             line = line.strip()
             if not line or line.startswith("#"):
@@ -75,14 +79,19 @@ def folder_list(root: str | Path, classes: Sequence[str]) -> list[tuple[str, int
 
 
 def videos_below(folder: str | Path) -> Iterator[str]:
-    """Video files, and folders that hold pictures, at any depth."""
+    """Video files, and folders that hold pictures but no video file, at any depth.
+
+    Pictures beside videos are thumbnails of them, not frames.
+    """
     for place, folders, files in os.walk(folder):
         folders[:] = [name for name in folders if not name.startswith(".")]
-        if place != str(folder) and any(name.lower().endswith(PICTURES) for name in files):
+        videos = [name for name in files if is_video(name)]
+        pictures = [name for name in files if name.lower().endswith(PICTURES) and not name.startswith(".")]
+        if place != str(folder) and pictures and not videos:
             yield place
             folders.clear()
             continue
-        yield from (os.path.join(place, name) for name in files if is_video(name))
+        yield from (os.path.join(place, name) for name in videos)
 
 
 def is_video(name: str) -> bool:
@@ -103,7 +112,7 @@ def read_kinetics_csv(path: str | Path) -> list[KineticsClip]:
     Raises:
         ValueError: the columns are missing, or a time is not a number.
     """
-    with open(path, newline="", encoding="utf-8") as file:
+    with open(path, newline="", encoding="utf-8-sig") as file:
         reader = csv.DictReader(file)
         wanted = ("label", "youtube_id", "time_start", "time_end")
         missing = [name for name in wanted if name not in (reader.fieldnames or ())]

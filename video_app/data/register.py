@@ -16,7 +16,7 @@ from typing import Any
 
 from d2_frozen.data.register import entry_type, read_class_list
 from detectron2.data import DatasetCatalog, MetadataCatalog
-from video_app.data.lists import folder_classes, folder_list, read_list
+from video_app.data.lists import VIDEOS, folder_classes, folder_list, read_list
 
 _LOOKED_AT = 50
 
@@ -35,13 +35,14 @@ def load_video_list(
     """
     pairs = read_list(list_file)
     root = root if root is not None else os.path.dirname(os.path.abspath(list_file))
-    classes = classes or _classes_beside(list_file)
+    classes = classes or classes_beside(list_file)
     highest = max(label for _, label in pairs)
     if classes is None:
         classes = [str(label) for label in range(highest + 1)]
     if highest >= len(classes):
+        path = next(path for path, label in pairs if label == highest)
         raise ValueError(
-            f"{list_file} has the label {highest}, but there are {len(classes)} classes, from 0 on."
+            f"{list_file} has the label {highest}, but there are {len(classes)} classes, from 0 on ({path})."
         )
     return _records(pairs, root, classes, name, list_file)
 
@@ -59,7 +60,10 @@ def load_video_folder(root: str, classes: list[str] | None = None, name: str = "
         raise ValueError(f"{root} has the folders {', '.join(strange[:5])}, which are not among the classes.")
     pairs = folder_list(root, classes)
     if not pairs:
-        raise ValueError(f"{root}: no videos in its subfolders.")
+        raise ValueError(
+            f"{root}: no videos in its subfolders. Files with {', '.join(VIDEOS)} are videos, and so is a folder of "
+            "pictures: CLASS/VIDEO/*.jpg."
+        )
     return _records(pairs, root, classes, name, root)
 
 
@@ -82,7 +86,8 @@ def _records(
     return records
 
 
-def _classes_beside(list_file: str) -> list[str] | None:
+def classes_beside(list_file: str) -> list[str] | None:
+    """Names in classes.txt or classes.json beside a list; None if there is neither."""
     for file_name in ("classes.txt", "classes.json"):
         path = os.path.join(os.path.dirname(os.path.abspath(list_file)), file_name)
         if os.path.isfile(path):

@@ -34,3 +34,14 @@ def test_label_values_become_classes_and_the_rest_is_ignored(tmp_path: Path) -> 
     """As for Cityscapes' labelIds, where 7 is road and 8 sidewalk."""
     Image.fromarray(np.uint8([[7, 8], [0, 33]])).save(tmp_path / "a.png")
     assert read_label_map(str(tmp_path / "a.png"), [7, 8], 255).tolist() == [[0, 1], [255, 255]]
+
+
+def test_a_broken_file_is_named(tmp_path: Path) -> None:
+    """PIL's own message, "image file is truncated", names none: the image of the pair would be suspected."""
+    whole = tmp_path / "whole.png"
+    Image.fromarray(np.random.default_rng(0).integers(0, 9, (64, 64), dtype=np.uint8)).save(whole)
+    (tmp_path / "cut.png").write_bytes(whole.read_bytes()[:-900])
+    (tmp_path / "text.png").write_text("no image")
+    for name in ("cut.png", "text.png"):
+        with pytest.raises(LabelMapError, match=f"broken label map.*{name}"):
+            read_label_map(str(tmp_path / name))

@@ -93,6 +93,16 @@ def test_an_image_with_more_than_255_classes(tmp_path: Path) -> None:
     assert sample[LABEL_VALUES] == np.unique(expected).tolist()
 
 
+def test_ids_that_are_no_classes_are_an_error_of_the_sample(tmp_path: Path) -> None:
+    """In the mapper, so that DATASETS.SKIP_BAD draws another image; large sets are not decoded before training."""
+    record = record_of(tmp_path, np.uint8([[0, 1], [7, 255]]))
+    cfg = config("MODEL.SEM_SEG_HEAD.NUM_CLASSES", 3)
+    with pytest.raises(LabelMapError, match=r"out of range \(.*png has 7; the 3 classes are 0 to 2"):
+        SegmentationMapper.from_config(cfg, is_train=True)(record)
+    cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES = 8
+    SegmentationMapper.from_config(cfg, is_train=True)(record)
+
+
 def test_size_mismatch_names_both_files(tmp_path: Path) -> None:
     record = record_of(tmp_path, np.zeros((4, 4), np.uint8), np.zeros((4, 5, 3), np.uint8))
     with pytest.raises(LabelMapError, match=r"labels.png is 4x4, .*image.png is 5x4"):

@@ -165,3 +165,14 @@ def test_ade20k_is_known_and_its_absence_explained(tmp_path: Path) -> None:
     cfg.DATASETS.REGISTER, cfg.DATASETS.TRAIN = [], ("ade20k_sem_seg_train",)
     with pytest.raises(FileNotFoundError, match=r"python -m seg_app.prepare ade20k"):
         prepare_datasets(cfg)
+
+
+def test_jpeg_label_maps_and_an_ignore_label_of_0_are_told_what_to_do(label_folders, tmp_path: Path) -> None:
+    images, labels = label_folders({"a": GOOD})
+    (labels / "a.png").rename(labels / "a.jpg")
+    with pytest.raises(BadDataError, match="JPEG is no format for label maps"):
+        prepare_datasets(config_of(images, labels, tmp_path, classes=["sky", "sea", "land"]))
+    with pytest.raises(ValueError, match="list them in label_values"):
+        prepare_datasets(
+            config_of(images, labels, tmp_path, name="mine_0", classes=["sky", "sea", "land"], ignore_label=0)
+        )

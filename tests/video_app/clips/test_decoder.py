@@ -19,6 +19,7 @@ from video_app.clips import decoder as decoder_module
 from video_app.clips.bad_clips import BadClips, read_bad_clips
 from video_app.clips.crops import TrainCrop
 from video_app.clips.decoder import BadClip, ClipDecoder, VideoReading
+from video_app.clips.decoder_process import HEADER
 from video_app.clips.mapper import ClipMapper
 from video_app.clips.reader import installed_readers
 from video_app.clips.sampling import SamplingPlan
@@ -44,18 +45,49 @@ def gone(pid: int) -> bool:
 @pytest.mark.parametrize(
     "blow, told", [(signal.SIGSTOP, "took longer than 1 s"), (signal.SIGSEGV, "by signal 11")]
 )
-def test_the_other_reader_steps_in(video: Path, blow: signal.Signals, told: str) -> None:
-    """A stopped process stands for a hang in C code, a signal for a crash."""
+def test_the_other_reader_steps_in(
+    video: Path, blow: signal.Signals, told: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A stopped process stands for a hang in C code, a signal for a crash, in each process that has the file."""
     decoder = ClipDecoder(VideoReading(timeout_s=1))
     expected = decoder.read(str(video), PLAN).frames
     first = pid_of(decoder)
-    os.kill(first, blow)
+    if blow == signal.SIGSTOP:
+        os.kill(first, blow)
+    else:
+        ask = decoder_module._Child.ask
+
+        def crashing(self, request, timeout_s):
+            if request["reader"] == decoder.readers[0]:
+                self._process.send_signal(blow)
+                self._process.wait()
+            return ask(self, request, timeout_s)
+
+        monkeypatch.setattr(decoder_module._Child, "ask", crashing)
     clip = decoder.read(str(video), PLAN)
     assert clip.reader == decoder.readers[1] and told in clip.fault
     assert np.array_equal(clip.frames, expected)
     assert gone(first)
+    monkeypatch.undo()
     assert decoder.read(str(video), PLAN).fault == ""
     decoder.close()
+
+
+def test_a_process_that_was_killed_between_two_videos_is_not_the_files_fault(video: Path) -> None:
+    """By the kernel for want of memory, say: with one reader, a good file would stay on the bad list for ever."""
+    decoder = ClipDecoder(VideoReading("pyav"))
+    decoder.readers = ["pyav"]
+    expected = decoder.read(str(video), PLAN).frames
+    first = pid_of(decoder)
+    os.kill(first, signal.SIGKILL)
+    clip = decoder.read(str(video), PLAN)
+    assert clip.fault == "" and np.array_equal(clip.frames, expected) and pid_of(decoder) != first
+    decoder.close()
+
+
+def test_lengths_of_messages_have_room_for_long_clips_of_large_frames() -> None:
+    """32 frames x 4 clips of 7680 x 4320 pixels, at VIDEO.SHORT_SIDE 0, are more than 4 GiB."""
+    assert HEADER.unpack(HEADER.pack(100, 32 * 4 * 7680 * 4320 * 3)) == (100, 12740198400)
 
 
 def test_a_file_that_hangs_every_reader(video: Path, monkeypatch: pytest.MonkeyPatch) -> None:

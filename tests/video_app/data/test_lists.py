@@ -16,7 +16,7 @@ from video_app.clips.bad_clips import read_bad_clips
 from video_app.clips.mapper import ClipMapper
 from video_app.config import add_video_config
 from video_app.data import builtin, load_video_folder, load_video_list
-from video_app.data.lists import read_kinetics_csv, read_list
+from video_app.data.lists import folder_list, read_kinetics_csv, read_list
 from video_app.prepare import main
 
 
@@ -184,3 +184,63 @@ def test_kinetics_has_a_name(tmp_path: Path, video: Path, monkeypatch: pytest.Mo
     (record,) = DatasetCatalog.get("kinetics400_val")
     assert (record["file_name"], record["label"]) == (str(folder / "videos/jump/a.mp4"), 1)
     assert MetadataCatalog.get("kinetics400_val").classes == ["run", "jump"]
+
+
+def test_a_mark_that_windows_puts_in_front_is_no_part_of_a_name(tmp_path: Path, video: Path) -> None:
+    for name, text in {
+        "list.txt": f"{video} 1\r\n",
+        "classes.txt": "jump\r\nrun\r\n",
+        "k.csv": CSV,
+    }.items():
+        (tmp_path / name).write_bytes(b"\xef\xbb\xbf" + text.encode())
+    (record,) = load_video_list(str(tmp_path / "list.txt"), name="t_marked")
+    assert record["file_name"] == str(video) and MetadataCatalog.get("t_marked").classes == ["jump", "run"]
+    assert len(read_kinetics_csv(tmp_path / "k.csv")) == 4
+
+
+def test_thumbnails_beside_videos_are_no_frames(tmp_path: Path) -> None:
+    """A folder of pictures is a video, but not where videos lie beside them; animated pictures are videos."""
+    for name in ("run/part/a.mp4", "run/part/a.jpg", "run/b/1.jpg", "run/b/2.jpg", "run/c.gif"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    assert folder_list(tmp_path, ["run"]) == [("run/b", 0), ("run/c.gif", 0), ("run/part/a.mp4", 0)]
+
+
+def test_labels_of_all_prepared_splits_agree(tmp_path: Path, video: Path) -> None:
+    """The held-out part lacks the first class; its labels are those of training all the same."""
+    for name in ("train/jump/a.mp4", "train/run/b.mp4", "val/run/c.mp4", "other/swim/d.mp4"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(video, tmp_path / name)
+
+    def prepare(split: str) -> None:
+        where = ["--videos", str(tmp_path / split), "--output", str(tmp_path / "lists"), "--name", split]
+        main(["folder", *where, "--workers", "1", "--reader", "pyav"])
+
+    prepare("train")
+    prepare("val")
+    assert read_list(tmp_path / "lists/val.txt") == [("run/c.mp4", 1)]
+    assert (tmp_path / "lists/classes.txt").read_text() == "jump\nrun\n"
+    with pytest.raises(SystemExit, match="'swim'"):
+        prepare("other")
+
+
+def test_a_checked_list_keeps_its_class_names(tmp_path: Path, video: Path) -> None:
+    for folder, classes in (("mine", "jump\nrun\n"), ("yours", "run\njump\n")):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "list.txt").write_text(f"{video.name} 1\n")
+        (tmp_path / folder / "classes.txt").write_text(classes)
+
+    def prepare(folder: str) -> None:
+        where = ["--videos", str(video.parent), "--output", str(tmp_path / "out")]
+        main(["list", "--list", str(tmp_path / folder / "list.txt"), *where, "--workers", "1"])
+
+    prepare("mine")
+    assert (tmp_path / "out/classes.txt").read_text() == "jump\nrun\n"
+    with pytest.raises(SystemExit, match="other classes"):
+        prepare("yours")
+
+
+def test_a_bad_list_in_a_folder_that_cannot_be(tmp_path: Path) -> None:
+    """OUTPUT_DIR of a head that was trained on another machine."""
+    (tmp_path / "file").touch()
+    assert read_bad_clips(tmp_path / "file" / "bad_clips.txt") == {}
