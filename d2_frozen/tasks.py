@@ -8,7 +8,7 @@ from __future__ import annotations
 import difflib
 import importlib
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -29,11 +29,12 @@ DETECTION = "d2_frozen.detection"
 class Classes(NamedTuple):
     """What a head tells apart, in the order of its class ids.
 
-    names: for people. ids: the data's own numbers for them (COCO's category ids, values in label maps).
+    names: for people. ids: the data's own numbers for them (COCO's category ids, values in label maps); COCO files in
+    the wild have text there too.
     """
 
     names: list[str]
-    ids: list[int]
+    ids: Sequence[int | str]
 
 
 class Task(Protocol):

@@ -195,16 +195,24 @@ def _check_categories(report: CocoReport, classes: list[str] | None) -> set[Any]
         report.problems.append(Problem(kind, _where(report), seen, skippable=False))
 
     for category in categories:
-        if not isinstance(category, dict) or not _is_id(category.get("id")) or "name" not in category:
-            fatal("malformed category", repr(category))
+        if not isinstance(category, dict) or not _is_id(category.get("id")):
+            fatal("category without a whole number or text as its id", repr(category)[:80])
+        elif not isinstance(category.get("name"), str):
+            fatal("category whose name is no text", repr(category)[:80])
         elif category["id"] in ids:
             fatal("duplicate category id", repr(category))
         else:
             ids.add(category["id"])
     if not categories:
         fatal("no categories", "the list is empty")
-    good = [c for c in categories if isinstance(c, dict) and c.get("id") in ids]
-    report.categories = [str(c["name"]) for c in sorted(good, key=lambda c: c["id"])]
+    if _mixed(ids):
+        fatal(
+            "category ids are partly numbers, partly text",
+            f"{_examples(ids)}; classes are numbered in their order",
+        )
+        return ids
+    good = [c for c in categories if isinstance(c, dict) and _is_id(c.get("id")) and c["id"] in ids]
+    report.categories = [c["name"] for c in sorted(good, key=lambda c: c["id"])]
     if classes is not None and classes != report.categories:
         fatal(
             "classes of the DATASETS.REGISTER entry are not the data's categories",
@@ -233,12 +241,10 @@ def _check_image_records(report: CocoReport) -> dict[Any, tuple[int, Any]]:
     by_id: dict[Any, tuple[int, Any]] = {}
     for position, image in enumerate(report._document["images"]):
         kind, seen = "", ""
-        if (
-            not isinstance(image, dict)
-            or not _is_id(image.get("id"))
-            or not isinstance(image.get("file_name"), str)
-        ):
-            kind, seen = "malformed image record", repr(image)[:80]
+        if not isinstance(image, dict) or not _is_id(image.get("id")):
+            kind, seen = "image without a whole number or text as its id", repr(image)[:80]
+        elif not isinstance(image.get("file_name"), str) or not image["file_name"]:
+            kind, seen = "image without a file_name", repr(image)[:80]
         elif image["id"] in by_id:
             kind, seen = "duplicate image id", f"also {by_id[image['id']][1]['file_name']}"
         elif not all(isinstance(image.get(k), (int, float)) and image[k] > 0 for k in ("width", "height")):
@@ -248,6 +254,9 @@ def _check_image_records(report: CocoReport) -> dict[Any, tuple[int, Any]]:
             report._bad_images.add(position)
         else:
             by_id[image["id"]] = position, image
+    if _mixed(by_id):
+        kind = "image ids are partly numbers, partly text"
+        report.problems.append(Problem(kind, _where(report), _examples(by_id), skippable=False))
     return by_id
 
 
@@ -258,9 +267,7 @@ def _check_image_files(report: CocoReport, image_root: str, level: str) -> None:
 
     def look(position: int) -> Problem | None:
         image = images[position]
-        found = _image_fault(
-            os.path.join(image_root, image["file_name"]), image["width"], image["height"], decode
-        )
+        found = _image_fault(image_root, image["file_name"], image["width"], image["height"], decode)
         return Problem(found[0], _where(report, image), found[1]) if found else None
 
     # Opening a file and decoding it release the interpreter lock.
@@ -271,12 +278,18 @@ def _check_image_files(report: CocoReport, image_root: str, level: str) -> None:
                 report._bad_images.add(position)
 
 
-def _image_fault(path: str, width: float, height: float, decode: bool) -> tuple[str, str] | None:
+def _image_fault(
+    image_root: str, file_name: str, width: float, height: float, decode: bool
+) -> tuple[str, str] | None:
     """(kind, seen) of what is wrong with an image file, or None."""
+    path = os.path.join(image_root, file_name)
     try:
         size, sideways = image_size(path, decode)
     except ImageFileError as err:
-        return err.kind, err.seen
+        instead = (
+            _there_instead(image_root, file_name) if isinstance(err.__cause__, FileNotFoundError) else ""
+        )
+        return err.kind, err.seen + instead
     shown = size[::-1] if sideways else size
     if shown == (width, height):
         return None
@@ -284,6 +297,25 @@ def _image_fault(path: str, width: float, height: float, decode: bool) -> tuple[
     if sideways and size == (width, height):
         seen += "; that is its size before its EXIF orientation is applied, which Detectron2 does"
     return "width and height are not the file's", seen
+
+
+def _there_instead(image_root: str, file_name: str) -> str:
+    """Which file a name may mean that is not there, by the usual slips; "" for none."""
+    slashes = file_name.replace("\\", "/")
+    stem, suffix = os.path.splitext(slashes)
+    # Of equal names the last slip holds.
+    slips = {
+        stem + suffix.lower(): "its suffix is written otherwise",
+        stem + suffix.upper(): "its suffix is written otherwise",
+        os.path.basename(
+            slashes
+        ): "file_name has a folder that the folder of images ends with, or that is not there",
+        slashes: "file_name has \\ where folders are separated by /",
+    }
+    for name, slip in slips.items():
+        if name != file_name and os.path.isfile(os.path.join(image_root, name)):
+            return f"; there is {os.path.join(image_root, name)}: {slip}"
+    return ""
 
 
 class ImageFileError(ValueError):
@@ -294,18 +326,22 @@ class ImageFileError(ValueError):
         super().__init__(f"{kind} ({seen})")
 
 
-def image_size(path: str, decode: bool) -> tuple[tuple[int, int], bool]:
+def image_size(path: str, decode: bool, photo: bool = True) -> tuple[tuple[int, int], bool]:
     """((width, height) as stored, does its EXIF orientation swap them?) of an image file.
 
     Args:
         decode: read it to its end too.
+        photo: will its values be taken for light? Then they must fit into 8 bits. False for maps of numbers.
     Raises:
-        ImageFileError: missing, broken, too large, no image.
+        ImageFileError: missing, broken, too large, no image, or more than 8 bits.
     """
+    highest: Any = 0
     try:
         with PathManager.open(path, "rb") as file, Image.open(file) as image:
             size = image.size
             sideways = image.getexif().get(_EXIF_ORIENTATION) in _EXIF_SIDEWAYS
+            if photo and image.mode.startswith(("I", "F")):
+                highest = image.getextrema()[1]
             if decode:
                 # A JPEG is read to its end, but only an eighth of each side is computed.
                 image.draft(None, (max(1, size[0] // 8), max(1, size[1] // 8)))
@@ -318,6 +354,10 @@ def image_size(path: str, decode: bool) -> tuple[tuple[int, int], bool]:
         raise ImageFileError("image too large to open", f"{path}: {err}") from err
     except (OSError, SyntaxError, ValueError, EOFError) as err:
         raise ImageFileError("broken image file", f"{path}: {err}") from err
+    if highest > 255:
+        # Detectron2 and PIL cut off what is above, so that a photo of 16 bits becomes all white.
+        seen = f"{path} goes up to {highest:g}; all above 255 would be white. Convert it to 8 bits"
+        raise ImageFileError("image with more than 8 bits", seen)
     return size, sideways
 
 
@@ -350,7 +390,7 @@ def _annotation_fault(
     annotation: Any, seen_ids: set[Any], image_ids: set[Any], by_id: dict, category_ids: set[Any]
 ) -> tuple[str, str] | None:
     if not isinstance(annotation, dict) or not _is_id(annotation.get("id")):
-        return "malformed annotation", repr(annotation)[:80]
+        return "annotation without a whole number or text as its id", repr(annotation)[:80]
     if annotation["id"] in seen_ids:
         return "duplicate annotation id", ""
     seen_ids.add(annotation["id"])
@@ -359,6 +399,8 @@ def _annotation_fault(
     category = annotation.get("category_id")
     if not _is_id(category) or category not in category_ids:
         return "category id that is not listed", f"category_id {category!r}"
+    if annotation.get("iscrowd", 0) not in (0, 1):  # True and False are 1 and 0
+        return "iscrowd is neither 0 nor 1", f"iscrowd {annotation['iscrowd']!r}"
     return None
 
 
@@ -451,6 +493,17 @@ def _check_something_is_left(report: CocoReport, training: bool) -> None:
 
 def _is_id(value: Any) -> bool:
     return isinstance(value, (int, str)) and not isinstance(value, bool)
+
+
+def _mixed(ids: Iterable[Any]) -> bool:
+    """Numbers and text have no order among each other."""
+    return len({isinstance(value, str) for value in ids}) > 1
+
+
+def _examples(ids: Iterable[Any]) -> str:
+    ids = list(ids)
+    number, text = (next(i for i in ids if isinstance(i, str) == is_text) for is_text in (False, True))
+    return f"{number!r} and {text!r}"
 
 
 def across(reports: Iterable[CocoReport]) -> Iterator[Problem]:

@@ -112,7 +112,7 @@ def classes_of(name: str) -> Classes | None:
     if known is not None:
         own_ids = metadata.get("thing_dataset_id_to_contiguous_id", None)
         numbers = range(len(known)) if own_ids is None else sorted(own_ids, key=own_ids.__getitem__)
-        return Classes(list(known), [int(number) for number in numbers])
+        return Classes(list(known), [n if isinstance(n, str) else int(n) for n in numbers])
     if metadata.get("evaluator_type", None) != "coco" or metadata.get("json_file", None) is None:
         return None
     with PathManager.open(metadata.json_file) as file:

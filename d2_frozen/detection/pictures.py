@@ -91,6 +91,11 @@ def write_sheet(cfg: CfgNode, dataset_name: str, pairs: list[np.ndarray]) -> Pat
 def _pair(record: dict, instances: Instances, metadata: Metadata) -> np.ndarray:
     """Truth and prediction side by side, (h, w, 3) uint8 RGB."""
     image = utils.read_image(record["file_name"], format="RGB")
+    # Detectors here find none, and not every engine draws them.
+    annotations = [
+        {k: v for k, v in one.items() if k != "keypoints"} for one in record.get("annotations", ())
+    ]
+    record = {**record, "annotations": annotations}
     left = Visualizer(image, metadata).draw_dataset_dict(record).get_image()
     right = Visualizer(image, metadata).draw_instance_predictions(instances).get_image()
     return beside(left, right)

@@ -225,7 +225,8 @@ def _classes_in(facts: dict[str, Any]) -> Classes | None:
     names = facts.get("classes")
     if not names:
         return None
-    return Classes([str(name) for name in names], [int(number) for number in facts["class_ids"]])
+    ids = [number if isinstance(number, str) else int(number) for number in facts["class_ids"]]
+    return Classes([str(name) for name in names], ids)
 
 
 def _built_in_classes(cfg: CfgNode) -> Classes | None:

@@ -143,7 +143,7 @@ def _look(
     path = record["sem_seg_file_name"]
     (width, height), sideways = image_size(record["file_name"], decode)
     shown = (height, width) if sideways else (width, height)
-    size, _ = image_size(path, decode=False)
+    size, _ = image_size(path, decode=False, photo=False)
     if shown != size:
         raise LabelMapError(
             "label map and image differ in size",

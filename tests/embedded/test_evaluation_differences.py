@@ -53,6 +53,21 @@ def test_iscrowd_and_area_may_be_missing(tmp_path: Path):
     assert results["bbox"]["APs"] == pytest.approx(100.0) and results["segm"]["AP"] == pytest.approx(100.0)
 
 
+def test_image_and_category_ids_may_be_text(tmp_path: Path):
+    """Detectron2's loader hands them on as they are."""
+    content = facts.coco_content()
+    for entry in content["images"]:
+        entry["id"] = f"photo {entry['id']}"
+    for entry in content["categories"]:
+        entry["id"] = f"class {entry['id']}"
+    for entry in content["annotations"]:
+        entry |= {"image_id": f"photo {entry['image_id']}", "category_id": f"class {entry['category_id']}"}
+    outputs = {f"photo {i}": facts.perfect(i, masks=True) for i in facts.TRUTH}
+    for fast in (True, False):
+        results = facts.evaluated(facts.registered(tmp_path, content), outputs, use_fast_impl=fast)
+        assert results["bbox"]["AP"] == results["segm"]["AP"] == pytest.approx(100.0)
+
+
 def test_an_image_that_comes_twice_counts_once(tmp_path: Path, caplog: pytest.LogCaptureFixture):
     evaluator = COCOEvaluator(facts.registered(tmp_path), distributed=False)
     evaluator.reset()

@@ -78,7 +78,8 @@ FAULTS = {
     "category id that is not listed": [{"category_id": 3}, {"category_id": None}, {"category_id": [4]}],
     "annotation of an image that is not listed": [{"image_id": 99}],
     "duplicate annotation id": [{"id": 11}],
-    "malformed annotation": [{"id": None}],
+    "annotation without a whole number or text as its id": [{"id": None}, {"id": 22.0}],
+    "iscrowd is neither 0 nor 1": [{"iscrowd": "0"}, {"iscrowd": None}],
     "no segmentation, but MODEL.MASK_ON is True": [{"segmentation": []}, {"segmentation": None}],
     "segmentation is neither polygons nor RLE": [{"segmentation": "x"}],
     "polygon with an odd number of coordinates": [{"segmentation": [[1, 1, 5, 1, 5, 5, 1]]}],
@@ -179,9 +180,64 @@ def test_image_records(check, world):
     assert kinds(report)[:3] == [
         "duplicate image id",
         "image record without a size",
-        "malformed image record",
+        "image without a file_name",
     ]
     assert [a["id"] for a in report.cleaned()["annotations"]] == [11, 12]
+
+
+def as_text(world):
+    """The same with ids "c4", "i1": COCO's are whole numbers, but Detectron2 takes text too."""
+    for kind, letter, keys in (("images", "i", ["id"]), ("categories", "c", ["id"])):
+        for entry in world[kind]:
+            entry.update({key: f"{letter}{entry[key]}" for key in keys})
+    for entry in world["annotations"]:
+        entry.update(image_id=f"i{entry['image_id']}", category_id=f"c{entry['category_id']}")
+
+
+def test_ids_may_be_text(check, world):
+    as_text(world)
+    report = check()
+    assert kinds(report) == [] and report.categories == ["nut", "bolt"]
+
+
+@pytest.mark.parametrize("kind", ["images", "categories"])
+def test_ids_are_numbers_or_text_but_not_both(check, world, kind):
+    """They could not be put in order."""
+    world[kind].append({"id": "9", "name": "saw", "file_name": "1.jpg", "width": WIDTH, "height": HEIGHT})
+    problem = next(p for p in check().problems if "ids are partly numbers, partly text" in p.kind)
+    assert re.search(r"\d and '9'", problem.seen) and not problem.skippable
+
+
+def test_category_names_are_text(check, world):
+    world["categories"][0]["name"] = 5
+    assert "category whose name is no text" in kinds(check())
+
+
+@pytest.mark.parametrize(
+    ("there", "listed", "slip"),
+    [
+        ("a/1.jpg", "a\\1.jpg", "has \\ where"),
+        ("1.jpg", "images/1.jpg", "has a folder"),
+        ("1.jpg", "1.JPG", "suffix"),
+    ],
+)
+def test_a_missing_image_that_is_there_by_another_name(check, world, tmp_path, there, listed, slip):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "1.jpg").rename(tmp_path / there)
+    world["images"][0]["file_name"] = listed
+    (problem,) = check().problems
+    assert problem.kind == "missing image file" and f"there is {tmp_path}/{there}" in problem.seen
+    assert slip in problem.seen
+
+
+@pytest.mark.parametrize("level", ["full", "header"])
+def test_images_of_16_bits_would_become_white(check, world, tmp_path, level):
+    for number, highest in ((1, 4095), (2, 200)):
+        pixels = np.full((HEIGHT, WIDTH), highest, np.uint16)
+        Image.fromarray(pixels).save(tmp_path / f"{number}.png")
+        world["images"][number - 1]["file_name"] = f"{number}.png"
+    (problem,) = check(check_images=level).problems
+    assert problem.kind == "image with more than 8 bits" and "1.png goes up to 4095" in problem.seen
 
 
 @pytest.mark.parametrize(

@@ -82,7 +82,7 @@ def _by_pycocotools(
     return Curves(
         evaluation.eval["precision"][..., -1],
         evaluation.eval["recall"],
-        [int(category) for category in evaluation.params.catIds],
+        evaluation.params.catIds,
         list(max_dets),
     )
 

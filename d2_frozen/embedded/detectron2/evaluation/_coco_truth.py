@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -55,7 +56,7 @@ def index_truth(content: Mapping[str, Any], source: str) -> COCO:
     truth["images"] = _images_once(content["images"], source)
     if "annotations" in content:
         truth["annotations"] = _complete(content["annotations"], truth["images"], source)
-    return COCO(truth)
+    return _AnyIds(truth)
 
 
 def without_missing_masks(truth: COCO, source: str) -> COCO:
@@ -81,25 +82,37 @@ def without_missing_masks(truth: COCO, source: str) -> COCO:
         len(annotations),
         _some(lost),
     )
-    return COCO({**truth.dataset, "annotations": usable})
+    return _AnyIds({**truth.dataset, "annotations": usable})
+
+
+class _AnyIds(COCO):
+    """Indexed by the ids as they are; the original makes numbers of those of images, which text has none of."""
+
+    def createIndex(self) -> None:
+        self.imgs = {image["id"]: image for image in self.dataset["images"]}
+        self.cats = {category["id"]: category for category in self.dataset["categories"]}
+        self.anns, self.imgToAnns, self.catToImgs = {}, defaultdict(list), defaultdict(list)
+        for annotation in self.dataset.get("annotations", ()):
+            self.anns[annotation["id"]] = annotation
+            self.imgToAnns[annotation["image_id"]].append(annotation)
+            self.catToImgs[annotation["category_id"]].append(annotation["image_id"])
 
 
 def _images_once(images: Sequence[Mapping[str, Any]], source: str) -> list[dict[str, Any]]:
     by_id: dict[Any, dict[str, Any]] = {}
     twice = []
     for position, image in enumerate(images):
-        image_id: Any = image.get("id")
         try:
-            number = int(image_id)
+            image_id = _image_id(image.get("id"))
         except (TypeError, ValueError) as err:
             raise ValueError(
-                f"{source}: image {position} (file_name {image.get('file_name')!r}) has the id {image_id!r}; "
-                "the COCO protocol needs integers."
+                f"{source}: image {position} (file_name {image.get('file_name')!r}) has the id {image.get('id')!r}; "
+                "the COCO protocol needs integers, or text."
             ) from err
-        if number in by_id:
-            twice.append(number)
+        if image_id in by_id:
+            twice.append(image_id)
         else:
-            by_id[number] = {**image, "id": number}
+            by_id[image_id] = {**image, "id": image_id}
     if twice:
         _log.warning(
             "%s lists %d image ids more than once (%s); their annotations are taken together.",
@@ -108,6 +121,11 @@ def _images_once(images: Sequence[Mapping[str, Any]], source: str) -> list[dict[
             _some(twice),
         )
     return list(by_id.values())
+
+
+def _image_id(value: Any) -> int | str:
+    """Text stays text, as data loaders hand it on; 1.0 is 1."""
+    return value if isinstance(value, str) else int(value)
 
 
 def _complete(
@@ -125,7 +143,7 @@ def _complete(
                 raise ValueError(
                     f"{source}: annotation {number - 1} (id {original.get('id')!r}) has no {key}."
                 )
-        annotation["image_id"] = int(annotation["image_id"])
+        annotation["image_id"] = _image_id(annotation["image_id"])
         if annotation["image_id"] not in known:
             strays.append(original.get("id"))
             continue
