@@ -197,7 +197,10 @@ class DrawnDataset(Dataset):
             index = draw_index(len(self.records), self.seed, position, redraw)
         # The first of each cause: with one that all images share, twenty lines would say the same.
         by_cause = {fault.split(" of the sample stream: ")[-1]: fault for fault in reversed(faults)}
-        told = "; ".join(reversed(by_cause.values())) or "the mapper returned None for each of them"
+        why_none = getattr(self.mapper, "why_none", None)
+        told = "; ".join(reversed(by_cause.values())) or (
+            why_none(record) if why_none else "the mapper returned None for each of them"
+        )
         return Drawn(error=f"no sample at position {position} after {_MAX_REDRAWS} redraws: {told}")
 
     def _draws(self, record: Record, position: int, redraw: int) -> AbstractContextManager[None]:

@@ -92,6 +92,13 @@ def test_a_diverged_head_is_set_aside(flags: Flags, tmp_path: Path) -> None:
     assert all(torch.equal(expected[key], found[key]) for key in expected)
 
 
+def test_when_all_heads_have_diverged_the_run_ends(flags: Flags) -> None:
+    """There would be no best head, only one whose weights are no numbers."""
+    options = ["MODEL.META_ARCHITECTURE", "FrozenVideoSweep", "MODEL.VIDEO_HEAD.SWEEP.LR", "[1e30,1e31]"]
+    with pytest.raises(FloatingPointError, match=r"all 2 heads of the sweep have diverged.*1e\+31"):
+        main(flags(*options, "SOLVER.MAX_ITER", "6"))
+
+
 def test_a_sweep_needs_a_frozen_backbone(tiny_config: Path) -> None:
     options = [*SWEEP, "MODEL.BACKBONE.FREEZE", "none", "MODEL.VIDEO_HEAD.NUM_CLASSES", "3"]
     with pytest.raises(ValueError, match="FREEZE: all"):

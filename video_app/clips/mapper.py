@@ -166,6 +166,14 @@ class ClipMapper:
             views = views[..., ::-1]
         return torch.from_numpy(np.ascontiguousarray(views.transpose(0, 1, 4, 2, 3))), clip
 
+    def why_none(self, record: dict[str, Any]) -> str:
+        """For the error of a loader that has found no other video either."""
+        path = record["file_name"]
+        return (
+            f"none of these videos can be read, the last being {path}: {self.bad_clips.reason(path)}. "
+            f"{self.bad_clips.path} lists all; delete lines there to try files again."
+        )
+
     def _bad(self, record: dict[str, Any], reason: str) -> dict[str, Any] | None:
         path = record["file_name"]
         if self.strict:

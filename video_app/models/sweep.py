@@ -81,8 +81,9 @@ class FrozenVideoSweep(FramesBackbone):
     """Heads that share nothing but the frozen maps.
 
     A head starts with the draws that it would have alone, and draws in each iteration what it would alone. A head whose
-    loss is no number any more is set aside; the others go on. What a head needs for its backward pass is computed again
-    in it (checkpointing), so that memory holds one head at a time.
+    loss is no number any more is set aside; the others go on. When none is left, training ends (FloatingPointError).
+    What a head needs for its backward pass is computed again in it (checkpointing), so that memory holds one head at a
+    time.
 
     Args:
         heads: maps of clips -> logits (B, K), each.
@@ -177,6 +178,12 @@ class FrozenVideoSweep(FramesBackbone):
         lost = ~torch.isfinite(torch.stack([loss.detach() for loss in losses]))
         if lost.any():
             self.diverged |= lost
+            if self.diverged.all():
+                rates = sorted({one.lr for one in self.candidates})
+                raise FloatingPointError(
+                    f"all {len(self.heads)} heads of the sweep have diverged; their rates are {rates}. Lower "
+                    "MODEL.VIDEO_HEAD.SWEEP.LR, or warm up longer (SOLVER.WARMUP_ITERS)."
+                )
             losses = [
                 _nothing(head) if gone else loss
                 for head, loss, gone in zip(self.heads, losses, lost.tolist())

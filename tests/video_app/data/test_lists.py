@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from d2_frozen.data import build_train_loader, register_from_config
+from d2_frozen.data.loader import SampleError
 from detectron2.config import CfgNode, get_cfg
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from video_app.clips.bad_clips import read_bad_clips
@@ -110,6 +111,15 @@ def test_the_training_loader_replaces_bad_files(cfg: CfgNode, tmp_path: Path, vi
     for alone, worked in zip(*batches):
         assert alone["label"] == worked["label"] == 0 and torch.equal(alone["video"], worked["video"])
     assert list(read_bad_clips(tmp_path / "bad_clips.txt")) == [str(tmp_path / "broken.mp4")]
+
+
+def test_a_set_without_one_good_video_says_why(cfg: CfgNode, tmp_path: Path) -> None:
+    (tmp_path / "a.mp4").touch()
+    records = [{"file_name": str(tmp_path / "a.mp4"), "label": 0, "video_id": 0, "image_id": "a.mp4"}]
+    cfg.merge_from_list(["OUTPUT_DIR", str(tmp_path), "SEED", 0, "DATALOADER.NUM_WORKERS", 0])
+    loader = build_train_loader(cfg, mapper=ClipMapper.from_config(cfg, True), dataset=records)
+    with pytest.raises(SampleError, match=r"a.mp4: .*the file is empty.*bad_clips.txt lists all"):
+        next(iter(loader))
 
 
 CSV = """label,youtube_id,time_start,time_end,split
