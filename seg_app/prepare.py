@@ -41,7 +41,8 @@ def prepare_ade20k(
     Returns:
         Split -> number of label maps written now.
     Raises:
-        ReleaseError: files are missing, or are no label maps of ADE20K-150; names the first of them.
+        ReleaseError: files are missing, or are no label maps of ADE20K-150, of which it names the first; the archive is
+            cut, or another one.
         FileNotFoundError: neither archive nor folder.
     """
     folder = Path(root, FOLDER)
@@ -105,13 +106,24 @@ def _check_split(folder: Path, split: str, labels: list[Path], count: int) -> No
 
 def _unpack(archive: Path, folder: Path) -> None:
     """images/ and annotations/ of the zip; files that are there with the right size are left alone."""
+    try:
+        _unpack_members(archive, folder)
+    except zipfile.BadZipFile as err:
+        raise ReleaseError(
+            f"{archive} is cut, damaged, or no zip file: {err}. Download it again; what was unpacked is kept."
+        ) from err
+
+
+def _unpack_members(archive: Path, folder: Path) -> None:
     wanted = {(part, split) for part in ("images", "annotations") for split in IMAGES}
+    found = 0
     with zipfile.ZipFile(archive) as zipped:
         for member in zipped.infolist():
             parts = PurePosixPath(member.filename).parts
             # Names are taken apart and put together again, so none can lead out of the folder.
             if member.is_dir() or len(parts) != 4 or parts[0] != FOLDER or parts[1:3] not in wanted:
                 continue
+            found += 1
             target = folder.joinpath(*parts[1:])
             if target.exists() and target.stat().st_size == member.file_size:
                 continue
@@ -122,6 +134,12 @@ def _unpack(archive: Path, folder: Path) -> None:
                     shutil.copyfileobj(source, file)
 
             _write(target, copy)
+        if not found:
+            inside = sorted({PurePosixPath(name).parts[0] for name in zipped.namelist() if name})
+            raise ReleaseError(
+                f"{archive} has no {FOLDER}/images and annotations in it, but {', '.join(inside[:5]) or 'nothing'}; "
+                "ADEChallengeData2016.zip is wanted."
+            )
 
 
 def _write(target: Path, write: Callable[[Path], object]) -> None:
@@ -145,7 +163,7 @@ def main(arguments: Iterable[str] | None = None) -> None:
     args = parser.parse_args(None if arguments is None else list(arguments))
     try:
         written = prepare_ade20k(args.root, args.zip)
-    except (ReleaseError, OSError, zipfile.BadZipFile) as err:
+    except (ReleaseError, OSError) as err:
         sys.exit(f"{parser.prog}: {err}")
     for split, count in written.items():
         print(f"{split}: {IMAGES[split]} images, {count} label maps written now")

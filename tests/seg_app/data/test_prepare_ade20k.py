@@ -63,3 +63,25 @@ def test_faults_are_named(tmp_path: Path) -> None:
     (folder / "images/training/ADE_training_1.jpg").unlink()
     with pytest.raises(ReleaseError, match="lack their image; the first is ADE_training_1"):
         prepare_ade20k(tmp_path, expected=COUNTS)
+
+
+def test_an_archive_that_is_cut_or_another_one_is_named(tmp_path: Path) -> None:
+    """Half a download has no table of contents; a hole in the middle shows in a checksum."""
+    release(tmp_path / "made")
+    whole = tmp_path / "whole.zip"
+    with zipfile.ZipFile(whole, "w") as zipped:
+        for path in sorted((tmp_path / "made").rglob("*.*")):
+            zipped.write(path, path.relative_to(tmp_path / "made"))
+    content = whole.read_bytes()
+    (tmp_path / "cut.zip").write_bytes(content[: len(content) // 2])
+    hole = content.find(b"IDAT")
+    (tmp_path / "hole.zip").write_bytes(content[:hole] + bytes(8) + content[hole + 8 :])
+    for name in ("cut.zip", "hole.zip"):
+        with pytest.raises(ReleaseError, match=rf"{name} is cut, damaged.*Download it again"):
+            prepare_ade20k(tmp_path / "root", tmp_path / name, COUNTS)
+    assert not list((tmp_path / "root").rglob("*.partial"))
+    with zipfile.ZipFile(tmp_path / "other.zip", "w") as zipped:
+        zipped.writestr("ADE20K_2016_07_26/index.mat", "")
+    with pytest.raises(ReleaseError, match="other.zip has no .* but ADE20K_2016_07_26"):
+        prepare_ade20k(tmp_path / "root", tmp_path / "other.zip", COUNTS)
+    prepare_ade20k(tmp_path / "root", whole, COUNTS)
