@@ -246,9 +246,10 @@ def test_low_precision_is_close(name, precision, relative):
     not any(map(shutil.which, ("g++", "clang++"))), reason="torch.compile needs a C++ compiler on CPU"
 )
 @pytest.mark.parametrize(("precision", "relative"), [("fp32", 1e-5), ("bf16", 0.05)])
-def test_compiled_swin_compiles_nothing_at_a_new_size(precision, relative):
+@pytest.mark.parametrize("name", ["swinv2_tiny_window8_256", "swin_tiny_patch4_window7_224"])
+def test_compiled_swin_compiles_nothing_at_a_new_size(name, precision, relative):
     """Whole windows first, then padded ones, then only sizes of those kinds."""
-    backbone = network("swinv2_tiny_window8_256", out_features=["res2"], **SMALL, window_size=5)
+    backbone = network(name, out_features=["res2"], **SMALL, window_size=5)
     wrapped = FrozenBackbone(backbone, precision, compile=True)
     sizes = [(160, 160), (64, 96), (160, 320), (96, 96), (320, 160), (64, 256)]
     for number, size in enumerate(sizes):
