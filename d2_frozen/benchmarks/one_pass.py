@@ -36,14 +36,15 @@ from d2_frozen.benchmarks.measuring import (
 from d2_frozen.engine.allocator import keep_freed_memory
 from d2_frozen.prediction import Predictor, build_head
 from d2_frozen.prediction.predictor import model_inputs
-from d2_frozen.tasks import Classes, read_config
+from d2_frozen.tasks import Classes, read_config, task_of
 
 DEFAULT_CONFIGS = (
     "configs/coco/table2/bifpn_mask_frozen.yaml",
     "configs/ade20k/table3/encoder_6_decoder_9_frozen.yaml",
 )
-# Where the data is to tell: of COCO and ADE20K.
-_CLASSES = {"detection": 80, "semantic segmentation": 150}
+# Task -> the part of MODEL that has NUM_CLASSES, and how many where the data is to tell: ADE20K's; for detection one,
+# as an untrained detector scores 1 / (classes + 1), and its mask head has no work where that is below the threshold.
+_CLASSES = {"detection": ("ROI_HEADS", 1), "semantic segmentation": ("SEM_SEG_HEAD", 150)}
 
 
 def main(arguments: list[str]) -> dict[str, Any]:
@@ -141,13 +142,23 @@ def _parts(now: Clock, both: Predictor, pictures: list[np.ndarray]) -> Seconds:
 
 
 def _predictors(config_files: list[str], options: list[str], size: int) -> list[Predictor]:
-    def head(file: str) -> Any:
-        cfg = read_config(file, ["MODEL.TIMM.PRETRAINED", "", "MODEL.WEIGHTS", "", "SEED", "1", *options])
-        name = "detection" if cfg.MODEL.META_ARCHITECTURE != "FrozenSegmentor" else "semantic segmentation"
-        count = _CLASSES[name]
-        return build_head(name, cfg, Classes([str(k) for k in range(count)], list(range(count))))
-
-    heads = [head(file) for file in config_files]
+    """Of both heads; of the first; of the second."""
+    settings = [
+        read_config(file, ["MODEL.TIMM.PRETRAINED", "", "MODEL.WEIGHTS", "", "SEED", "1", *options])
+        for file in config_files
+    ]
+    tasks = [task_of(cfg).name for cfg in settings]
+    if sorted(tasks) != sorted(_CLASSES):
+        raise ValueError(
+            f"--config-files: this compares a head for {' with one for '.join(_CLASSES)}, but "
+            + " and ".join(f"{file} is for {task}" for file, task in zip(config_files, tasks))
+            + "."
+        )
+    heads = []
+    for task, cfg in zip(tasks, settings):
+        part, usual = _CLASSES[task]
+        count = cfg.MODEL[part].NUM_CLASSES if cfg.MODEL[part].NUM_CLASSES >= 0 else usual
+        heads.append(build_head(task, cfg, Classes([str(k) for k in range(count)], list(range(count)))))
     both = Predictor.of(heads, size)
     return [both, *(Predictor.of([one], size) for one in heads)]
 
