@@ -1,10 +1,12 @@
-"""Where does freed CPU memory go: back to the system, or to the next tensor?"""
+"""Memory: where does what the CPU has freed go, and what helps where a GPU has too little?"""
 
 from __future__ import annotations
 
 import ctypes
 import os
 import platform
+
+from detectron2.config import CfgNode
 
 # Parameters of mallopt(3), and values for them: blocks below 1 GiB come from the heap, whose end is given back
 # only when 2 GiB of it are free.
@@ -30,3 +32,21 @@ def keep_freed_memory() -> bool:
         return False
     mallopt = ctypes.CDLL(None).mallopt
     return all(mallopt(parameter, value) == 1 for parameter, value in _KEPT_AT_MOST.items())
+
+
+def less_memory(cfg: CfgNode) -> str:
+    """What a training of this config could do with less GPU memory, the cheapest first; each with its value of now."""
+    ways = [
+        ("SOLVER.AMP.ENABLED", not cfg.SOLVER.AMP.ENABLED, "True (maps of half the size)"),
+        ("MODEL.USE_ACT_CHECKPOINT", not cfg.MODEL.USE_ACT_CHECKPOINT, "True (same results, slower)"),
+        ("MODEL.BACKBONE.FREEZE", cfg.MODEL.BACKBONE.FREEZE != "all", "all (trains the heads alone)"),
+        ("SOLVER.IMS_PER_BATCH", cfg.SOLVER.IMS_PER_BATCH > 1, "fewer, and SOLVER.BASE_LR with them"),
+    ]
+    lines = [f"  {key}: {advice}; now {_value(cfg, key)}" for key, helps, advice in ways if helps]
+    return "\n".join([*lines, "  smaller images, or clips of fewer frames (INPUT, VIDEO)"])
+
+
+def _value(cfg: CfgNode, key: str) -> object:
+    for part in key.split("."):
+        cfg = cfg[part]
+    return cfg

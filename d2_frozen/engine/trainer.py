@@ -22,6 +22,7 @@ from d2_frozen.caching import FeatureCache
 from d2_frozen.data import build_test_loader, build_train_loader
 from d2_frozen.data.device import on_device
 from d2_frozen.detection import evaluate_with_tta
+from d2_frozen.engine.allocator import less_memory
 from d2_frozen.engine.caching import CacheReport, check_cache_settings, serve_features
 from d2_frozen.engine.checkpoint import FrozenCheckpointer
 from d2_frozen.engine.hooks import (
@@ -103,6 +104,18 @@ class FrozenTrainer(DefaultTrainer):
         """Run to SOLVER.MAX_ITER; the result of the last evaluation, None where TEST is empty."""
         super().train()
         return getattr(self, "_last_eval_results", None)
+
+    def run_step(self) -> None:
+        """One iteration. Where a GPU has too little memory for it, the log says what would need less."""
+        try:
+            super().run_step()
+        except torch.cuda.OutOfMemoryError:
+            logger.error(
+                "Iteration %d needs more GPU memory than there is. It takes less with\n%s",
+                self.iter,
+                less_memory(self.cfg),
+            )
+            raise
 
     def build_hooks(self) -> list[HookBase]:
         """Detectron2's hooks between ours: draws first, leaving on SIGTERM last; TEST.AUG before the last writing."""

@@ -171,3 +171,20 @@ def test_the_newest_checkpoints_stay_also_over_an_interruption(flags: Flags, tmp
     assert left == {"model_0000005.pth", "model_final.pth"}
     with pytest.raises(ValueError, match="CHECKPOINTS_KEPT is -1"):
         FrozenTrainer(setup(flags("SOLVER.CHECKPOINTS_KEPT", "-1")))
+
+
+def test_too_little_gpu_memory_is_answered_with_what_needs_less(flags: Flags, tmp_path: Path) -> None:
+    trainer = FrozenTrainer(setup(flags("SOLVER.AMP.ENABLED", "True", "SOLVER.IMS_PER_BATCH", "2")))
+
+    def full() -> None:
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory.")
+
+    trainer._trainer.run_step = full
+    with pytest.raises(torch.cuda.OutOfMemoryError):
+        trainer.train()
+    said = (tmp_path / "out" / "log.txt").read_text().partition("Iteration 0 needs more GPU memory")[2]
+    said = said.partition("Traceback")[0]
+    assert "MODEL.USE_ACT_CHECKPOINT: True (same results, slower); now False" in said
+    assert "SOLVER.IMS_PER_BATCH: fewer, and SOLVER.BASE_LR with them; now 2" in said
+    # These are so already.
+    assert "AMP" not in said and "FREEZE" not in said
