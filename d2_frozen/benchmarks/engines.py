@@ -7,6 +7,7 @@ metrics.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -109,13 +110,15 @@ class EngineProcess:
     def run(self, task: str, turn: int) -> dict[str, Any]:
         """One turn of a task: {"seconds": by phase, "check": numbers, "peak MiB": of the process so far}."""
         assert self._process.stdin is not None
-        self._process.stdin.write(json.dumps({"task": task, "turn": turn}) + "\n")
-        self._process.stdin.flush()
+        with contextlib.suppress(BrokenPipeError):  # it has ended: _answer says why
+            self._process.stdin.write(json.dumps({"task": task, "turn": turn}) + "\n")
+            self._process.stdin.flush()
         return self._answer()
 
     def close(self) -> None:
         """End the process."""
-        self._process.communicate()  # it leaves at the end of its input
+        with contextlib.suppress(BrokenPipeError):  # what it was to be told last, if it ended before
+            self._process.communicate()  # it leaves at the end of its input
         self._stderr.close()
 
     def _answer(self) -> dict[str, Any]:

@@ -55,7 +55,10 @@ def alternate(
         keep: called after each measured round, for a run that may be cut off.
     Raises:
         SystemExit: interrupted before the first measured round was whole.
+        ValueError: no round is to be measured.
     """
+    if rounds < 1 or warmup < 0:
+        raise ValueError(f"--rounds {rounds} --warmup {warmup}: at least one round is measured, behind 0 or more.")
     whole: list[dict[str, Seconds]] = []  # by round: name -> seconds
     try:
         for turn in range(warmup + rounds):

@@ -66,6 +66,13 @@ def test_nothing_measured_is_no_result():
         alternate({"a": subject}, rounds=1, warmup=0)
 
 
+@pytest.mark.parametrize(("rounds", "warmup"), [(0, 1), (-1, 0), (1, -1)])
+def test_no_round_to_measure_is_refused(rounds, warmup):
+    """There is no median of nothing, and a warmup of -1 would leave out a round."""
+    with pytest.raises(ValueError, match=f"--rounds {rounds} --warmup {warmup}: at least one round"):
+        alternate({"a": lambda: {"step": 1.0}}, rounds, warmup)
+
+
 def test_the_commit_is_that_of_the_start_and_says_if_files_differ_from_it(tmp_path):
     def git(*arguments):
         who = ["-c", "user.name=n", "-c", "user.email=e@example.org"]
@@ -218,6 +225,16 @@ def test_without_detectron2_the_message_says_what_is_missing(tmp_path):
         pytest.skip("Detectron2 is installed in this environment")
     assert "Detectron2 itself must be importable" in done.stdout
     assert "no Detectron2 is installed" in done.stdout
+
+
+def test_a_process_that_was_killed_between_two_turns_is_said():
+    """The pipe to it is broken then, which says nothing to a user."""
+    worker = engines.EngineProcess("embedded", {"cpu_time": True})
+    worker._process.kill()
+    worker._process.wait()
+    with pytest.raises(RuntimeError, match="the embedded engine failed. It was killed: was there enough memory?"):
+        worker.run("build", 0)
+    worker.close()
 
 
 def test_comparisons_of_apps_are_found_by_name():
