@@ -58,7 +58,9 @@ def alternate(
         ValueError: no round is to be measured.
     """
     if rounds < 1 or warmup < 0:
-        raise ValueError(f"--rounds {rounds} --warmup {warmup}: at least one round is measured, behind 0 or more.")
+        raise ValueError(
+            f"--rounds {rounds} --warmup {warmup}: at least one round is measured, behind 0 or more."
+        )
     whole: list[dict[str, Seconds]] = []  # by round: name -> seconds
     try:
         for turn in range(warmup + rounds):

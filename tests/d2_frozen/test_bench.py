@@ -232,7 +232,9 @@ def test_a_process_that_was_killed_between_two_turns_is_said():
     worker = engines.EngineProcess("embedded", {"cpu_time": True})
     worker._process.kill()
     worker._process.wait()
-    with pytest.raises(RuntimeError, match="the embedded engine failed. It was killed: was there enough memory?"):
+    with pytest.raises(
+        RuntimeError, match="the embedded engine failed. It was killed: was there enough memory?"
+    ):
         worker.run("build", 0)
     worker.close()
 

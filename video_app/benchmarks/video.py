@@ -22,6 +22,7 @@ from d2_frozen import tasks
 from d2_frozen.benchmarks import loader
 from d2_frozen.benchmarks.arguments import parse_with_lists
 from d2_frozen.benchmarks.measuring import Clock, Seconds, alternate, machine_facts, write_json
+from d2_frozen.benchmarks.timed_step import MixedPrecision
 from d2_frozen.data import training_records
 from d2_frozen.engine.allocator import keep_freed_memory
 from d2_frozen.train_net import read_config
@@ -37,18 +38,20 @@ DEFAULT_CONFIG = "configs/quickstart/video.yaml"
 def main(arguments: list[str]) -> dict[str, Any]:
     """Command line; returns what is also written with ``--json``."""
     args = parse_with_lists(_parser(), arguments, workers=int)
-    cfg = _config(args.config_file, args.opts)
-    if cfg.MODEL.DEVICE == "cpu":
-        keep_freed_memory()  # as train_net.py does
-    result: dict[str, Any] = {
-        "machine": machine_facts(),
-        "config": args.config_file,
-        "options": args.opts,
-        "clip": f"{cfg.VIDEO.NUM_FRAMES} frames of {cfg.VIDEO.CROP_SIZE} px, {cfg.SOLVER.IMS_PER_BATCH} clips a batch",
-        "reading": compare_readers(cfg, args.clips, args.rounds, args.warmup, args.opens),
-        "model": measure_model(cfg, args.rounds, args.warmup),
-        "loop": loader.compare(cfg, args.workers, args.batches, args.rounds, args.warmup)["loops"],
-    }
+    with tempfile.TemporaryDirectory() as folder:
+        cfg = _config(args.config_file, args.opts, folder)
+        if cfg.MODEL.DEVICE == "cpu":
+            keep_freed_memory()  # as train_net.py does
+        result: dict[str, Any] = {
+            "machine": machine_facts(),
+            "config": args.config_file,
+            "options": args.opts,
+            "clip": f"{cfg.VIDEO.NUM_FRAMES} frames of {cfg.VIDEO.CROP_SIZE} px, "
+            f"{cfg.SOLVER.IMS_PER_BATCH} clips a batch",
+            "reading": compare_readers(cfg, args.clips, args.rounds, args.warmup, args.opens),
+            "model": measure_model(cfg, args.rounds, args.warmup),
+            "loop": loader.compare(cfg, args.workers, args.batches, args.rounds, args.warmup)["loops"],
+        }
     print(report(result))
     write_json(result, args.json)
     return result
@@ -101,27 +104,20 @@ class _Step:
         torch.manual_seed(cfg.SEED)
         self.model = VideoTrainer.build_model(cfg).train()
         self.optimizer = VideoTrainer.build_optimizer(cfg, self.model)
-        self.amp = cfg.SOLVER.AMP.ENABLED
+        self.precision = MixedPrecision(cfg.SOLVER.AMP.ENABLED, self.model.device.type)
 
     def parts(self, batch: list[dict[str, Any]]) -> Seconds:
         now = Clock()
         start = now()
-        with torch.no_grad(), self._precision():
+        with torch.no_grad(), self.precision.forward():
             maps, labels = self.model.training_batch(batch)
         seen = now()
-        with self._precision():
+        with self.precision.forward():
             loss = F.cross_entropy(self.model.head(maps), labels)
-        self._learn(loss)
+        self.optimizer.zero_grad()
+        self.precision.backward_and_update(loss, self.optimizer)
         end = now()
         return {"frozen forward": seen - start, "head step": end - seen, "both": end - start}
-
-    def _precision(self) -> torch.autocast:
-        return torch.autocast(self.model.device.type, enabled=self.amp)
-
-    def _learn(self, loss: torch.Tensor) -> None:
-        self.optimizer.zero_grad()
-        loss.backward()
-        self.optimizer.step()
 
 
 def report(result: dict[str, Any]) -> str:
@@ -149,8 +145,10 @@ def _first_batch(cfg: CfgNode) -> list[dict[str, Any]]:
     return next(iter(VideoTrainer.build_train_loader(cfg)))
 
 
-def _config(config_file: str, options: list[str]) -> CfgNode:
+def _config(config_file: str, options: list[str], folder: str) -> CfgNode:
     """
+    Args:
+        folder: an empty one, for what preparing the data writes.
     Raises:
         SystemExit: a config of another task, or one that trains its backbone.
     """
@@ -167,7 +165,7 @@ def _config(config_file: str, options: list[str]) -> CfgNode:
     cfg.MODEL.META_ARCHITECTURE = "FrozenVideoClassifier"
     cfg.MODEL.FROZEN.CACHE.DIR, cfg.MODEL.FROZEN.CACHE.VIEWS = "", 0
     cfg.SEED = max(cfg.SEED, 0)
-    cfg.OUTPUT_DIR = tempfile.mkdtemp(prefix="d2_frozen_bench_")
+    cfg.OUTPUT_DIR = folder
     task.prepare_datasets(cfg, train=True)
     return cfg
 
