@@ -14,6 +14,7 @@ The same command goes on where it was stopped; ``--dry-run`` says what it would 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import logging
 import math
 import subprocess
@@ -38,7 +39,6 @@ from d2_frozen.study.report import write_report
 from d2_frozen.study.slurm import SlurmQueue
 from d2_frozen.study.sweeps import SWEEPS, points_of
 from d2_frozen.study.tables import TITLES, cells_of
-from d2_frozen.tasks import read_config
 
 logger = logging.getLogger("d2_frozen.study")
 
@@ -70,27 +70,42 @@ def main(arguments: list[str] | None = None) -> int:
 def run_table(args: argparse.Namespace) -> int:
     """``table``: run what has not finished of a table, then write the table of what has."""
     cells = cells_of(args.number, args.scale, args.configs, args.cells)
-    jobs = {cell: cell.jobs(range(1, args.seeds + 1), args.options) for cell in cells}
-    left = _run(args, list(jobs.values()), {cell.task for cell in cells})
+    groups = [cell.jobs(range(1, args.seeds + 1), args.options) for cell in cells]
+    left = _run(args, groups, {cell.task for cell in cells})
     if left is None:
         return 0
     root, numbers = _root(args), paper_numbers(args.configs)
-    path = write_table(
-        {cell: _finished(of_cell, root) for cell, of_cell in jobs.items()}, args.number, root, numbers
-    )
-    return _report(path, left, root)
+    seeds = _seeds(args, f"table{args.number}/*/*")
+    finished = {
+        cell: runs
+        for cell in cells_of(args.number, args.scale, args.configs)
+        if (runs := _finished(cell.jobs(seeds, args.options), root)) or cell in cells
+    }
+    return _report(write_table(finished, args.number, root, numbers), left, root)
 
 
 def run_sweep(args: argparse.Namespace) -> int:
     """``sweep``: run what has not finished of a sweep, then write its table and curve."""
-    seeds = range(1, args.seeds + 1)
-    points = points_of(args.name, args.scale, args.configs, seeds, args.values, args.options)
-    left = _run(args, [point.jobs for point in points], {point.cell.task for point in points})
+    sweep = SWEEPS[args.name]
+    points = points_of(
+        args.name, args.scale, args.configs, range(1, args.seeds + 1), args.values, args.options
+    )
+    groups, wanted = [point.jobs for point in points], {point.label for point in points}
+    left = _run(args, groups, {point.cell.task for point in points}, sweep.key)
     if left is None:
         return 0
     root = _root(args)
-    finished = [(point, _finished(point.jobs, root)) for point in points]
-    return _report(write_sweep(args.name, SWEEPS[args.name].title, finished, root), left, root)
+    seeds = _seeds(args, f"sweep/{args.name}/*" if sweep.key else f"table{sweep.table}/{sweep.task}/*")
+    # Other values, which an earlier call has run, belong to the curve too.
+    found = (path.name for path in (root / "sweep" / args.name).glob("*"))
+    earlier = {int(name) for name in found if name.isdecimal()}
+    values = sorted({int(label) for label in wanted} | earlier) if sweep.key else []
+    finished = [
+        (point, runs)
+        for point in points_of(args.name, args.scale, args.configs, seeds, values, args.options)
+        if (runs := _finished(point.jobs, root)) or point.label in wanted
+    ]
+    return _report(write_sweep(args.name, sweep.title, finished, root), left, root)
 
 
 def run_pretrain(args: argparse.Namespace) -> int:
@@ -115,29 +130,65 @@ def run_report(args: argparse.Namespace) -> int:
     return 0
 
 
-def _run(args: argparse.Namespace, groups: Sequence[Sequence[Job]], tasks: set[str]) -> list[Job] | None:
+def _run(
+    args: argparse.Namespace, groups: Sequence[Sequence[Job]], tasks: set[str], swept: str = ""
+) -> list[Job] | None:
     """Run the groups seed by seed, so that an early table has a value in every cell.
 
+    Args:
+        swept: config key that is not the options' to set.
     Returns:
         The jobs that have not finished; None with --dry-run.
     """
+    _check_flags(args, swept)
+    _check_configs([group[0] for group in groups])
+    root = _root(args)
+    jobs = [job for of_seed in zip(*groups) for job in of_seed]
+    left = [job for job in jobs if job.result(root) is None]
+    if args.scale == "mini" and not (args.dry_run and (args.no_probe or args.probe_synthetic)):
+        _prepare(left, tasks)
+    if args.dry_run:
+        print(_plan(args, jobs, left, len(groups)))
+        return None
+    queue: LocalQueue | SlurmQueue
+    if args.slurm is None:
+        queue = LocalQueue(root, args.parallel, args.threads, args.gpus, args.num_gpus)
+    else:
+        settings = dict(_setting(text) for text in args.slurm)
+        queue = SlurmQueue(root, args.parallel, args.threads, args.num_gpus, settings)
+    logger.info("%d of %d jobs have finished.", len(jobs) - len(left), len(jobs))
+    return queue.run(left)
+
+
+def _check_flags(args: argparse.Namespace, swept: str) -> None:
     if not args.dry_run and (args.no_probe or args.probe_synthetic):
         raise ValueError(
             "--no-probe and --probe-synthetic say how to make the plan of --dry-run: add that, or leave them out."
         )
-    jobs = [job for of_seed in zip(*groups) for job in of_seed]
-    if args.scale == "mini" and not (args.dry_run and (args.no_probe or args.probe_synthetic)):
-        _prepare([job for job in jobs if job.result(_root(args)) is None], tasks)
-    if args.dry_run:
-        print(_plan(args, jobs, len(groups)))
-        return None
-    queue: LocalQueue | SlurmQueue
-    if args.slurm is None:
-        queue = LocalQueue(_root(args), args.parallel, args.threads, args.gpus, args.num_gpus)
-    else:
-        settings = dict(_setting(text) for text in args.slurm)
-        queue = SlurmQueue(_root(args), args.parallel, args.threads, args.num_gpus, settings)
-    return queue.run(jobs)
+    for flag, least in (("seeds", 1), ("parallel", 1), ("threads", 0), ("num_gpus", 0)):
+        if (number := getattr(args, flag)) < least:
+            raise ValueError(f"--{flag.replace('_', '-')} {number}: give at least {least}.")
+    if args.gpus and len(args.gpus) < args.num_gpus:
+        raise ValueError(
+            f"--gpus names {len(args.gpus)} GPUs, and --num-gpus wants {args.num_gpus} for each run."
+        )
+    said_by = {"SEED": "--seeds", "OUTPUT_DIR": "--output", swept: "--values"}
+    for key in args.options[::2]:
+        if key in said_by:
+            raise ValueError(f"--options {key}: {said_by[key]} says that. Leave the key out.")
+
+
+def _check_configs(jobs: Sequence[Job]) -> None:
+    """One that cannot be read is a failed cell, and the others run; none that can is a mistake in the options."""
+    errors = []
+    for job in jobs:
+        try:
+            job.config()
+            return
+        except (ValueError, FileNotFoundError) as err:
+            errors.append(err)
+    if errors:
+        raise errors[0]
 
 
 def _prepare(jobs: Sequence[Job], tasks: set[str]) -> None:
@@ -146,8 +197,11 @@ def _prepare(jobs: Sequence[Job], tasks: set[str]) -> None:
         return
     for command in {_WORLDS[task] for task in tasks}:
         subprocess.run([sys.executable, "-m", *command], check=True)
-    wanted = {read_config(job.config_file, job.options).MODEL.TIMM.PRETRAINED for job in jobs}
-    for path in sorted(map(Path, wanted)):
+    wanted = set()
+    for job in jobs:
+        with contextlib.suppress(ValueError, FileNotFoundError):  # the job itself fails with that
+            wanted.add(Path(job.config().MODEL.TIMM.PRETRAINED))
+    for path in sorted(wanted):
         if path.parent == _PRETRAINED and not path.exists():
             logger.info("%s is missing; pretraining it.", path)
             device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -158,8 +212,24 @@ def _root(args: argparse.Namespace) -> Path:
     return Path(args.output) / args.scale
 
 
+def _seeds(args: argparse.Namespace, models: str) -> list[int]:
+    """Those asked for, and those that earlier calls have run of these models (glob of folders)."""
+    found = (path.name.removeprefix("seed") for path in _root(args).glob(f"{models}/seed*"))
+    return sorted({*range(1, args.seeds + 1), *(int(number) for number in found if number.isdecimal())})
+
+
 def _finished(jobs: Iterable[Job], root: Path) -> list[dict[str, Any]]:
-    return [result for job in jobs if (result := job.result(root)) is not None]
+    """Results of those that have finished; earlier calls may have run them with other options, which is said."""
+    results = []
+    for job in jobs:
+        try:
+            result = job.result(root)
+        except (ValueError, FileNotFoundError) as err:
+            logger.warning("left out: %s", err)
+            continue
+        if result is not None:
+            results.append(result)
+    return results
 
 
 def _report(path: Path, left: Sequence[Job], root: Path) -> int:
@@ -171,20 +241,17 @@ def _report(path: Path, left: Sequence[Job], root: Path) -> int:
     return 1 if left else 0
 
 
-def _plan(args: argparse.Namespace, jobs: Sequence[Job], models: int) -> str:
+def _plan(args: argparse.Namespace, jobs: Sequence[Job], left: Sequence[Job], models: int) -> str:
     """What would run. Each model is probed once: with the first seed."""
     root = _root(args)
-    states = [
-        "finished" if job.result(root) is not None else "failed" if job.failure(root) else "to do"
-        for job in jobs
-    ]
+    states = ["finished" if job not in left else "failed" if job.failure(root) else "to do" for job in jobs]
     # The first seed of each model; what is only evaluated trains nothing.
     training = [index for index in range(models) if jobs[index].evaluates is None]
     first = [jobs[index] for index in training]
     if args.no_probe:
         found = count_up(first)
     elif args.probe_synthetic:
-        found = probe_synthetic(first, args.threads, args.num_gpus, next(iter(args.gpus), None))
+        found = probe_synthetic(first, args.threads, args.num_gpus, args.gpus)
     else:
         found = probe(first, args.threads, args.num_gpus)
     estimates = dict(zip(training, found))
@@ -252,7 +319,9 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     table = commands.add_parser("table", help="run the cells of a table, and write it")
     table.add_argument("number", type=int, choices=sorted(TITLES), help="of the paper's table")
-    table.add_argument("--cells", nargs="+", default=[], metavar="NAME", help="cells or tasks; default: all")
+    table.add_argument(
+        "--cells", nargs="+", default=[], metavar="NAME", help="cells, rows or tasks; default: all"
+    )
     _add_queue_flags(table)
     table.set_defaults(run=run_table)
     sweep = commands.add_parser("sweep", help="score against trainable parameters")

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
@@ -16,10 +16,13 @@ from d2_frozen.study.tables import METRICS, SETTINGS, TITLES
 _COLOURS = {"frozen": "#2b6cb0", "full": "#c8c8c8"}
 
 
-def bar_chart(results: Results, number: int, path: str | Path, paper: PaperNumbers | None = None) -> None:
+def bar_chart(results: Results, number: int, paper: PaperNumbers | None = None) -> bytes:
     """A panel per task and metric: bars of frozen beside full fine-tuning for every row, deviation as a whisker.
 
     The paper's numbers are black lines across the bars.
+
+    Returns:
+        PNG.
     """
     panels = [
         (task, metric, heading)
@@ -55,11 +58,11 @@ def bar_chart(results: Results, number: int, path: str | Path, paper: PaperNumbe
         axis.spines[["top", "right"]].set_visible(False)
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False)
     figure.suptitle(f"Table {number}. {TITLES[number]}", fontsize=10)
-    figure.savefig(path, dpi=120)
+    return _png(figure)
 
 
-def curve(title: str, points: Sequence[tuple[Point, list[dict[str, Any]]]], path: str | Path) -> None:
-    """A panel per metric: score over millions of trainable parameters, deviation as a whisker."""
+def curve(title: str, points: Sequence[tuple[Point, list[dict[str, Any]]]]) -> bytes:
+    """A panel per metric: score over millions of trainable parameters, deviation as a whisker; as PNG."""
     headings = list(METRICS[points[0][0].cell.task].values())
     figure = Figure(figsize=(4.6 * len(headings), 3.4), layout="constrained")
     for axis, heading in zip(figure.subplots(1, len(headings), squeeze=False)[0], headings):
@@ -73,4 +76,10 @@ def curve(title: str, points: Sequence[tuple[Point, list[dict[str, Any]]]], path
         axis.set_ylabel(heading)
         axis.spines[["top", "right"]].set_visible(False)
     figure.suptitle(title, fontsize=10)
-    figure.savefig(path, dpi=120)
+    return _png(figure)
+
+
+def _png(figure: Figure) -> bytes:
+    file = io.BytesIO()
+    figure.savefig(file, format="png", dpi=120)
+    return file.getvalue()

@@ -1,7 +1,8 @@
-"""Is a difference between models larger than what seeds make? A weighted sum of means over seeds, and its interval.
+"""Is a difference between models larger than what seeds make? A weighted sum of scores, seed by seed, and its interval.
 
-The standard error is that of independent runs. The interval is Student's t with Welch's degrees of freedom, in the form
-for any number of means (Satterthwaite, "An approximate distribution of estimates of variance components", 1946).
+Runs of one seed share the order of the data, and the start of the layers that they have in common, so they are not
+independent: the sum is taken within a seed, and its mean over seeds has the interval of Student's t for one sample (the
+paired t-test, for any number of models). Seeds that not all models have are left out.
 """
 
 from __future__ import annotations
@@ -17,12 +18,13 @@ CONFIDENCE = 0.95
 
 @dataclass(frozen=True)
 class Difference:
-    """A weighted sum of means.
+    """A weighted sum of scores, over the seeds that all models have.
 
     Args:
-        mean: NaN where a model has no run.
-        error: standard error; NaN where a model has fewer than two seeds.
+        mean: NaN where there is no such seed.
+        error: standard error; NaN with fewer than two seeds.
         low, high: of the interval; NaN where there is no error.
+        seeds: number of seeds that all models have.
         runs: of each model.
     """
 
@@ -30,6 +32,7 @@ class Difference:
     error: float
     low: float
     high: float
+    seeds: int
     runs: tuple[int, ...]
 
     @property
@@ -42,30 +45,30 @@ class Difference:
         return FAILS if self.high < 0 else NOISE
 
 
-def difference(weights: Mapping[str, float], values: Mapping[str, Sequence[float]]) -> Difference:
+def difference(weights: Mapping[str, float], scores: Mapping[str, Mapping[int, float]]) -> Difference:
     """
     Args:
         weights: model -> its weight in the sum.
-        values: model -> scores, one per seed; a model may be missing.
+        scores: model -> seed -> score; a model may be missing.
     """
-    samples = [(weight, values.get(model, ())) for model, weight in weights.items()]
+    samples = [(weight, scores.get(model, {})) for model, weight in weights.items()]
     runs = tuple(len(sample) for _, sample in samples)
-    nan = math.nan
-    if not all(runs):
-        return Difference(nan, nan, nan, nan, runs)
-    mean = math.fsum(weight * statistics.fmean(sample) for weight, sample in samples)
-    if min(runs) < 2:
-        return Difference(mean, nan, nan, nan, runs)
-    variances = [weight**2 * statistics.variance(sample) / len(sample) for weight, sample in samples]
-    error = math.sqrt(math.fsum(variances))
-    half = error * _quantile(variances, runs) if error else 0.0
-    return Difference(mean, error, mean - half, mean + half, runs)
+    shared = set.intersection(*(set(sample) for _, sample in samples))
+    sums = [math.fsum(weight * sample[seed] for weight, sample in samples) for seed in sorted(shared)]
+    mean = statistics.fmean(sums) if sums else math.nan
+    error = standard_error(sums)
+    half = error * _quantile(len(sums) - 1) if error > 0 else error  # 0, or NaN
+    return Difference(mean, error, mean - half, mean + half, len(sums), runs)
 
 
-def _quantile(variances: Sequence[float], runs: Sequence[int]) -> float:
+def standard_error(sample: Sequence[float]) -> float:
+    """Of the mean; NaN with fewer than two values."""
+    return statistics.stdev(sample) / math.sqrt(len(sample)) if len(sample) > 1 else math.nan
+
+
+def _quantile(freedom: int) -> float:
     from scipy.stats import t
 
-    freedom = math.fsum(variances) ** 2 / math.fsum(v**2 / (n - 1) for v, n in zip(variances, runs))
     return float(t.ppf(0.5 + CONFIDENCE / 2, freedom))
 
 

@@ -5,7 +5,6 @@ In: the folder of a study (``--output``/SCALE): ``tableN/TASK/CELL/seedK/result.
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections import Counter, defaultdict
@@ -16,12 +15,14 @@ from typing import NamedTuple
 
 from tabulate import tabulate
 
+from d2_frozen.data.written import write_text
 from d2_frozen.study.contrasts import CONFIDENCE, NOT_RUN, Difference, difference, together
+from d2_frozen.study.jobs import read_json
 from d2_frozen.study.tables import METRICS
 
 Weights = dict[str, float]
-# Metric -> cell -> scores, one per seed.
-Scores = dict[str, dict[str, list[float]]]
+# Metric -> cell -> seed -> score.
+Scores = dict[str, dict[str, dict[int, float]]]
 
 
 @dataclass(frozen=True)
@@ -207,13 +208,15 @@ def _judge(claim: Claim, scores: dict[tuple[int, str], Scores]) -> Finding:
 
 def _scores(root: Path, table: int, task: str) -> Scores:
     """Of the finished runs of a table."""
-    scores: Scores = defaultdict(lambda: defaultdict(list))
-    for path in sorted((root / f"table{table}" / task).glob("*/seed*/result.json")):
-        metrics = json.loads(path.read_text()).get("metrics", {})
+    scores: Scores = defaultdict(lambda: defaultdict(dict))
+    for path in (root / f"table{table}" / task).glob("*/seed*/result.json"):
+        run = read_json(path)
+        if run is None:
+            continue
         for (kind, metric), heading in METRICS[task].items():
-            value = metrics.get(kind, {}).get(metric, math.nan)
+            value = run["metrics"].get(kind, {}).get(metric, math.nan)
             if not math.isnan(value):
-                scores[heading][path.parent.parent.name].append(float(value))
+                scores[heading][path.parent.parent.name][run["seed"]] = float(value)
     return scores
 
 
@@ -222,11 +225,12 @@ def _similarity(root: Path) -> Finding:
     finding = Finding("vii", "Layers of a BiFPN are less similar to their input than stages of a cascade")
     for folder in sorted(root.glob("table*/detection/*_frozen")):
         means = {
-            preset: [
-                mean
-                for path in sorted(folder.glob(f"seed*/cka/{preset}.json"))
-                if (mean := _mean_similarity(path)) is not None
-            ]
+            preset: {
+                seed: mean
+                for path in folder.glob(f"seed*/cka/{preset}.json")
+                if (seed := _number_of(path.parent.parent)) is not None
+                and (mean := _mean_similarity(path)) is not None
+            }
             for preset in ("bifpn", "cascade")
         }
         if all(means.values()):
@@ -242,8 +246,8 @@ def _mean_similarity(path: Path) -> float | None:
 
     None for a measurement that was interrupted.
     """
-    content = json.loads(path.read_text())
-    if not content["complete"]:
+    content = read_json(path)
+    if content is None or not content["complete"]:
         return None
     panel = content["panels"][0]
     values = [
@@ -253,6 +257,12 @@ def _mean_similarity(path: Path) -> float | None:
         if value is not None and _stage(row) == _stage(column, default=_stage(row))
     ]
     return math.fsum(values) / len(values) if values else None
+
+
+def _number_of(folder: Path) -> int | None:
+    """7 of ``seed7``."""
+    number = folder.name.removeprefix("seed")
+    return int(number) if number.isdecimal() else None
 
 
 def _stage(label: str, default: str = "") -> str:
@@ -288,15 +298,18 @@ def _row(line: Line) -> tuple[str, ...]:
     if not math.isnan(d.error):
         shown += f" ± {d.error:.{digits}f}"
     interval = "" if math.isnan(d.low) else f"{d.low:.{digits}f} to {d.high:.{digits}f}"
-    verdict = d.verdict + (" (one seed)" if d.runs and min(d.runs) == 1 else "")
-    return line.number, line.measure, line.label, shown, interval, " / ".join(map(str, d.runs)), verdict
+    verdict = d.verdict + (" (one seed)" if d.seeds == 1 else "")
+    # Where some model has more: how many each has.
+    seeds = str(d.seeds) + ("" if set(d.runs) == {d.seeds} else f" of {' / '.join(map(str, d.runs))}")
+    return line.number, line.measure, line.label, shown, interval, seeds, verdict
 
 
 ABOUT = (
     "Each difference should be above 0 if the finding holds; a finding of several differences holds if all are. A gap "
-    "is full fine-tuning minus frozen. Standard errors are over seeds, of independent runs; intervals are Student's t "
-    "with Welch's degrees of freedom, for each difference by itself (not corrected for their number). An interval that "
-    "contains 0, or a model with one seed only, cannot be told from noise."
+    "is full fine-tuning minus frozen. Differences are taken seed by seed, over the seeds that all models have, since "
+    "runs of one seed share the order of the data and the start of equal layers. Standard errors and intervals "
+    "(Student's t, as in a paired t-test) are over these, for each difference by itself (not corrected for their "
+    "number). An interval that contains 0, or a single seed, cannot be told from noise."
 )
 
 
@@ -322,6 +335,4 @@ def write_findings(root: str | Path, scale: str) -> Path:
         FileNotFoundError: nothing has run in ``root``.
     """
     text = markdown(findings(root, scale), scale) + "\n"
-    path = Path(root) / "findings.md"
-    path.write_text(text)
-    return path
+    return write_text(Path(root) / "findings.md", text)

@@ -8,25 +8,27 @@ may be killed at any moment, copied to another machine, and continued.
 from __future__ import annotations
 
 import json
-import os
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from d2_frozen import tasks
+from d2_frozen.data.written import write_text
 from detectron2.config import CfgNode
+
+logger = logging.getLogger("d2_frozen.study")
 
 # Values that say where and how fast a job runs, not what comes out of it.
 _NOT_PART_OF_RESULT = (
     "OUTPUT_DIR",
     "MODEL.DEVICE",
-    "MODEL.WEIGHTS",
     "DATALOADER.NUM_WORKERS",
     "SOLVER.CHECKPOINT_PERIOD",
     "SOLVER.CHECKPOINTS_KEPT",
 )
-SETTINGS_FILE = "settings.json"
+SETTINGS_FILE, FAILURE_FILE = "settings.json", "failed.json"
 
 
 @dataclass(frozen=True)
@@ -54,19 +56,29 @@ class Job:
         Raises:
             ValueError: see ``check_settings``.
         """
-        result = _read(self.folder(root) / "result.json")
+        result = read_json(self.folder(root) / "result.json")
         if result is not None:
             self.check_settings(root)
         return result
 
     def failure(self, root: str | Path) -> dict[str, Any] | None:
         """What ``failed.json`` holds: {"error", "traceback"} of the last try; None if there was none."""
-        return _read(self.folder(root) / "failed.json")
+        return read_json(self.folder(root) / FAILURE_FILE)
+
+    def config(self) -> CfgNode:
+        """The complete one.
+
+        Raises:
+            ValueError, FileNotFoundError: it has none; names the file.
+        """
+        try:
+            return tasks.read_config(self.config_file, self.options)
+        except (AssertionError, KeyError) as err:  # unknown keys, and options that are no pairs
+            raise ValueError(f"{self.config_file}: {err.args[0] if err.args else err!r}") from err
 
     def settings(self) -> dict[str, Any]:
         """Every key of the complete config and its value, without those that do not change the result."""
-        cfg = tasks.read_config(self.config_file, self.options)
-        return {key: value for key, value in _leaves(cfg) if key not in _NOT_PART_OF_RESULT}
+        return {key: value for key, value in _leaves(self.config()) if key not in _NOT_PART_OF_RESULT}
 
     def check_settings(self, root: str | Path) -> None:
         """Is what lies in the job's folder of this config? Keys that are new since then do not matter.
@@ -75,7 +87,7 @@ class Job:
             ValueError: another one; names the keys that differ.
         """
         path = self.folder(root) / SETTINGS_FILE
-        found = _read(path)
+        found = read_json(path)
         if found is None:
             return
         own = json.loads(json.dumps(self.settings()))
@@ -91,16 +103,25 @@ class Job:
     def write_settings(self, root: str | Path) -> None:
         """For ``check_settings``; what is there stays, as its run goes on."""
         path = self.folder(root) / SETTINGS_FILE
-        if not path.exists():
+        if read_json(path) is None:
             write_json(path, self.settings())
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Whole or not at all."""
+    """Whole or not at all; makes the folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    partial.write_text(json.dumps(content, indent=1) + "\n")
-    os.replace(partial, path)
+    write_text(path, json.dumps(content, indent=1) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """None if there is no such file, or nothing that can be read in it: that is said, and it counts as missing."""
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        return None
+    except ValueError as err:
+        logger.warning("%s cannot be read (%s); taken as missing.", path, err)
+        return None
 
 
 def _leaves(node: CfgNode, prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -109,10 +130,3 @@ def _leaves(node: CfgNode, prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield from _leaves(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value
-
-
-def _read(path: Path) -> dict[str, Any] | None:
-    try:
-        return json.loads(path.read_text())
-    except FileNotFoundError:
-        return None

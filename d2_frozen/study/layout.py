@@ -14,10 +14,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from tabulate import tabulate
 
+from d2_frozen.data.written import write_bytes, write_text
 from d2_frozen.study.paper import PaperNumber, PaperNumbers
 from d2_frozen.study.sweeps import Point
 from d2_frozen.study.tables import METRICS, SETTINGS, TITLES, Cell
@@ -27,18 +28,18 @@ Results = dict[Cell, list[dict[str, Any]]]
 
 @dataclass
 class Score:
-    """One metric of one cell over its seeds."""
+    """One metric of one cell: seed -> value."""
 
-    values: list[float] = field(default_factory=list)
+    values: dict[int, float] = field(default_factory=dict)
 
     @property
     def mean(self) -> float:
-        return statistics.fmean(self.values) if self.values else math.nan
+        return statistics.fmean(self.values.values()) if self.values else math.nan
 
     @property
     def deviation(self) -> float:
         """Sample standard deviation; NaN with fewer than two seeds."""
-        return statistics.stdev(self.values) if len(self.values) > 1 else math.nan
+        return statistics.stdev(self.values.values()) if len(self.values) > 1 else math.nan
 
     def __str__(self) -> str:
         if not self.values:
@@ -46,29 +47,19 @@ class Score:
         return f"{self.mean:.1f}" + (f" ± {self.deviation:.1f}" if len(self.values) > 1 else "")
 
 
-class Gap(NamedTuple):
-    """How far full fine-tuning is ahead of frozen; the deviation of a difference of independent runs."""
-
-    mean: float
-    deviation: float
-
-    def __str__(self) -> str:
-        if math.isnan(self.mean):
-            return ""
-        return f"{self.mean:.1f}" + ("" if math.isnan(self.deviation) else f" ± {self.deviation:.1f}")
-
-
-def gap(frozen: Score, full: Score) -> Gap:
-    """NaN where one of the two has no runs."""
-    return Gap(full.mean - frozen.mean, math.hypot(frozen.deviation, full.deviation))
+def gap(frozen: Score, full: Score) -> Score:
+    """How far full fine-tuning is ahead, seed by seed, of the seeds that both have."""
+    both = sorted(frozen.values.keys() & full.values.keys())
+    return Score({seed: full.values[seed] - frozen.values[seed] for seed in both})
 
 
 def scores(cell: Cell, results: Sequence[dict[str, Any]]) -> dict[str, Score]:
     """Heading of a column -> its values over the seeds."""
     table: dict[str, Score] = {}
     for (task, metric), heading in cell.metrics.items():
-        values = [r["metrics"][task][metric] for r in results if task in r["metrics"]]
-        table[heading] = Score([float(value) for value in values])
+        table[heading] = Score(
+            {r["seed"]: float(r["metrics"][task][metric]) for r in results if task in r["metrics"]}
+        )
     return table
 
 
@@ -179,11 +170,9 @@ def write_table(results: Results, number: int, folder: str | Path, paper: PaperN
 
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / f"table{number}.csv").write_text(csv_text(results, paper))
-    bar_chart(results, number, folder / f"table{number}.png", paper)
-    path = folder / f"table{number}.md"
-    path.write_text(markdown(results, number, paper))
-    return path
+    write_text(folder / f"table{number}.csv", csv_text(results, paper))
+    write_bytes(folder / f"table{number}.png", bar_chart(results, number, paper))
+    return write_text(folder / f"table{number}.md", markdown(results, number, paper))
 
 
 def sweep_markdown(title: str, points: Sequence[tuple[Point, list[dict[str, Any]]]]) -> str:
@@ -211,14 +200,13 @@ def write_sweep(
     from d2_frozen.study.charts import curve
 
     folder.mkdir(parents=True, exist_ok=True)
-    lines = [csv_line for point, runs in points for csv_line in _sweep_lines(point, runs)]
-    with open(folder / f"sweep_{name}.csv", "w", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerows([["point", "seed", "trainable", "metric", "value", "device", "commit"], *lines])
-    curve(title, points, folder / f"sweep_{name}.png")
-    path = folder / f"sweep_{name}.md"
-    path.write_text(sweep_markdown(title, points))
-    return path
+    file = io.StringIO()
+    writer = csv.writer(file, lineterminator="\n")
+    writer.writerow(["point", "seed", "trainable", "metric", "value", "device", "commit"])
+    writer.writerows(line for point, runs in points for line in _sweep_lines(point, runs))
+    write_text(folder / f"sweep_{name}.csv", file.getvalue())
+    write_bytes(folder / f"sweep_{name}.png", curve(title, points))
+    return write_text(folder / f"sweep_{name}.md", sweep_markdown(title, points))
 
 
 def _sweep_lines(point: Point, runs: Sequence[dict[str, Any]]) -> list[list[Any]]:

@@ -36,6 +36,7 @@ from d2_frozen.backbone.pretraining.textures import NUM_TEXTURES
 from d2_frozen.backbone.swin_v2 import PICO_NAME
 from d2_frozen.backbone.timm_backbone import TimmBackbone, create_timm_backbone
 from d2_frozen.backbone.weights import save_weights
+from d2_frozen.study.worker import alone
 
 logger = logging.getLogger(__name__)
 
@@ -116,6 +117,13 @@ def pretrain(
     if path.exists():
         return path
     folder.mkdir(parents=True, exist_ok=True)
+    with alone(folder / f".{what.name}.lock"):  # two queues may miss the same backbone
+        if not path.exists():
+            _train(what, path, unfinished, device, batch, workers)
+    return path
+
+
+def _train(what: Pretraining, path: Path, unfinished: Path, device: str, batch: int, workers: int) -> None:
     torch.manual_seed(what.seed)
     backbone = create_timm_backbone(PICO_NAME, arguments=SIZES[what.size], final_norm=True)
     task = _task(what.kind, backbone).to(device)
@@ -152,7 +160,6 @@ def pretrain(
     state = {name: value.detach().cpu() for name, value in whole_state(backbone).items()}
     save_weights(state, path, metadata=about)
     unfinished.unlink(missing_ok=True)
-    return path
 
 
 def whole_state(backbone: TimmBackbone) -> dict[str, Tensor]:

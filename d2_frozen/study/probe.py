@@ -10,7 +10,6 @@ from __future__ import annotations
 import itertools
 import json
 import math
-import os
 import statistics
 import tempfile
 import time
@@ -24,6 +23,7 @@ import torch
 from d2_frozen import tasks
 from d2_frozen.study.jobs import Job, write_json
 from d2_frozen.study.queue import LocalQueue, job_context
+from d2_frozen.study.worker import use_gpus
 from d2_frozen.summary import Counts, build_weightless, fill_standard_classes, model_of
 from detectron2.config import CfgNode
 
@@ -92,24 +92,24 @@ def _estimate(job: Job, first: Job, root: str) -> Estimate | str:
     lines = (first.folder(root) / "metrics.json").read_text().splitlines()
     seconds = next(line["time"] for line in map(json.loads, reversed(lines)) if "time" in line)
     size = (first.folder(root) / "model_final.pth").stat().st_size / 2**20
-    solver = tasks.read_config(job.config_file, job.options).SOLVER
+    solver = job.config().SOLVER
     memory = result["peak_memory_mib"]
     return Estimate(result["trainable"], solver.MAX_ITER, seconds, size, _kept(solver), memory)
 
 
 def probe_synthetic(
-    jobs: Sequence[Job], threads: int = 0, num_gpus: int = 1, gpu: int | None = None
+    jobs: Sequence[Job], threads: int = 0, num_gpus: int = 1, gpus: Sequence[int] = ()
 ) -> list[Estimate | str]:
     """An estimate per job from one device: that of a run on ``num_gpus`` of them, as if they needed no time to talk.
 
     Jobs that differ only in data, schedule, seed or weights share a measurement.
 
     Args:
-        gpu: number of the GPU to use; None for whatever is visible.
+        gpus: of which the first is used; empty for whatever is visible.
     """
     estimates: list[Estimate | str] = []
     for cfg, step in _shared(
-        jobs, _what_a_step_depends_on, lambda job, _: _step_in_process(job, threads, num_gpus, gpu)
+        jobs, _what_a_step_depends_on, lambda job, _: _step_in_process(job, threads, num_gpus, gpus)
     ):
         if isinstance(step, str):
             estimates.append(step)
@@ -203,7 +203,7 @@ def _shared(
     """Config of each job, and what was measured of it; jobs with an equal key share a measurement."""
     known: dict[str, _Found] = {}
     for job in jobs:
-        cfg = tasks.read_config(job.config_file, job.options)
+        cfg = job.config()
         of_job = key(cfg)
         if of_job not in known:
             known[of_job] = measure(job, cfg)
@@ -217,12 +217,12 @@ def _trainable(cfg: CfgNode) -> int | str:
         return f"{type(err).__name__}: {err}"
 
 
-def _step_in_process(job: Job, threads: int, num_gpus: int, gpu: int | None) -> Step | str:
+def _step_in_process(job: Job, threads: int, num_gpus: int, gpus: Sequence[int]) -> Step | str:
     """A process of its own: what the next job may use is not filled by this one."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "step.json")
         process = job_context().Process(  # type: ignore[attr-defined]
-            target=_measure_into, args=(path, job, threads, num_gpus, gpu)
+            target=_measure_into, args=(path, job, threads, num_gpus, gpus)
         )
         process.start()
         process.join()
@@ -232,12 +232,11 @@ def _step_in_process(job: Job, threads: int, num_gpus: int, gpu: int | None) -> 
         return found if isinstance(found, str) else Step(**found)
 
 
-def _measure_into(path: Path, job: Job, threads: int, num_gpus: int, gpu: int | None) -> None:
-    if gpu is not None:
-        os.environ["CUDA_VISIBLE_DEVICES"] = str(gpu)
+def _measure_into(path: Path, job: Job, threads: int, num_gpus: int, gpus: Sequence[int]) -> None:
     if threads:
         torch.set_num_threads(threads)
     try:
+        use_gpus(gpus[:1])
         write_json(path, measure_step(job, num_gpus).__dict__)
     except Exception as err:  # of any kind: the plan names it, and goes on with the next job
         write_json(path, f"{type(err).__name__}: {err}")

@@ -17,7 +17,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from types import FrameType
 
-from d2_frozen.study.jobs import Job
+from d2_frozen.study.jobs import FAILURE_FILE, Job, write_json
 from d2_frozen.study.worker import run_job_in_process
 
 logger = logging.getLogger(__name__)
@@ -50,20 +50,14 @@ class LocalQueue:
         self._stopped_by = 0
 
     def run(self, jobs: Sequence[Job]) -> list[Job]:
-        """Run what has not finished yet. On SIGTERM and Ctrl-C running jobs save and leave, then so does this.
+        """Run jobs that have not finished. On SIGTERM and Ctrl-C running ones save and leave, then so does this.
 
         Returns:
-            The jobs that have not finished.
-        Raises:
-            ValueError: a finished job is that of another config.
+            The jobs that have still not finished.
         """
-        left = [job for job in jobs if job.result(self.root) is None]
-        done, total, begun = len(jobs) - len(left), len(jobs), time.monotonic()
-        logger.info("%d of %d jobs have finished.", done, total)
-        if not left:
-            return []
-        open_names = {job.name for job in left}
-        waiting, first = list(left), done
+        done, total, begun = 0, len(jobs), time.monotonic()
+        open_names = {job.name for job in jobs}
+        waiting = list(jobs)
         running: dict[int, tuple[Job, BaseProcess]] = {}
         context = job_context()
         free = list(range(self.parallel))
@@ -85,16 +79,17 @@ class LocalQueue:
                     if self._outcome(job, process):
                         open_names.discard(job.name)
                         done += 1
-                        rate = (time.monotonic() - begun) / (done - first)
-                        eta = timedelta(seconds=int(rate * (total - done)))
+                        eta = timedelta(seconds=int((time.monotonic() - begun) / done * (total - done)))
                         logger.info("%d/%d  %s finished  eta: %s", done, total, job.name, eta)
-        return [job for job in left if job.name in open_names]
+        return [job for job in jobs if job.name in open_names]
 
     def _start(self, context: multiprocessing.context.BaseContext, job: Job, slot: int) -> BaseProcess:
-        gpu = self.gpus[slot % len(self.gpus)] if self.gpus else None
+        # Neighbours in turn; with more runs than GPUs, several share one.
+        first, count = slot * max(1, self.num_gpus), max(1, self.num_gpus)
+        gpus = [self.gpus[(first + i) % len(self.gpus)] for i in range(count)] if self.gpus else []
         process = context.Process(  # type: ignore[attr-defined]
             target=run_job_in_process,
-            args=(job, self.root, self.threads, gpu, self.num_gpus),
+            args=(job, self.root, self.threads, gpus, self.num_gpus),
             name=job.name,
         )
         process.start()
@@ -107,8 +102,11 @@ class LocalQueue:
             return True
         if self._stopped_by:
             return False
-        failure = job.failure(self.root) if process.exitcode == 1 else None
-        reason = failure["error"] if failure else f"exit code {process.exitcode}"
+        failure = job.failure(self.root)
+        if failure is None:
+            failure = killed(process.exitcode)
+            write_json(job.folder(self.root) / FAILURE_FILE, failure)
+        reason = failure["error"]
         logger.error("%s failed: %s (%s)", job.name, reason, job.folder(self.root) / "output.txt")
         return False
 
@@ -140,6 +138,12 @@ class _Signals:
     def __exit__(self, *_: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
+
+
+def killed(exit_code: int | None) -> dict[str, str]:
+    """What ``failed.json`` says of a process that had no time to write it."""
+    advice = " (killed: too little memory?)" if exit_code == -signal.SIGKILL else ""
+    return {"error": f"exit code {exit_code}{advice}", "traceback": ""}
 
 
 def job_context() -> multiprocessing.context.BaseContext:

@@ -6,7 +6,6 @@ In: the folder of a study (``--output``/SCALE).  Out: report.md and report.html 
 from __future__ import annotations
 
 import html
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
@@ -15,7 +14,9 @@ from typing import Any
 
 from tabulate import tabulate
 
+from d2_frozen.data.written import write_text
 from d2_frozen.study.findings import ABOUT, difference_rows, findings, verdict_rows
+from d2_frozen.study.jobs import read_json
 
 _PICTURES = (".png", ".jpg")
 # Of each model, so that the page stays one that can be read.
@@ -53,16 +54,15 @@ def write_report(root: str | Path, scale: str = "mini") -> Path:
         *_sheets(root, runs),
         *_failures(root),
     ]
-    (root / "report.md").write_text(_markdown(sections, root))
-    path = root / "report.html"
-    path.write_text(_html(sections, root))
-    return path
+    write_text(root / "report.md", _markdown(sections, root))
+    return write_text(root / "report.html", _html(sections, root))
 
 
 def finished_runs(root: Path) -> Iterator[dict[str, Any]]:
     """What every ``result.json`` below ``root`` holds."""
     for path in root.rglob("result.json"):
-        yield json.loads(path.read_text())
+        if (run := read_json(path)) is not None:
+            yield run
 
 
 def _findings(root: Path, scale: str) -> Iterator[Section]:
@@ -149,8 +149,9 @@ def _sheets(root: Path, runs: list[dict[str, Any]]) -> Iterator[Section]:
 
 def _failures(root: Path) -> Iterator[Section]:
     failed = [
-        (str(path.parent.relative_to(root)), json.loads(path.read_text())["error"])
+        (str(path.parent.relative_to(root)), failure["error"])
         for path in sorted(root.rglob("failed.json"))
+        if (failure := read_json(path)) is not None
     ]
     if failed:
         yield Section("Failed", rows=(("run", "error"), *failed))

@@ -57,19 +57,17 @@ class SlurmQueue:
         self._executor.update_parameters(**{**wanted, **(settings or {})})
 
     def run(self, jobs: Sequence[Job]) -> list[Job]:
-        """Submit what has not finished, and wait. Interrupted, this leaves the submitted tasks running.
+        """Submit jobs that have not finished, and wait. Interrupted, this leaves the submitted tasks running.
 
         Returns:
-            The jobs that have not finished.
+            The jobs that have still not finished.
         """
-        left = [job for job in jobs if job.result(self.root) is None]
-        logger.info("%d of %d jobs have finished.", len(jobs) - len(left), len(jobs))
-        open_names = {job.name for job in left}
-        trainings = [job for job in left if job.evaluates not in open_names]
+        open_names = {job.name for job in jobs}
+        trainings = [job for job in jobs if job.evaluates not in open_names]
         self._wait(trainings)
         trained = {job.name for job in trainings if job.result(self.root) is not None}
-        self._wait([job for job in left if job.evaluates in trained])
-        return [job for job in left if job.result(self.root) is None]
+        self._wait([job for job in jobs if job.evaluates in trained])
+        return [job for job in jobs if job.result(self.root) is None]
 
     def _wait(self, jobs: Sequence[Job]) -> None:
         if not jobs:
@@ -101,7 +99,7 @@ class ResumableRun:
     """What submitit pickles and calls on a node."""
 
     def __init__(self, job: Job, root: str, threads: int, num_gpus: int) -> None:
-        self.arguments = job, root, threads, None, num_gpus
+        self.arguments = job, root, threads, (), num_gpus
 
     def __call__(self) -> bool:
         return run_job(*self.arguments)

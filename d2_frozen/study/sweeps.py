@@ -98,7 +98,7 @@ def points_of(
         raise ValueError(f"--values {' '.join(map(str, values))}: numbers of layers are 1 or more.")
     cells = cells_of(sweep.table, scale, configs, [sweep.cell])
     (cell,) = [c for c in cells if c.name == sweep.cell and c.task == sweep.task]
-    wanted = [value + sweep.offset for value in values] or list(sweep.values)
+    wanted = [value + sweep.offset for value in dict.fromkeys(values)] or list(sweep.values)
     points = []
     for value in wanted:
         label = str(value - sweep.offset)

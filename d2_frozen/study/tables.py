@@ -95,7 +95,7 @@ def cells_of(
     Args:
         scale: "mini" or "full".
         configs: the folder ``configs/``.
-        wanted: names of cells, or of tasks; all if empty.
+        wanted: names of cells, of rows (all their cells), or of tasks; all if empty.
     Raises:
         FileNotFoundError: no config for the table.
         ValueError: a wanted cell has no config; the nearest names are listed.
@@ -111,14 +111,15 @@ def cells_of(
     cells.sort(key=_place)
     if not wanted:
         return cells
-    known = {cell.name for cell in cells} | {cell.task for cell in cells}
+    names = {cell: {cell.name, cell.row, cell.task} for cell in cells}
+    known = set.union(*names.values())
     for name in wanted:
         if name not in known:
             near = difflib.get_close_matches(name, known, n=3, cutoff=0.3) or sorted(known)
             raise ValueError(
                 f"Table {table} has no cell {name} with a config at scale {scale}. Nearest: {', '.join(near)}."
             )
-    chosen = [cell for cell in cells if cell.name in wanted or cell.task in wanted]
+    chosen = [cell for cell in cells if names[cell] & set(wanted)]
     needed = {(cell.task, cell.name.removesuffix(_MULTISCALE)) for cell in chosen}
     return [cell for cell in cells if cell in chosen or (cell.task, cell.name) in needed]
 

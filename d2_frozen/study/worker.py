@@ -12,29 +12,32 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from d2_frozen.study.jobs import Job, write_json
+from d2_frozen.study.jobs import FAILURE_FILE, Job, write_json
 
 
-def run_job(job: Job, root: str | Path, threads: int = 0, gpu: int | None = None, num_gpus: int = 1) -> bool:
+def run_job(
+    job: Job, root: str | Path, threads: int = 0, gpus: Sequence[int] = (), num_gpus: int = 1
+) -> bool:
     """
     Args:
         root: folder of the study.
         threads: of CPU arithmetic in this process; 0 leaves them as they are.
-        gpu: number of the GPU to use; None for whatever is visible.
+        gpus: numbers of the GPUs to use; empty for whatever is visible.
         num_gpus: processes of the run, one per GPU.
     Returns:
         Has it finished? If not, ``failed.json`` says why.
     """
     folder = job.folder(root)
     folder.mkdir(parents=True, exist_ok=True)
-    with _to_itself(folder):
-        if gpu is not None:
-            os.environ["CUDA_VISIBLE_DEVICES"] = str(gpu)
+    with alone(folder / ".lock"):
+        # Of an earlier try: what is there afterwards is of this one.
+        (folder / FAILURE_FILE).unlink(missing_ok=True)
         try:
+            use_gpus(gpus)
             job.check_settings(root)
             if job.result(root) is not None:
                 return True
@@ -42,15 +45,28 @@ def run_job(job: Job, root: str | Path, threads: int = 0, gpu: int | None = None
             _run(job, Path(root), threads, num_gpus)
         except Exception as err:
             write_json(
-                folder / "failed.json",
+                folder / FAILURE_FILE,
                 {"error": f"{type(err).__name__}: {err}", "traceback": traceback.format_exc()},
             )
             return False
-        (folder / "failed.json").unlink(missing_ok=True)
         return True
 
 
-def run_job_in_process(job: Job, root: str, threads: int, gpu: int | None, num_gpus: int) -> None:
+def use_gpus(gpus: Sequence[int]) -> None:
+    """No other GPUs than these, in this process and those that it starts; ValueError if there are none such."""
+    if not gpus:
+        return
+    import torch
+
+    os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, gpus))
+    if torch.cuda.device_count() < len(set(gpus)):
+        raise ValueError(
+            f"--gpus: torch sees {torch.cuda.device_count()} GPUs with CUDA_VISIBLE_DEVICES="
+            f"{os.environ['CUDA_VISIBLE_DEVICES']}. Leave the flag out to run on the CPU."
+        )
+
+
+def run_job_in_process(job: Job, root: str, threads: int, gpus: Sequence[int], num_gpus: int) -> None:
     """As :func:`run_job`, for a process of its own: what it prints goes to ``output.txt``, and the exit code tells."""
     signal.signal(
         signal.SIGINT, signal.SIG_IGN
@@ -60,7 +76,7 @@ def run_job_in_process(job: Job, root: str, threads: int, gpu: int | None, num_g
     with open(folder / "output.txt", "ab", buffering=0) as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
-    sys.exit(0 if run_job(job, root, threads, gpu, num_gpus) else 1)
+    sys.exit(0 if run_job(job, root, threads, gpus, num_gpus) else 1)
 
 
 def _run(job: Job, root: Path, threads: int, num_gpus: int) -> None:
@@ -76,7 +92,8 @@ def _run(job: Job, root: Path, threads: int, num_gpus: int) -> None:
         flags += ["--eval-only"]
         options += ["MODEL.WEIGHTS", str(root / job.evaluates / "model_final.pth")]
     args = train_net.argument_parser().parse_args([*flags, *options])
-    launch(_train_and_record, num_gpus, dist_url=args.dist_url, args=(args, job, str(folder), threads))
+    # Not the parser's address, which is the same for all runs on a machine.
+    launch(_train_and_record, num_gpus, dist_url="auto", args=(args, job, str(folder), threads))
 
 
 def _train_and_record(args: argparse.Namespace, job: Job, folder: str, threads: int) -> None:
@@ -130,13 +147,13 @@ def about_run(folder: Path) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def _to_itself(folder: Path) -> Iterator[None]:
-    """One process per job: another waits here until the first has ended. The system frees the lock of a dead one."""
+def alone(lock: Path) -> Iterator[None]:
+    """One process at a time: another waits here until the first has ended. The system frees the lock of a dead one."""
     try:
         import fcntl
     except ImportError:  # Windows: one queue per study there
         yield
         return
-    with open(folder / ".lock", "w") as file:
+    with open(lock, "w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield

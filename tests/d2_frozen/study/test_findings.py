@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 
@@ -11,7 +10,7 @@ import pytest
 from d2_frozen.study.__main__ import main
 from d2_frozen.study.contrasts import FAILS, HOLDS, NOISE, NOT_RUN, difference, together
 from d2_frozen.study.findings import Finding, claims_of, findings
-from d2_frozen.study.jobs import write_json
+from d2_frozen.study.jobs import read_json, write_json
 from d2_frozen.study.report import write_report
 from d2_frozen.study.tables import cells_of
 
@@ -33,32 +32,48 @@ def verdict(root: Path, number: str, scale: str = "mini") -> Finding:
     return next(finding for finding in findings(root, scale) if finding.number == number)
 
 
-def test_a_difference_of_two_means_is_that_of_welch() -> None:
-    """1, 2, 3 against 10, 14, 18: variances 1 and 16, error sqrt(1/3 + 16/3), df (17/3)^2 / ((1/9 + 256/9) / 2)."""
-    from scipy.stats import ttest_ind
+def by_seed(*scores: float) -> dict[int, float]:
+    return dict(enumerate(scores, 1))
 
-    d = difference({"a": 1, "b": -1}, {"a": [10, 14, 18], "b": [1, 2, 3]})
-    assert d.mean == 12 and d.error == pytest.approx(math.sqrt(17 / 3))
-    expected = ttest_ind([10, 14, 18], [1, 2, 3], equal_var=False).confidence_interval(0.95)
+
+def test_a_difference_of_two_models_is_that_of_the_paired_t_test() -> None:
+    """9, 12, 15 apart in the three seeds: mean 12, error 3 / sqrt(3)."""
+    from scipy.stats import ttest_rel
+
+    a, b = [10, 14, 18], [1, 2, 3]
+    d = difference({"a": 1, "b": -1}, {"a": by_seed(*a), "b": by_seed(*b)})
+    assert d.mean == 12 and d.error == pytest.approx(math.sqrt(3)) and d.seeds == 3
+    expected = ttest_rel(a, b).confidence_interval(0.95)
     assert (d.low, d.high) == pytest.approx((expected.low, expected.high))
     assert d.verdict == HOLDS
 
 
-def test_variances_of_four_means_add_up() -> None:
-    values = {"a": [1.0, 3.0], "b": [4.0, 8.0], "c": [0.0, 2.0], "d": [5.0, 5.0]}
-    d = difference({"a": 1, "b": -1, "c": -1, "d": 1}, values)
-    assert d.mean == 2 - 6 - 1 + 5 and d.error == pytest.approx(math.sqrt(2 / 2 + 8 / 2 + 2 / 2))
+def test_what_a_seed_does_to_all_models_is_no_noise() -> None:
+    """A seed that is worth 20 points to every model: the gaps of both rows are the same in each."""
+    worth = (0.0, 20.0, -20.0)
+    scores = {name: by_seed(*(start + w for w in worth)) for name, start in zip("abcd", (5, 1, 4, 3))}
+    d = difference({"a": 1, "b": -1, "c": -1, "d": 1}, scores)
+    assert (d.mean, d.error) == (3, 0) and d.verdict == HOLDS
+
+
+def test_only_seeds_that_all_models_have_count() -> None:
+    scores = {"a": {1: 5.0, 2: 7.0, 3: 90.0}, "b": {2: 1.0, 1: 2.0, 4: 0.0}}
+    d = difference({"a": 1, "b": -1}, scores)
+    assert (d.mean, d.error) == pytest.approx((4.5, 1.5)) and (d.seeds, d.runs) == (2, (3, 3))
+    apart = difference({"a": 1, "b": -1}, {"a": {1: 5.0}, "b": {2: 1.0}})
+    assert apart.verdict == NOT_RUN and (apart.seeds, apart.runs) == (0, (1, 1))
 
 
 def test_verdicts() -> None:
-    sure, unsure = [10.0, 10.1, 9.9], [10.0, 30.0, -10.0]
-    zero = [0.0, 0.1, -0.1]
-    assert difference({"a": 1, "b": -1}, {"a": sure, "b": zero}).verdict == HOLDS
-    assert difference({"b": 1, "a": -1}, {"a": sure, "b": zero}).verdict == FAILS
-    assert difference({"a": 1, "b": -1}, {"a": unsure, "b": zero}).verdict == NOISE
-    assert difference({"a": 1, "b": -1}, {"a": [10.0], "b": zero}).verdict == NOISE  # one seed says nothing
-    assert difference({"a": 1, "b": -1}, {"a": sure}).verdict == NOT_RUN
-    assert difference({"a": 1, "b": -1}, {"a": [1.0, 1.0], "b": [1.0, 1.0]}).verdict == NOISE
+    weights = {"a": 1.0, "b": -1.0}
+    sure, unsure, zero = by_seed(10.0, 10.1, 9.9), by_seed(10.0, 30.0, -10.0), by_seed(0.0, 0.1, 0.2)
+    assert difference(weights, {"a": sure, "b": zero}).verdict == HOLDS
+    assert difference(weights, {"a": zero, "b": sure}).verdict == FAILS
+    assert difference(weights, {"a": unsure, "b": zero}).verdict == NOISE
+    one = difference(weights, {"a": by_seed(10.0), "b": zero})
+    assert one.verdict == NOISE and one.mean == 10 and math.isnan(one.error)  # one seed says nothing
+    assert difference(weights, {"a": sure}).verdict == NOT_RUN
+    assert difference(weights, {"a": by_seed(1.0, 1.0), "b": by_seed(1.0, 1.0)}).verdict == NOISE
     assert together([HOLDS, NOISE]) == NOISE and together([HOLDS, NOISE, FAILS]) == FAILS
     assert together([HOLDS, HOLDS]) == HOLDS and together([]) == NOT_RUN
 
@@ -99,8 +114,8 @@ def test_the_bifpn_narrows_the_gap_more_than_the_cascade(tmp_path: Path) -> None
     found = verdict(tmp_path, "ii")
     assert found.verdict == HOLDS
     assert [round(line.difference.mean, 6) for line in found.lines] == [3.0, 2.0] * 2
-    # Four independent means of three seeds with variance 0.01.
-    assert found.lines[0].difference.error == pytest.approx(math.sqrt(4 * 0.01 / 3))
+    # Seeds move all models alike.
+    assert found.lines[0].difference.error == pytest.approx(0, abs=1e-9)
 
 
 def similarity(
@@ -136,8 +151,10 @@ def test_command_and_report(tmp_path: Path, capsys: pytest.CaptureFixture) -> No
     root = tmp_path / "mini"
     assert main(["findings", "--output", str(tmp_path)]) == 2
     assert "holds no finished run" in capsys.readouterr().err
-    for cell, first in (("linear_frozen", 10.0), ("temporal_frozen", 50.0), ("global_frozen", 51.0)):
-        runs(root, 4, "video", cell, first, first + 4, first + 2)
+    runs(root, 4, "video", "linear_frozen", 10.0, 14.0, 12.0)
+    runs(root, 4, "video", "temporal_frozen", 50.0, 54.0 - 2.0, 52.0 + 2.0)  # 40, 38, 42 more
+    runs(root, 4, "video", "global_frozen", 51.0, 55.0)
+    (root / "table4/video/global_frozen/seed2/result.json").write_text('{"metr')  # a full disk, say
     assert main(["findings", "--output", str(tmp_path)]) == 0
     verdicts, differences = [
         line for line in capsys.readouterr().out.splitlines() if line.startswith("| iv ")
@@ -145,11 +162,12 @@ def test_command_and_report(tmp_path: Path, capsys: pytest.CaptureFixture) -> No
     assert "Global attention" in verdicts and "cannot be told from noise" in verdicts
     assert "temporal - linear" in differences and "| holds" in differences
     text = (root / "findings.md").read_text()
-    assert "| 40.00 ± 1.63 " in text and "| 3 / 3 " in text and "| vi " in text and "not run" in text
+    assert "| 40.00 ± 1.15 " in text and "| 1 of 1 / 3 " in text and "| vi " in text and "not run" in text
     about = {"config_file": "a.yaml", "options": [], "iterations": 1, "trainable": 1, "parameters": 2}
     about |= {"seconds_of_last_start": 1.0, "peak_memory_mib": 1.0, "device": "a CPU", "commit": "abc"}
     for path in root.rglob("result.json"):
-        job = path.parent.relative_to(root).as_posix()
-        write_json(path, {**json.loads(path.read_text()), **about, "job": job, "torch": "2", "engine": "e"})
+        if (run := read_json(path)) is not None:
+            job = path.parent.relative_to(root).as_posix()
+            write_json(path, {**run, **about, "job": job, "torch": "2", "engine": "e"})
     page = write_report(root).read_text()
-    assert "40.00 ± 1.63" in page and "Findings at scale mini" in page
+    assert "40.00 ± 1.15" in page and "Findings at scale mini" in page

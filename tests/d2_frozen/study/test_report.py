@@ -13,6 +13,8 @@ RESULT = {
     "job": "table5/detection/a_frozen/seed1",
     "config_file": "configs/a.yaml",
     "options": ["SEED", "1"],
+    "metrics": {},
+    "seed": 1,
     "iterations": 6,
     "trainable": 1_234_567,
     "parameters": 2_000_000,

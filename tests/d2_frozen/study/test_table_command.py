@@ -95,6 +95,8 @@ def test_a_result_of_another_config_is_not_taken_for_this_ones(configs: Path, tm
         other.result(tmp_path)
     assert not run_job(other, tmp_path)  # nor does a training go on from another one's checkpoint
     assert "SEED (1, now 2)" in (other.failure(tmp_path) or {})["error"]
+    with pytest.raises(ValueError, match="MODEL.WEIGHTS"):  # another start
+        Job("one", config, ("SEED", "1", "MODEL.WEIGHTS", "a.pkl")).result(tmp_path)
     older = json.loads((job.folder(tmp_path) / SETTINGS_FILE).read_text())
     del older["TEST.PICTURES"]
     write_json(job.folder(tmp_path) / SETTINGS_FILE, older)
@@ -125,3 +127,71 @@ def test_finished_jobs_need_neither_data_nor_backbones(
     assert main([*cells, "--output", str(tmp_path / "out")]) == 0
     assert "12.5" in capsys.readouterr().out
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
+
+
+REPOSITORY = Path(__file__).resolve().parents[3]
+
+
+def finished_run(folder: Path, seed: int, box: float) -> None:
+    metrics = {"bbox": {"AP": box}, "segm": {"AP": box}}
+    write_json(folder / f"seed{seed}/result.json", {"metrics": metrics, "trainable": 1_000_000, "seed": seed})
+
+
+def test_a_table_in_parts_has_what_earlier_parts_have_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    detection = tmp_path / "mini/table2/detection"
+    for seed, box in ((1, 10.0), (2, 12.0)):
+        finished_run(detection / "fpn_mask_frozen", seed, box)
+        finished_run(detection / "bifpn_mask_frozen", seed, box + 5)
+    # A run with other options is none of this table.
+    finished_run(detection / "fpn_htc_frozen", 1, 99.0)
+    htc = REPOSITORY / "configs/mini/detection/table2/fpn_htc_frozen.yaml"
+    Job("table2/detection/fpn_htc_frozen/seed1", str(htc), ("SOLVER.MAX_ITER", "3")).write_settings(
+        tmp_path / "mini"
+    )
+    flags = ["--configs", str(REPOSITORY / "configs"), "--output", str(tmp_path)]
+    assert main(["table", "2", "--cells", "bifpn_mask_frozen", *flags]) == 0
+    rows = [
+        [part.strip() for part in line.strip("|").split("|")]
+        for line in capsys.readouterr().out.splitlines()
+        if line.startswith("| ")
+    ]
+    assert [row[:2] for row in rows[1:]] == [["fpn mask", "11.0 ± 1.4"], ["bifpn mask", "16.0 ± 1.4"]]
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--seeds", "0"], "--seeds 0: give at least 1"),
+        (["--parallel", "0"], "--parallel 0: give at least 1"),
+        (["--gpus", "0", "--num-gpus", "2"], "--gpus names 1 GPUs, and --num-gpus wants 2"),
+        (["--options", "SEED", "7"], "--options SEED: --seeds says that"),
+        (["--options", "SOLVER.MAX_ITR", "7"], "SOLVER.MAX_ITR"),
+        (["--options", "SOLVER.MAX_ITER"], ""),  # in the words of the engine
+    ],
+)
+def test_what_cannot_be_asked_is_an_error_before_anything_runs(
+    configs: Path, tmp_path: Path, capsys: pytest.CaptureFixture, flags: list[str], message: str
+) -> None:
+    assert main(command(configs, tmp_path / "out", *flags)) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("error: ") and message in err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_result_that_cannot_be_read_counts_as_missing(tmp_path: Path) -> None:
+    job = Job("one", "")
+    job.folder(tmp_path).mkdir()
+    for text in ("", '{"metrics": {"bb'):
+        (job.folder(tmp_path) / "result.json").write_text(text)
+        assert job.result(tmp_path) is None
+
+
+def test_gpus_that_there_are_not_are_no_run_on_the_cpu(
+    configs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # restored afterwards
+    job = Job("one", str(configs / "coco/table6/percent_10_frozen.yaml"), ("SEED", "1"))
+    assert not run_job(job, tmp_path, gpus=[98, 99], num_gpus=2)
+    assert "torch sees 0 GPUs with CUDA_VISIBLE_DEVICES=98,99" in (job.failure(tmp_path) or {})["error"]

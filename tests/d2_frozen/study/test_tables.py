@@ -45,10 +45,18 @@ def test_a_multiscale_cell_brings_the_training_it_evaluates() -> None:
     assert names >= {"swinv2_giant_frozen", "swinv2_giant_frozen_multiscale"}
 
 
+def test_a_row_or_a_task_brings_its_cells() -> None:
+    assert [c.name for c in cells_of(2, "mini", CONFIGS, ["bifpn_mask"])] == [
+        "bifpn_mask_frozen",
+        "bifpn_mask_full",
+    ]
+    assert {c.task for c in cells_of(1, "mini", CONFIGS, ["video"])} == {"video"}
+
+
 def test_mean_and_sample_deviation() -> None:
-    score = Score([1.0, 2.0, 6.0])
+    score = Score({1: 1.0, 2: 2.0, 3: 6.0})
     assert score.mean == 3.0 and math.isclose(score.deviation, math.sqrt(7))
-    assert str(score) == "3.0 ± 2.6" and str(Score([2.0])) == "2.0" and str(Score()) == ""
+    assert str(score) == "3.0 ± 2.6" and str(Score({1: 2.0})) == "2.0" and str(Score()) == ""
 
 
 def test_markdown_puts_frozen_beside_full() -> None:
@@ -57,13 +65,14 @@ def test_markdown_puts_frozen_beside_full() -> None:
     )
     (line,) = [line for line in text.splitlines() if line.startswith("| a ")]
     cells = [part.strip() for part in line.strip("|").split("|")]
-    box, mask = ["11.0 ± 1.4", "30.0", "19.0"], ["21.0 ± 1.4", "40.0", "19.0"]
+    box, mask = ["11.0 ± 1.4", "30.0", "20.0"], ["21.0 ± 1.4", "40.0", "20.0"]  # gaps: of seed 1
     assert cells == ["a", *box, *mask, "1.50 M", "1.50 M", "2 / 1"]
 
 
-def test_the_gap_is_full_minus_frozen_and_its_deviation_that_of_a_difference() -> None:
-    assert str(gap(Score([1.0, 7.0]), Score([10.0, 10.0 + 8.0]))) == "10.0 ± 7.1"  # sqrt(18 + 32)
-    assert str(gap(Score(), Score([1.0]))) == ""
+def test_the_gap_is_full_minus_frozen_of_the_same_seed() -> None:
+    frozen, full = Score({1: 1.0, 2: 7.0}), Score({2: 18.0, 1: 10.0, 3: 99.0})
+    assert str(gap(frozen, full)) == "10.0 ± 1.4"  # 9 and 11
+    assert str(gap(Score(), full)) == "" and str(gap(Score({3: 98.0}), full)) == "1.0"
 
 
 def test_csv_has_a_line_per_run_and_metric() -> None:
