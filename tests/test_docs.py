@@ -68,6 +68,7 @@ def without_braces(name: str) -> list[str]:
     return ["".join(choice) for choice in itertools.product(*parts)]
 
 
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # modules that are imported already
 @EVERY_DOCUMENT
 def test_commands_have_these_flags(document: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class ParsedError(Exception):
@@ -97,7 +98,9 @@ def commands(document: Path) -> Iterator[tuple[str, list[str]]]:
     text = document.read_text().replace("\\\n", " ")
     lines = [line.strip() for line in re.findall(r"^ {4,}(.+)$", text, re.MULTILINE)]
     for line in [*lines, *re.findall(r"`([^`\n]+)`", text)]:
-        if "..." in line or not (command := re.search(r"\bpython (?:-m (\S+)|(train_net)\.py)( .*|$)", line)):
+        if "..." in line or not (
+            command := re.search(r"\bpython (?:-m ([\w.]+)|(train_net)\.py)( .*|$)", line)
+        ):
             continue
         module, script, rest = command.groups()
         arguments = shlex.split(rest, comments=True)

@@ -39,7 +39,7 @@ def test_backbones_are_the_frozen_cells_of_table_5() -> None:
 
 def test_sweep_table() -> None:
     point = points_of("bifpn_layers", "mini", CONFIGS, [1], values=[5])[0]
-    run = {"metrics": {"bbox": {"AP": 4.0}, "segm": {"AP": 3.0}}, "trainable": 2_000_000}
+    run = {"metrics": {"bbox": {"AP": 4.0}, "segm": {"AP": 3.0}}, "trainable": 2_000_000, "seed": 1}
     text = sweep_markdown("BiFPN layers", [(point, [run])])
     (line,) = [line for line in text.splitlines() if line.startswith("| 5 ")]
     assert [part.strip() for part in line.strip("|").split("|")] == ["5", "2.00 M", "4.0", "3.0", "1"]
