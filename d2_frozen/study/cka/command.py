@@ -101,6 +101,13 @@ def _what_is_asked(args: argparse.Namespace) -> tuple[Comparison | None, list[An
         raise ValueError("say what to compare: a preset, or both --x and --y; or --list.")
     sources = [ModelSource(args.folder_of_first, args.config_file, tuple(args.options))]
     two = bool(args.folder_of_other or args.other_config_file)
+    if args.other_options and not two:
+        raise ValueError(
+            "--other-options are of a second model: give --other-run or --other-config-file too."
+        )
+    for flag in ("images", "size", "seed"):
+        if (number := getattr(args, flag)) < 0:
+            raise ValueError(f"--{flag} {number} is below 0.")
     if two:
         sources.append(ModelSource(args.folder_of_other, args.other_config_file, tuple(args.other_options)))
     if args.list:

@@ -175,6 +175,8 @@ def error_of(code: int, capsys: pytest.CaptureFixture) -> str:
 def test_what_cannot_be_asked(cka, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     assert "at least 4" in error_of(cka("bifpn", "--batch", "3"), capsys)
     assert "at least 1 RoI" in error_of(cka("cascade", "--rois", "0"), capsys)
+    assert "--size -5 is below 0" in error_of(cka("bifpn", "--size", "-5"), capsys)
+    assert "a second model" in error_of(cka("bifpn", "--other-options", "SEED", "2"), capsys)
     assert "tiny_train has 12" in error_of(cka("bifpn", "--images", "13"), capsys)
     few = error_of(cka("bifpn", "--images", "5", "--batch", "6"), capsys)
     assert "5 images are too few for one batch of 6" in few
