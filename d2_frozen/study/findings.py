@@ -17,9 +17,11 @@ from tabulate import tabulate
 
 from d2_frozen.data.written import write_text
 from d2_frozen.study.contrasts import CONFIDENCE, NOT_RUN, Difference, difference, together
-from d2_frozen.study.jobs import read_json
+from d2_frozen.study.jobs import NOT_PART_OF_RESULT, read_json
 from d2_frozen.study.tables import METRICS
 
+# Options that may differ between the runs of a table.
+NOT_COMPARED = {"SEED", *NOT_PART_OF_RESULT}
 Weights = dict[str, float]
 # Metric -> cell -> seed -> score.
 Scores = dict[str, dict[str, dict[int, float]]]
@@ -220,6 +222,24 @@ def _scores(root: Path, table: int, task: str) -> Scores:
     return scores
 
 
+def unlike(root: Path) -> list[str]:
+    """A sentence per table and task whose runs had different options, so that they may not be comparable."""
+    said = []
+    for folder in sorted(root.glob("table[0-9]/*")):
+        options = set()
+        for path in folder.glob("*/seed*/result.json"):
+            if (run := read_json(path)) is not None:
+                values = dict(zip(run.get("options", [])[::2], run.get("options", [])[1::2]))
+                shown = [f"{key} {value}" for key, value in values.items() if key not in NOT_COMPARED]
+                options.add(" ".join(shown) or "none")
+        if len(options) > 1:
+            said.append(
+                f"Careful: runs of {folder.parent.name}, {folder.name} had different options: "
+                f"{'; '.join(sorted(options))}."
+            )
+    return said
+
+
 def _similarity(root: Path) -> Finding:
     """Frozen detectors that have both, BiFPN and cascade, in ``cka/bifpn.json`` and ``cka/cascade.json``."""
     finding = Finding("vii", "Layers of a BiFPN are less similar to their input than stages of a cascade")
@@ -313,17 +333,17 @@ ABOUT = (
 )
 
 
-def markdown(found: Sequence[Finding], scale: str) -> str:
-    """Both tables, for people."""
-    return "\n".join(_blocks(found, scale))
+def markdown(found: Sequence[Finding], scale: str, notes: Sequence[str] = ()) -> str:
+    """Both tables, for people, and what is to be said of the runs."""
+    return "\n".join(_blocks(found, scale, notes))
 
 
-def _blocks(found: Sequence[Finding], scale: str) -> Iterator[str]:
+def _blocks(found: Sequence[Finding], scale: str, notes: Sequence[str]) -> Iterator[str]:
     yield f"### Findings at scale {scale}\n"
     for rows in (verdict_rows(found), difference_rows(found)):
         header, *body = rows
         yield tabulate(body, headers=header, tablefmt="github", disable_numparse=True) + "\n"
-    yield ABOUT
+    yield "\n\n".join([ABOUT, *notes])
 
 
 def write_findings(root: str | Path, scale: str) -> Path:
@@ -334,5 +354,5 @@ def write_findings(root: str | Path, scale: str) -> Path:
     Raises:
         FileNotFoundError: nothing has run in ``root``.
     """
-    text = markdown(findings(root, scale), scale) + "\n"
+    text = markdown(findings(root, scale), scale, unlike(Path(root))) + "\n"
     return write_text(Path(root) / "findings.md", text)

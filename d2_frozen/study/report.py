@@ -15,7 +15,7 @@ from typing import Any
 from tabulate import tabulate
 
 from d2_frozen.data.written import write_text
-from d2_frozen.study.findings import ABOUT, difference_rows, findings, verdict_rows
+from d2_frozen.study.findings import ABOUT, difference_rows, findings, unlike, verdict_rows
 from d2_frozen.study.jobs import read_json
 
 _PICTURES = (".png", ".jpg")
@@ -71,7 +71,8 @@ def _findings(root: Path, scale: str) -> Iterator[Section]:
     except FileNotFoundError:  # only sweeps, say
         return
     yield Section(f"Findings at scale {scale}", rows=tuple(verdict_rows(found)))
-    yield Section("Differences behind the findings", ABOUT, tuple(difference_rows(found)))
+    about = " ".join([ABOUT, *unlike(root)])
+    yield Section("Differences behind the findings", about, tuple(difference_rows(found)))
 
 
 def _tables(root: Path) -> Iterator[Section]:

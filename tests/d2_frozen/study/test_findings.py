@@ -9,7 +9,7 @@ import pytest
 
 from d2_frozen.study.__main__ import main
 from d2_frozen.study.contrasts import FAILS, HOLDS, NOISE, NOT_RUN, difference, together
-from d2_frozen.study.findings import Finding, claims_of, findings
+from d2_frozen.study.findings import Finding, claims_of, findings, unlike, write_findings
 from d2_frozen.study.jobs import read_json, write_json
 from d2_frozen.study.report import write_report
 from d2_frozen.study.tables import cells_of
@@ -116,6 +116,20 @@ def test_the_bifpn_narrows_the_gap_more_than_the_cascade(tmp_path: Path) -> None
     assert [round(line.difference.mean, 6) for line in found.lines] == [3.0, 2.0] * 2
     # Seeds move all models alike.
     assert found.lines[0].difference.error == pytest.approx(0, abs=1e-9)
+
+
+def test_runs_with_other_options_are_pointed_out(tmp_path: Path) -> None:
+    for cell, options in (
+        ("linear_frozen", ["SOLVER.MAX_ITER", "2"]),
+        ("global_frozen", ["DATALOADER.NUM_WORKERS", "0"]),
+    ):
+        runs(tmp_path, 4, "video", cell, 50.0)
+        path = tmp_path / "table4/video" / cell / "seed1/result.json"
+        write_json(path, {**read_json(path), "options": [*options, "SEED", "1"]})
+    assert unlike(tmp_path) == [
+        "Careful: runs of table4, video had different options: SOLVER.MAX_ITER 2; none."
+    ]
+    assert "Careful" in write_findings(tmp_path, "mini").read_text()
 
 
 def similarity(
