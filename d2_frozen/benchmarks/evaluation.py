@@ -31,7 +31,8 @@ _DATASET = "bench_coco_evaluation"
 
 def evaluation_task(settings: dict[str, Any], now: Clock) -> Task:
     """Evaluate ``settings["images"]`` images: read the truth, take in predictions, measure; files are written."""
-    folder = Path(tempfile.mkdtemp(prefix="d2_frozen_bench_"))
+    kept = tempfile.TemporaryDirectory(prefix="d2_frozen_bench_")  # as long as the task
+    folder = Path(kept.name)
     truth = generated_truth(settings["images"])
     (folder / "truth.json").write_text(json.dumps(truth))
     register_coco_instances(_DATASET, {}, folder / "truth.json", folder)
@@ -42,7 +43,7 @@ def evaluation_task(settings: dict[str, Any], now: Clock) -> Task:
 
     def run(turn: int) -> Run:
         start = now()
-        evaluator = COCOEvaluator(_DATASET, output_dir=str(folder))
+        evaluator = COCOEvaluator(_DATASET, output_dir=kept.name)
         evaluator.reset()
         seconds = {"read truth": now() - start, "process": 0.0}
         for image_id, present in objects.items():

@@ -39,15 +39,17 @@ def compare(
     result: dict[str, Any] = {"machine": machine_facts(), "config": config_file, "options": options}
     result["unit"] = "CPU seconds" if cpu_time else "seconds"
     now = Clock(cpu_time)
-    subjects = {
-        name: _Subject(_config(config_file, options, freeze), now) for name, freeze in _SUBJECTS.items()
-    }
-    # Evaluation first: while both have the same weights they find the same objects, and do the same work.
-    for title, runs in (
-        ("evaluation image", {name: s.test_image for name, s in subjects.items()}),
-        ("training step", {name: s.train_step for name, s in subjects.items()}),
-    ):
-        result[title] = with_ratio(alternate(runs, rounds, warmup))
+    with tempfile.TemporaryDirectory() as folder:
+        subjects = {
+            name: _Subject(_config(config_file, options, freeze, folder), now)
+            for name, freeze in _SUBJECTS.items()
+        }
+        # Evaluation first: while both have the same weights they find the same objects, and do the same work.
+        for title, runs in (
+            ("evaluation image", {name: s.test_image for name, s in subjects.items()}),
+            ("training step", {name: s.train_step for name, s in subjects.items()}),
+        ):
+            result[title] = with_ratio(alternate(runs, rounds, warmup))
     result["peak memory MiB"] = _memory_in_children(config_file, options)
     return result
 
@@ -72,9 +74,10 @@ def print_memory(config_file: str, options: list[str], freeze: str, steps: int) 
     """Train some steps and print {"peak": MiB}; the body of the processes that measure memory."""
     if not torch.cuda.is_available():
         keep_freed_memory()
-    subject = _Subject(_config(config_file, options, freeze), Clock())
-    for _ in range(steps):
-        subject.train_step()
+    with tempfile.TemporaryDirectory() as folder:
+        subject = _Subject(_config(config_file, options, freeze, folder), Clock())
+        for _ in range(steps):
+            subject.train_step()
     print(json.dumps({"peak": peak_memory_mib()}))
 
 
@@ -129,13 +132,14 @@ def _memory_in_children(config_file: str, options: list[str]) -> dict[str, float
     return found
 
 
-def _config(config_file: str, options: list[str], freeze: str) -> CfgNode:
+def _config(config_file: str, options: list[str], freeze: str, folder: str) -> CfgNode:
+    """Args: folder: for what preparing the data writes."""
     from d2_frozen.data import prepare_datasets
 
     cfg = read_config(config_file, options)
     cfg.MODEL.BACKBONE.FREEZE = freeze
     cfg.SEED = max(cfg.SEED, 0)
-    cfg.OUTPUT_DIR = tempfile.gettempdir()
+    cfg.OUTPUT_DIR = folder
     prepare_datasets(cfg, train=True)
     return cfg
 

@@ -11,8 +11,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from d2_frozen.backbone.fast.layouts import Bounded
-
 # A graph keeps its maps and a copy of its images; what lies between is shared by all.
 _KEPT_GRAPHS = 8
 
@@ -29,6 +27,9 @@ class Recorded(NamedTuple):
 class GraphPerSize(nn.Module):
     """Records the network at the second batch of a size, and replays it from then on.
 
+    Of the first sizes for which there is room: where more of them take turns, each would push out the one that comes
+    next, and recording takes longer than running.
+
     Args:
         network: has ``prepare(images)``, everything that depends on the size alone, and ``run(images, prepared)``.
     """
@@ -36,17 +37,19 @@ class GraphPerSize(nn.Module):
     def __init__(self, network: Any) -> None:
         super().__init__()
         self.network = network
-        self.graphs: Bounded[Recorded] = Bounded(_KEPT_GRAPHS)
+        self._graphs: dict[tuple, Recorded] = {}
         self._seen: Counter[tuple] = Counter()
         self._pool: Any = None
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         """(B, 3, H, W) on CUDA -> {name: (B, C, h, w)}."""
         key = (images.shape, images.dtype, images.device)
-        self._seen[key] += 1
-        if self._seen[key] == 1:
-            return self.network(images)
-        recorded = self.graphs.get(key, lambda: self._record(images))
+        if key not in self._graphs:
+            self._seen[key] += 1
+            if self._seen[key] == 1 or len(self._graphs) == _KEPT_GRAPHS:
+                return self.network(images)
+            self._graphs[key] = self._record(images)
+        recorded = self._graphs[key]
         recorded.images.copy_(images)
         recorded.graph.replay()
         # The next replay writes over them.

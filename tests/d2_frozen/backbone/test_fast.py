@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from d2_frozen.backbone import FrozenBackbone, create_timm_backbone
-from d2_frozen.backbone.fast import fast_network
+from d2_frozen.backbone.fast import fast_network, graphs
 from d2_frozen.backbone.fast.folding import folded_copy
 from d2_frozen.backbone.fast.kernels import kernels_work
 from d2_frozen.backbone.fast.layouts import Bounded, window_layout, window_masks
@@ -345,6 +345,27 @@ def test_low_precision_keeps_its_originals_out_of_the_accelerator():
     exact, low = (FrozenBackbone(network("swinv2_pico_window8_256"), p).to("meta") for p in ("fp32", "bf16"))
     assert {t.device.type for t in exact.parameters()} == {"meta"}
     assert {t.device.type for t in low.parameters()} == {"cpu"}
+
+
+def test_sizes_beyond_those_that_are_recorded_run_as_they_are(monkeypatch):
+    """Ten sizes in turns: to record one at each of its turns, in the place of another, takes longer than to run it."""
+    network = nn.Module()
+    network.forward = lambda images: {"res2": 2 * images}
+    recorded = []
+
+    def record(self, images):
+        recorded.append(images.shape[-1])
+        own, maps = images.clone(), {"res2": torch.zeros_like(images)}
+        replay = types.SimpleNamespace(replay=lambda: maps["res2"].copy_(2 * own))
+        return graphs.Recorded(replay, own, maps, None)
+
+    monkeypatch.setattr(graphs.GraphPerSize, "_record", record)
+    fast = graphs.GraphPerSize(network)
+    for turn in range(4):
+        for width in range(1, 11):
+            batch = torch.full((1, 3, 2, width), float(turn + width))
+            assert torch.equal(fast(batch)["res2"], 2 * batch)
+    assert recorded == list(range(1, 9)), "each at its second batch, and never again"
 
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -22,10 +23,14 @@ def test_both_models_are_measured_in_turns(
         return 300.0 if asked[-1][0] == "all" else 400.0
 
     monkeypatch.setattr(freezing, "memory_in_child", memory)
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
     few = ["--rounds", "1", "--warmup", "0", "--json", str(tmp_path / "found.json")]
-    found = main(["--config-file", str(tiny_config), *few, "SEED", "3"])
+    options = ["DATASETS.SUBSET.PERCENT", "50.0"]
+    found = main(["--config-file", str(tiny_config), *few, *options])
     assert json.loads((tmp_path / "found.json").read_text()) == found
-    assert asked == [("all", ["SEED", "3"]), ("none", ["SEED", "3"])]
+    assert asked == [("all", options), ("none", options)]
+    assert not list((tmp_path / "temporary").iterdir()), "what preparing the data wrote is gone"
     for title in ("training step", "evaluation image"):
         frozen, full, ratio = (found[title][name] for name in ("frozen", "full", "frozen / full"))
         assert ratio["step"] == pytest.approx(frozen["step"] / full["step"])
