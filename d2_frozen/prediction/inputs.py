@@ -99,14 +99,15 @@ def read_picture(path: Path) -> np.ndarray:
     try:
         with Image.open(path) as image:
             mode = image.mode
+            deep = mode == "F" or (mode.startswith("I") and image.getextrema()[1] > 255)
     except Image.DecompressionBombError as err:
         raise ValueError(f"{err} Cut it into tiles.") from err
-    except (OSError, SyntaxError):
-        mode = ""  # read_image says what is wrong
-    if mode.startswith(("I", "F")):
-        # PIL would cut off all values above 255: nearly all of the picture would be white.
+    except (OSError, SyntaxError, EOFError):
+        deep = False  # read_image says what is wrong
+    if deep:
+        # PIL would cut off all values above 255, and fractions: nearly all of the picture would be white, or black.
         raise ValueError(
-            f"it has {'floating point numbers' if mode == 'F' else '16 or 32 bits'} per pixel (PIL mode {mode}); "
+            f"it has {'floating point numbers' if mode == 'F' else 'more than 8 bits'} per pixel (PIL mode {mode}); "
             "pictures of 8 bits per channel are predicted. Convert it, with the range that matters to you."
         )
     return np.ascontiguousarray(detection_utils.read_image(str(path), format="RGB"))

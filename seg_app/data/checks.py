@@ -90,7 +90,8 @@ def _check_folders(report: LabelMapReport, facts: Any) -> bool:
     for path in found.labels_alone:
         report.add("label map without image", path, f"none of its name in {images}")
     for path in found.doubles:
-        report.add("two files of one name", path, "they differ in the extension only", skippable=False)
+        seen = "they differ in the extension only; image_suffix: .jpg, say, and label_suffix: .png choose one of them"
+        report.add("two files of one name", path, seen, skippable=False)
     if not found.pairs:
         counts = f"{len(found.images_alone)} images, {len(found.labels_alone)} label maps"
         if not found.labels_alone and any(

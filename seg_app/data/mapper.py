@@ -185,6 +185,8 @@ def build_augmentations(cfg: CfgNode, is_train: bool) -> list[T.Augmentation]:
             raise ValueError(
                 f"INPUT.CROP.SINGLE_CATEGORY_MAX_AREA is {share}; it is a share above 0, up to 1."
             )
+        if min(settings.CROP.SIZE) <= 0:
+            raise ValueError(f"INPUT.CROP.SIZE is {list(settings.CROP.SIZE)}; height and width are above 0.")
         augmentations.append(
             T.RandomCrop_CategoryAreaConstraint(settings.CROP.TYPE, settings.CROP.SIZE, share, _IGNORED)
         )

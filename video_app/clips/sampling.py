@@ -42,7 +42,7 @@ class SamplingPlan:
         if min(self.frames, self.stride, self.clips) < 1 or self.fps < 0:
             raise ValueError(
                 f"{self.frames} frames, stride {self.stride}, {self.clips} clips, {self.fps} fps: counts are at "
-                "least 1, and fps is 0 or more."
+                "least 1, and fps is 0 or more (VIDEO.NUM_FRAMES, STRIDE, TEST.CLIPS, FPS)."
             )
         if self.draws and (len(self.draws) != self.draws_needed or self.clips != 1):
             raise ValueError(

@@ -77,6 +77,9 @@ def _differences(classes: dict[str, list[str] | None]) -> list[Problem]:
         if known is None or known == first[1] or (_only_numbered(known) and len(known) <= len(first[1])):
             continue
         seen = difference(first[1], known, first[0], name)
+        if set(known) < set(first[1]):
+            seen += f"; to use it, give its entry all of them: classes: [{', '.join(first[1][:20])}"
+            seen += ", ...]" if len(first[1]) > 20 else "]"
         problems.append(Problem("datasets differ in their classes", name, seen, skippable=False))
     return problems
 

@@ -225,9 +225,10 @@ def test_pictures_of_any_shape_and_none_of_16_bits(heads: list[str], tmp_path: P
     folder.mkdir()
     Image.fromarray(np.full((3000, 2, 3), 90, np.uint8)).save(folder / "tall.png")
     Image.fromarray(np.full((40, 40), 30000, np.uint16)).save(folder / "deep.png")
+    Image.fromarray(np.full((40, 40), 200, np.uint16)).save(folder / "shallow.png")
     Image.fromarray(np.full((40, 40), 0.5, np.float32)).save(folder / "float.tif")
     summary = main([*heads, str(folder), "--output", str(tmp_path / "out")])
-    assert summary.inputs == 1 and sorted(summary.failed) == ["deep.png", "float.tif"]
+    assert summary.inputs == 2 and sorted(summary.failed) == ["deep.png", "float.tif"]
     assert "8 bits per channel" in summary.failed["deep.png"]
     assert "floating point" in summary.failed["float.tif"]
 

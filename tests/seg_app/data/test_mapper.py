@@ -143,3 +143,8 @@ def test_draws_depend_on_seed_and_position_only(tmp_path: Path) -> None:
 def test_scale_crop_is_refused() -> None:
     with pytest.raises(ValueError, match=r"INPUT.AUGMENTATION is 'scale_crop'.*INPUT.CROP"):
         SegmentationMapper.from_config(config("INPUT.AUGMENTATION", "scale_crop"), is_train=True)
+
+
+def test_a_crop_without_pixels_is_refused_before_any_image_is_read() -> None:
+    with pytest.raises(ValueError, match=r"INPUT.CROP.SIZE is \[0, 64\]"):
+        SegmentationMapper.from_config(config("INPUT.CROP.SIZE", [0, 64]), is_train=True)

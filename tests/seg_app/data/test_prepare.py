@@ -176,3 +176,17 @@ def test_jpeg_label_maps_and_an_ignore_label_of_0_are_told_what_to_do(label_fold
         prepare_datasets(
             config_of(images, labels, tmp_path, name="mine_0", classes=["sky", "sea", "land"], ignore_label=0)
         )
+
+
+def test_one_folder_for_images_and_label_maps(label_folders, tmp_path: Path) -> None:
+    """Suffixes tell them apart, and the message says so."""
+    images, labels = label_folders({"a": GOOD})
+    Image.open(images / "a.png").save(labels / "a.jpg")
+    both = (labels, labels, tmp_path)
+    with pytest.raises(BadDataError, match=r"a.png: two files of one name .*image_suffix: .jpg"):
+        prepare_datasets(config_of(*both, classes=["a", "b", "c"]))
+    suffixes = {"image_suffix": ".jpg", "label_suffix": ".png"}
+    cfg = config_of(*both, name="mine_told", classes=["a", "b", "c"], **suffixes)
+    cfg.DATASETS.TRAIN = ("mine_told",)
+    prepare_datasets(cfg)
+    assert len(DatasetCatalog.get("mine_told")) == 1

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from d2_frozen.data import build_train_loader, register_from_config
+from d2_frozen.data import BadDataError, build_train_loader, register_from_config
 from d2_frozen.data.loader import SampleError
 from detectron2.config import CfgNode, get_cfg
 from detectron2.data import DatasetCatalog, MetadataCatalog
@@ -18,6 +18,7 @@ from video_app.clips.mapper import ClipMapper
 from video_app.config import add_video_config
 from video_app.data import builtin, load_video_folder, load_video_list
 from video_app.data.lists import folder_list, read_kinetics_csv, read_list
+from video_app.data.prepare import prepare_datasets
 from video_app.prepare import main
 
 
@@ -61,6 +62,20 @@ def test_entries_of_the_register(cfg: CfgNode, tmp_path: Path, video: Path) -> N
     for name in ("t_video_list", "t_video_folder"):
         assert MetadataCatalog.get(name).classes == ["jump", "run"]
         assert MetadataCatalog.get(name).evaluator_type == "video"
+
+
+def test_a_folder_that_lacks_a_class_is_told_how_to_name_it(cfg: CfgNode, tmp_path: Path) -> None:
+    for name in ("train/jump/a.mp4", "train/run/b.mp4", "val/run/c.mp4"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    parts = ("train", "val")
+    entries = [
+        {"name": f"t_lacks_{part}", "type": "video_folder", "root": str(tmp_path / part)} for part in parts
+    ]
+    cfg.DATASETS.REGISTER = entries
+    cfg.DATASETS.TRAIN, cfg.DATASETS.TEST = ("t_lacks_train",), ("t_lacks_val",)
+    with pytest.raises(BadDataError, match=r"give its entry all of them: classes: \[jump, run\]"):
+        prepare_datasets(cfg)
 
 
 def test_wrong_labels_and_roots_are_told(tmp_path: Path, video: Path) -> None:
