@@ -241,6 +241,8 @@ def main(arguments: list[str] | None = None) -> None:
         write_lines(output / f"{name}_missing.txt", missing)
     absent = "" if missing is None else f", {len(missing)} of the csv missing"
     print(f"{len(pairs) - len(bad)} videos in {output / name}.txt; {len(bad)} bad{absent}.")
+    if all(path in bad for path, _ in pairs):
+        sys.exit(f"prepare: none of the videos can be read; {output / name}_bad.txt says why.")
 
 
 def _parser() -> argparse.ArgumentParser:

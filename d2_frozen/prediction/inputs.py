@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -99,7 +100,8 @@ def read_picture(path: Path) -> np.ndarray:
     try:
         with Image.open(path) as image:
             mode = image.mode
-            deep = mode == "F" or (mode.startswith("I") and image.getextrema()[1] > 255)
+            highest: Any = image.getextrema()[1] if mode.startswith("I") else 0
+            deep = mode == "F" or highest > 255
     except Image.DecompressionBombError as err:
         raise ValueError(f"{err} Cut it into tiles.") from err
     except (OSError, SyntaxError, EOFError):

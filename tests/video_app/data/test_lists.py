@@ -269,3 +269,12 @@ def test_a_bad_list_in_a_folder_that_cannot_be(tmp_path: Path) -> None:
     """OUTPUT_DIR of a head that was trained on another machine."""
     (tmp_path / "file").touch()
     assert read_bad_clips(tmp_path / "file" / "bad_clips.txt") == {}
+
+
+def test_preparing_nothing_but_bad_files_fails(tmp_path: Path) -> None:
+    (tmp_path / "videos/run").mkdir(parents=True)
+    (tmp_path / "videos/run/a.mp4").touch()
+    where = ["--videos", str(tmp_path / "videos"), "--output", str(tmp_path / "lists")]
+    with pytest.raises(SystemExit, match="none of the videos can be read.*videos_bad.txt says why"):
+        main(["folder", *where, "--workers", "1"])
+    assert "the file is empty" in (tmp_path / "lists/videos_bad.txt").read_text()
