@@ -8,7 +8,7 @@ from __future__ import annotations
 import difflib
 import importlib
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -162,16 +162,39 @@ def read_config(config_file: str | Path, options: Iterable[str] = ()) -> CfgNode
         cfg = task.add_config(get_cfg())
         if config_file:
             cfg.merge_from_file(str(config_file))
+        cfg.merge_from_list(options)
     except FileNotFoundError as err:
         raise _missing(Path(err.filename or config_file), Path(config_file)) from err
-    try:
-        cfg.merge_from_list(options)
+    except UnicodeDecodeError as err:
+        raise ValueError(
+            f"{config_file}, or a _BASE_ of it, is no text in UTF-8: {err}. Save it as UTF-8."
+        ) from err
     except ValueError as err:
-        if not re.search(r"Type mismatch \(<class '(tuple|list)'> vs. <class '(str|int|float)'>", str(err)):
+        advice = _how_to_write(str(err))
+        if not advice:
             raise
-        advice = "KEY \"('a', 'b')\", or \"('a',)\" for one: with quotes around what a shell would take apart"
-        raise ValueError(f"{err}. A list is written as {advice}.") from err
+        raise ValueError(f"{err}. {advice}") from err
     return cfg
+
+
+def _how_to_write(error: str) -> str:
+    """Advice on a value that yacs takes for one of another type; "" for none."""
+    kinds = re.search(
+        r"Type mismatch \(<class '([\w.]+)'> vs. <class '(\w+)'>\) with values \(.* vs. (.*)\)", error
+    )
+    wanted, seen, value = kinds.groups() if kinds else ("", "", "")
+    if wanted in ("tuple", "list") and seen in ("str", "int", "float"):
+        how = "KEY \"('a', 'b')\", or \"('a',)\" for one: with quotes around what a shell would take apart"
+        return f"A list is written as {how}."
+    if (wanted, seen) == ("float", "int"):
+        return f"A number with a point is wanted: {value}.0"
+    if wanted == "bool":
+        return "Write True or False."
+    if (wanted, seen) == ("str", "int"):
+        return (
+            f"Text that looks like a number is written '{value}' in a yaml, \"'{value}'\" on a command line."
+        )
+    return ""
 
 
 def _check_pairs(options: list[str]) -> None:
@@ -200,8 +223,8 @@ def _meta_architecture(config_file: str | Path, options: list[str]) -> str | Non
     """As the options or the file with its bases say it; the keys that they may have depend on it."""
     named = dict(zip(options[::2], options[1::2])).get("MODEL.META_ARCHITECTURE")
     if named is None and config_file:
-        content = CfgNode.load_yaml_with_base(str(config_file))
-        named = (content.get("MODEL") or {}).get("META_ARCHITECTURE")
+        model = CfgNode.load_yaml_with_base(str(config_file)).get("MODEL")
+        named = model.get("META_ARCHITECTURE") if isinstance(model, Mapping) else None
     return named
 
 

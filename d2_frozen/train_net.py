@@ -31,11 +31,14 @@ def setup(args: argparse.Namespace) -> CfgNode:
 
     Raises:
         KeyError, AssertionError: unknown key in a file / in KEY VALUE arguments.
-        ValueError: bad data (one error listing the problems), or contradicting settings.
+        ValueError: bad data (one error listing the problems), or settings that cannot be or contradict each other.
+        OSError: OUTPUT_DIR cannot be written to, or a file is missing.
     """
     from d2_frozen.engine import saved_seed
+    from d2_frozen.engine.settings import check_settings
 
     cfg = read_config(args.config_file, args.opts)
+    check_settings(cfg, train=not args.eval_only)
     if not args.eval_only and cfg.SEED < 0:
         seed = saved_seed(cfg.OUTPUT_DIR) if args.resume else None
         cfg.SEED = comm.shared_random_seed() % 2**31 if seed is None else seed
@@ -50,6 +53,12 @@ def setup(args: argparse.Namespace) -> CfgNode:
 def read_config(config_file: str, options: list[str]) -> CfgNode:
     """File and KEY VALUE options over the defaults; MODEL.DEVICE becomes cpu on a machine without CUDA."""
     cfg = tasks.read_config(config_file, options)
+    try:
+        torch.device(cfg.MODEL.DEVICE)
+    except RuntimeError as err:
+        raise ValueError(
+            f"MODEL.DEVICE is {cfg.MODEL.DEVICE!r}; choose cuda, cuda:1 (a GPU by number), or cpu."
+        ) from err
     if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
         cfg.MODEL.DEVICE = "cpu"
     return cfg
@@ -95,6 +104,7 @@ def evaluate(cfg: CfgNode, model: nn.Module) -> dict[str, Any]:
 def evaluation_model(cfg: CfgNode, resume: bool = False) -> nn.Module:
     """The model with MODEL.WEIGHTS (or the last checkpoint of OUTPUT_DIR), every tensor of which must fit."""
     from d2_frozen.engine import FrozenCheckpointer
+    from d2_frozen.engine.resuming import tell_of_other_classes
 
     model = tasks.task_of(cfg).trainer().build_model(cfg)
     checkpointer = FrozenCheckpointer(model, save_dir=cfg.OUTPUT_DIR, strict=True)
@@ -104,6 +114,8 @@ def evaluation_model(cfg: CfgNode, resume: bool = False) -> nn.Module:
             f", and {cfg.OUTPUT_DIR} has no checkpoint" if resume else "",
         )
     checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=resume)
+    if comm.is_main_process():
+        tell_of_other_classes(checkpointer.facts, cfg, cfg.DATASETS.TEST)
     return model
 
 
@@ -114,7 +126,7 @@ def finish(cfg: CfgNode, model: nn.Module, results: dict[str, Any] | None) -> No
     lines = []
     if results:
         lines.append(results_table(cfg, results))
-    for name in cfg.DATASETS.TEST:
+    for name in dict.fromkeys(cfg.DATASETS.TEST):
         sheet = tasks.task_of(cfg).write_pictures(cfg, model, name)
         if sheet:
             lines.append(f"pictures:   {sheet}")
@@ -131,7 +143,8 @@ def finish(cfg: CfgNode, model: nn.Module, results: dict[str, Any] | None) -> No
 
 def results_table(cfg: CfgNode, results: dict[str, Any]) -> str:
     """Rows: dataset and task; columns: AP, AP50, ..., or mIoU, ..."""
-    per_dataset = results if len(cfg.DATASETS.TEST) > 1 else {cfg.DATASETS.TEST[0]: results}
+    # A dataset that is named twice has its results once.
+    per_dataset = results if len(set(cfg.DATASETS.TEST)) > 1 else {cfg.DATASETS.TEST[0]: results}
     rows, columns = [], []
     for dataset, of_task in per_dataset.items():
         for task, metrics in of_task.items():

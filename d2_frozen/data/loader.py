@@ -376,7 +376,13 @@ def _build_sampler(cfg: CfgNode, records: Sequence[Record]) -> Iterable[int]:
         return RepeatFactorTrainingSampler(factors, seed=seed)
     if name == "RandomSubsetTrainingSampler":
         # Detectron2 has no default for this key; a project that uses the sampler adds it.
-        ratio = cfg.DATALOADER.RANDOM_SUBSET_RATIO
+        ratio = cfg.DATALOADER.get("RANDOM_SUBSET_RATIO")
+        if ratio is None:
+            raise ValueError(
+                "DATALOADER.SAMPLER_TRAIN is RandomSubsetTrainingSampler, whose key DATALOADER.RANDOM_SUBSET_RATIO is "
+                "no key of Detectron2's: code of your own must add it. To train on a share of the images, set "
+                "DATASETS.SUBSET.PERCENT."
+            )
         return RandomSubsetTrainingSampler(len(records), ratio, seed_shuffle=seed, seed_subset=seed)
     raise ValueError(
         f"DATALOADER.SAMPLER_TRAIN is {name!r}; choose TrainingSampler, RepeatFactorTrainingSampler or "

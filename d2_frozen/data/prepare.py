@@ -7,6 +7,8 @@ import logging
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+from PIL import Image
+
 from d2_frozen.data.checks import CocoReport, across, check_coco
 from d2_frozen.data.problems import BadDataError, Problem, describe
 from d2_frozen.data.register import entry_of, load_coco_instances, register_from_config
@@ -45,6 +47,7 @@ def prepare_datasets(cfg: CfgNode, train: bool = True) -> None:
             "MODEL.LOAD_PROPOSALS is True: Fast R-CNN on boxes from a file (DATASETS.PROPOSAL_FILES_*) is not "
             "supported here. Use an RPN, e.g. configs/zoo/faster_rcnn_R_50_FPN_1x.yaml, or Detectron2's own tools."
         )
+    _check_input(cfg)
     names = list(dict.fromkeys([*(cfg.DATASETS.TRAIN if train else ()), *cfg.DATASETS.TEST]))
     if train:
         check_subset(cfg)
@@ -127,6 +130,21 @@ def _set(node: CfgNode, key: str, value: Any) -> None:
     node[key] = value
     if frozen:
         node.freeze()
+
+
+def _check_input(cfg: CfgNode) -> None:
+    """What would fail in the first sample, as if the image were at fault."""
+    if cfg.INPUT.MASK_FORMAT not in ("polygon", "bitmask"):
+        raise ValueError(f"INPUT.MASK_FORMAT is {cfg.INPUT.MASK_FORMAT!r}; choose polygon or bitmask.")
+    wanted, form = len(cfg.MODEL.PIXEL_MEAN), cfg.INPUT.FORMAT
+    try:
+        channels = 3 if form in ("BGR", "YUV-BT.601") else Image.getmodebands(form)
+    except KeyError as err:
+        raise ValueError(f"INPUT.FORMAT is {form!r}; choose RGB, BGR, or another mode of PIL.") from err
+    if channels not in (1, wanted):
+        raise ValueError(
+            f"INPUT.FORMAT {form} has {channels} channels, MODEL.PIXEL_MEAN {wanted} values. Use RGB or BGR."
+        )
 
 
 def _check(cfg: CfgNode, names: Iterable[str], train: bool) -> dict[str, dict[str, Any]]:

@@ -71,7 +71,7 @@ def register_from_config(cfg: CfgNode, used: Iterable[str] | None = None) -> Non
         FileNotFoundError: a file or folder of a used entry is missing.
     """
     used = {*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST} if used is None else set(used)
-    for position, entry in enumerate(cfg.DATASETS.REGISTER):
+    for position, entry in enumerate(cfg.DATASETS.REGISTER or ()):
         place = f"DATASETS.REGISTER[{position}]"
         if not isinstance(entry, Mapping):
             raise ValueError(

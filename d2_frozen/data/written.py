@@ -18,9 +18,14 @@ def write_about(cfg: CfgNode, dataset_name: str, document: Any, suffix: str = ".
         The absolute path.
     """
     folder = os.path.join(os.path.abspath(cfg.OUTPUT_DIR), "data")
-    path = os.path.join(folder, re.sub(r"[^\w.-]", "_", dataset_name) + suffix)
+    path = os.path.join(folder, file_name_of(dataset_name) + suffix)
     os.makedirs(folder, exist_ok=True)
     return str(write_text(Path(path), json.dumps(document)))
+
+
+def file_name_of(dataset_name: str) -> str:
+    """The name, with ``_`` for characters that a file name should not have."""
+    return re.sub(r"[^\w.-]", "_", dataset_name)
 
 
 def write_text(path: Path, text: str) -> Path:

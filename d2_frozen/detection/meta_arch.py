@@ -54,7 +54,10 @@ class FrozenRCNN(GeneralizedRCNN):
             cfg = cfg.clone()
             cfg.defrost()
             cfg.MODEL.ROI_HEADS.NAME = heads
-        return {**own, **super().from_config(cfg)}
+        try:
+            return {**own, **super().from_config(cfg)}
+        except KeyError as err:
+            raise _missing_level(cfg, err) from err
 
     def preprocess_image(self, batched_inputs: list[dict[str, Any]]) -> ImageList:
         """As GeneralizedRCNN's; then the padding to a square, with the mean colour as ever.
@@ -90,3 +93,15 @@ class FrozenRCNN(GeneralizedRCNN):
         for name in others:
             if any(True for _ in getattr(self.roi_heads, name).parameters()):
                 yield f"roi_heads.{name}", getattr(self.roi_heads, name)
+
+
+def _missing_level(cfg: CfgNode, err: KeyError) -> Exception:
+    """What to say where a head asks for a level of the pyramid that is not there; any other error as it is."""
+    asked = {f"MODEL.{part}.IN_FEATURES": list(cfg.MODEL[part].IN_FEATURES) for part in ("RPN", "ROI_HEADS")}
+    named = [f"{key} is {names}" for key, names in asked.items() if err.args and err.args[0] in names]
+    if not named:
+        return err
+    return ValueError(
+        f"{' and '.join(named)}, but the backbone gives no {err.args[0]!r} "
+        f"(MODEL.NECK.NAME: {cfg.MODEL.NECK.NAME}). Necks give p2 to p6, none gives res2 to res5."
+    )

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from d2_frozen.data import build_test_loader
+from d2_frozen.data.written import file_name_of
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, Metadata, MetadataCatalog
 from detectron2.data import detection_utils as utils
@@ -83,7 +84,7 @@ def write_sheet(cfg: CfgNode, dataset_name: str, pairs: list[np.ndarray]) -> Pat
         return None
     folder = Path(cfg.OUTPUT_DIR, "inference")
     os.makedirs(folder, exist_ok=True)
-    path = folder / f"predictions_{dataset_name}.jpg"
+    path = folder / f"predictions_{file_name_of(dataset_name)}.jpg"
     cv2.imwrite(str(path), _grid(pairs)[:, :, ::-1], [cv2.IMWRITE_JPEG_QUALITY, 90])
     return path
 

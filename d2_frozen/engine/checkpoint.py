@@ -42,6 +42,10 @@ class FrozenCheckpointer(DetectionCheckpointer):
         strict: a missing or mis-shaped tensor is an error (evaluation, resuming), not only a warning (fine-tuning).
         extra: plain values stored with every checkpoint, e.g. ``{"seed": 1}``, or a function that gives them.
         checkpointables: as in Detectron2, e.g. ``trainer=...``.
+
+    Attributes:
+        facts: what stands beside tensors in the file that was loaded last, or began to be: "config", "classes", ...
+        loading_from: that file, as it was asked for.
     """
 
     def __init__(
@@ -61,7 +65,8 @@ class FrozenCheckpointer(DetectionCheckpointer):
         self.extra = extra or {}
         # Where frozen weights came from when a checkpoint brought them (a zoo file, say), to find them again.
         self._frozen_source = ""
-        self._loading_from = ""
+        self.loading_from = ""
+        self.facts: dict[str, Any] = {}
         self._matching_asked_for = False
 
     def save(self, name: str, **kwargs: Any) -> None:
@@ -95,14 +100,17 @@ class FrozenCheckpointer(DetectionCheckpointer):
 
         Raises:
             FileNotFoundError: ``last_checkpoint`` names a file that is gone.
+            ValueError: that file, or ``last_checkpoint`` itself, is damaged; says what to resume from instead.
         """
         if resume and self.has_checkpoint():
-            last = self.get_checkpoint_file()
+            last = os.path.join(self.save_dir, _named_in_tag(self.save_dir))
             if not self.path_manager.isfile(last):
                 raise FileNotFoundError(_gone(last))
             strict, self.strict = self.strict, True
             try:
                 return self.load(last)
+            except ValueError as err:
+                raise ValueError(f"{err} To resume: {_other_checkpoints(last)}") from err
             finally:
                 self.strict = strict
         return self.load(path, checkpointables=[])
@@ -127,11 +135,21 @@ class FrozenCheckpointer(DetectionCheckpointer):
             raise FileNotFoundError(
                 f"no weights at {path}. Give an existing file in MODEL.WEIGHTS, or MODEL.WEIGHTS '' to start anew."
             )
-        self._loading_from, self._matching_asked_for = path, matching
-        return super().load(local, checkpointables)
+        self.loading_from, self._matching_asked_for = path, matching
+        try:
+            return super().load(local, checkpointables)
+        except ValueError as err:
+            if not str(err).startswith("Unsupported type found in checkpoint"):  # fvcore's, without the file
+                raise
+            raise ValueError(
+                f"{path} is no file of weights: beside tensors it has other values ({err})."
+            ) from err
 
     def _load_file(self, filename: str) -> dict[str, Any]:
         content = _reading.read_weights(filename)
+        self.facts = {
+            key: content[key] for key in ("config", "classes", "class_ids", "seed") if key in content
+        }
         if self._matching_asked_for:
             content["matching_heuristics"] = True
         return content
@@ -156,21 +174,24 @@ class FrozenCheckpointer(DetectionCheckpointer):
             *(key for key, _, _ in incompatible.incorrect_shapes),
         }
         if frozen.keys() - missed:
-            self._frozen_source = self._loading_from
+            self._frozen_source = self.loading_from
         if self.strict:
             self._refuse_misfits(incompatible)
         return incompatible
 
     def _refuse_misfits(self, incompatible: Any) -> None:
-        problems = [
-            f"{key}: shape {tuple(found)} in the file, {tuple(wanted)} in the model"
+        misshaped = {
+            key: f"{key}: shape {tuple(found)} in the file, {tuple(wanted)} in the model"
             for key, found, wanted in incompatible.incorrect_shapes
-        ] + [f"{key}: not in the file" for key in incompatible.missing_keys]
+        }
+        # Detectron2 counts them among the missing ones too.
+        missing = [key for key in incompatible.missing_keys if key not in misshaped]
+        problems = [*misshaped.values(), *(f"{key}: not in the file" for key in missing)]
         if problems:
             shown = "\n  ".join(problems[:10])
             more = f"\n  ... and {len(problems) - 10} more" if len(problems) > 10 else ""
             raise CheckpointMismatchError(
-                f"{self._loading_from} does not fit this model:\n  {shown}{more}\n"
+                f"{self.loading_from} does not fit this model:\n  {shown}{more}\n"
                 "Use the config it was trained with (config.yaml beside it), class count included."
             )
 
@@ -204,7 +225,7 @@ class FrozenCheckpointer(DetectionCheckpointer):
                     has = f"its own at '{', '.join(parts)}': it is a model of another kind"
                     advice = "Use the config it was trained with (config.yaml beside it)"
                 raise CheckpointMismatchError(
-                    f"{self._loading_from} was trained on the frozen backbone {fact['name']} at '{fact['prefix']}', "
+                    f"{self.loading_from} was trained on the frozen backbone {fact['name']} at '{fact['prefix']}', "
                     f"but this model has {has}. {advice}."
                 )
             if part.fingerprint()["sha256"] == fact["sha256"]:
@@ -215,7 +236,7 @@ class FrozenCheckpointer(DetectionCheckpointer):
             present = part.fingerprint()
             if present["sha256"] != fact["sha256"]:
                 raise CheckpointMismatchError(
-                    f"{self._loading_from} holds heads for the backbone {fact['name']} (sha256 {fact['sha256'][:16]}), "
+                    f"{self.loading_from} holds heads for the backbone {fact['name']} (sha256 {fact['sha256'][:16]}), "
                     f"but this model has {present['name']} (sha256 {present['sha256'][:16]})"
                     + (", other weights of the same name" if present["name"] == fact["name"] else "")
                     + (f". Its weights came from {source}" if source else "")
@@ -225,7 +246,7 @@ class FrozenCheckpointer(DetectionCheckpointer):
 
     def _load_frozen_from(self, source: str, prefix: str) -> None:
         logger.info("Frozen weights of %s come from %s", prefix, source)
-        keep = self._loading_from
+        keep = self.loading_from
         try:
             loader = FrozenCheckpointer(self.model)
             loader.load(source, checkpointables=[])
@@ -251,26 +272,54 @@ def read_checkpoint(path: str) -> dict[str, Any]:
 
 
 def saved_seed(save_dir: str) -> int | None:
-    """The seed stored in the last checkpoint of a folder; None where there is none."""
-    tag = os.path.join(save_dir, "last_checkpoint")
-    if not os.path.isfile(tag):
+    """The seed stored in the last checkpoint of a folder; None where there is none.
+
+    Raises:
+        ValueError: the checkpoint, or ``last_checkpoint``, is damaged.
+    """
+    if not os.path.isfile(os.path.join(save_dir, "last_checkpoint")):
         return None
-    with open(tag) as stream:
-        path = os.path.join(save_dir, stream.read().strip())
+    path = os.path.join(save_dir, _named_in_tag(save_dir))
     if not os.path.isfile(path):
         return None
-    content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception:  # whatever the bytes lead to; the reader of all weights says what is wrong
+        try:
+            content = _reading.read_weights(path)
+        except ValueError as err:
+            raise ValueError(f"{err} To resume: {_other_checkpoints(path)}") from err
     return content.get("seed")
+
+
+def _named_in_tag(folder: str) -> str:
+    """The file that ``last_checkpoint`` names."""
+    tag = os.path.join(folder, "last_checkpoint")
+    with PathManager.open(tag, "rb") as stream:
+        content = stream.read().strip()
+    try:
+        name = content.decode()
+    except UnicodeDecodeError:
+        name = ""
+    if not name.isprintable() or not name:
+        seen = "is empty" if not content else f"is damaged, it holds {content[:40]!r}"
+        raise ValueError(f"{tag} {seen}. To resume: {_other_checkpoints(os.path.join(folder, ''))}")
+    return name
 
 
 def _gone(checkpoint: str) -> str:
     folder, name = os.path.split(checkpoint)
-    others = sorted(file for file in os.listdir(folder) if file.endswith(".pth"))
-    instead = f", write one of {', '.join(others)} into it" if others else ""
-    return (
-        f"{os.path.join(folder, 'last_checkpoint')} names {name}, which is not there. Put that file back{instead}, or "
-        "remove last_checkpoint to start anew."
-    )
+    tag = os.path.join(folder, "last_checkpoint")
+    return f"{tag} names {name}, which is not there. Put that file back, or: {_other_checkpoints(checkpoint)}"
+
+
+def _other_checkpoints(checkpoint: str) -> str:
+    """What to do where this one cannot be resumed from."""
+    folder, name = os.path.split(checkpoint)
+    tag = os.path.join(folder, "last_checkpoint")
+    others = sorted(file for file in os.listdir(folder) if file.endswith(".pth") and file != name)
+    instead = f"write one of {', '.join(others)} into {tag}, or " if others else ""
+    return f"{instead}remove {tag} to start anew."
 
 
 def write_atomically(path: str, write: Any) -> None:

@@ -112,9 +112,11 @@ class SaveAndLeaveOnSignal(HookBase):
 
     def after_step(self) -> None:
         received = self._watch.received()
-        if not received:
-            return
         done = self.trainer.iter
+        if not received:
+            if done + 1 >= self.trainer.max_iter:
+                self._watch.stop()  # all is saved; the last evaluation need not be waited for
+            return
         if done + 1 < self.trainer.max_iter:  # else the final checkpoint has just been written
             self.trainer.checkpointer.save(f"model_{done:07d}", iteration=done)
         name = signal.Signals(received).name

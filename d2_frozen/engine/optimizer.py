@@ -18,6 +18,8 @@ from detectron2.solver.build import (
     reduce_param_groups,
 )
 
+CLIP_TYPES = ("value", "norm", "full_model")
+
 
 def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
     """SOLVER.OPTIMIZER over the parameters that require grad; frozen ones are in no group.
@@ -28,7 +30,8 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
     The trained part of the bottom-up network follows SOLVER.BACKBONE_MULTIPLIER and LAYER_DECAY.
 
     Raises:
-        ValueError: unknown SOLVER.OPTIMIZER, nothing to train, or a rate for a bottom-up network that is frozen.
+        ValueError: unknown SOLVER.OPTIMIZER or CLIP_TYPE, nothing to train, or a rate for a bottom-up network that is
+            frozen.
     """
     if not any(p.requires_grad for p in model.parameters()):
         raise ValueError("the model has no parameter to train; check MODEL.BACKBONE.FREEZE and the heads.")
@@ -67,6 +70,10 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
 def _clipping_class(cfg: CfgNode, optimizer_class: Any) -> Any:
     """The optimiser class, with SOLVER.CLIP_GRADIENTS before each step."""
     settings = cfg.SOLVER.CLIP_GRADIENTS
+    if settings.ENABLED and settings.CLIP_TYPE not in CLIP_TYPES:
+        raise ValueError(
+            f"SOLVER.CLIP_GRADIENTS.CLIP_TYPE is {settings.CLIP_TYPE!r}; choose one of {', '.join(CLIP_TYPES)}."
+        )
     if not settings.ENABLED or settings.CLIP_TYPE != "full_model":
         return maybe_add_gradient_clipping(cfg, optimizer_class)
 

@@ -21,10 +21,11 @@ from d2_frozen.backbone import exclude_frozen_from_ddp, frozen_parts
 from d2_frozen.caching import FeatureCache
 from d2_frozen.data import build_test_loader, build_train_loader
 from d2_frozen.data.device import on_device
+from d2_frozen.data.written import file_name_of
 from d2_frozen.detection import evaluate_with_tta
 from d2_frozen.engine.allocator import less_memory
 from d2_frozen.engine.caching import CacheReport, check_cache_settings, serve_features
-from d2_frozen.engine.checkpoint import FrozenCheckpointer
+from d2_frozen.engine.checkpoint import CheckpointMismatchError, FrozenCheckpointer
 from d2_frozen.engine.hooks import (
     KeepNewestCheckpoints,
     ProgressPrinter,
@@ -32,6 +33,7 @@ from d2_frozen.engine.hooks import (
     SeedEachIteration,
 )
 from d2_frozen.engine.optimizer import build_lr_scheduler, build_optimizer
+from d2_frozen.engine.resuming import config_changes, require_fitting_optimizer, tell_of_other_classes
 from d2_frozen.summary import parts_table
 from detectron2.config import CfgNode
 from detectron2.engine import AMPTrainer, DefaultTrainer, HookBase, SimpleTrainer, TrainerBase
@@ -96,9 +98,35 @@ class FrozenTrainer(DefaultTrainer):
         return self.checkpointer.model
 
     def resume_or_load(self, resume: bool = True) -> None:
-        """Continue from ``last_checkpoint`` of OUTPUT_DIR, data stream included, or start from MODEL.WEIGHTS."""
-        super().resume_or_load(resume=resume)
+        """Continue from ``last_checkpoint`` of OUTPUT_DIR, data stream included, or start from MODEL.WEIGHTS.
+
+        Raises:
+            As :meth:`FrozenCheckpointer.resume_or_load`; a misfit of what is resumed names the settings that changed.
+        """
+        resuming = resume and self.checkpointer.has_checkpoint()
+        try:
+            super().resume_or_load(resume=resume)
+        except CheckpointMismatchError as err:
+            changes = config_changes(self.checkpointer.facts.get("config"), self.cfg) if resuming else ""
+            if not changes:
+                raise
+            raise CheckpointMismatchError(f"{err}\nChanged since it was written: {changes}.") from err
         self.stream.start_iteration = self.start_iter
+        if resuming and comm.is_main_process():
+            changes = config_changes(self.checkpointer.facts.get("config"), self.cfg)
+            if changes:
+                logger.warning(
+                    "Resuming with other settings than before (learning rates stay those of the checkpoint): %s.",
+                    changes,
+                )
+            tell_of_other_classes(self.checkpointer.facts, self.cfg, self.cfg.DATASETS.TRAIN)
+
+    def load_state_dict(self, state_dict: Any) -> None:
+        """Detectron2's, after a look at whether the optimiser's part fits."""
+        saved = state_dict.get("_trainer", {}).get("optimizer")
+        if saved:
+            require_fitting_optimizer(saved, self.optimizer, self.checkpointer.loading_from)
+        super().load_state_dict(state_dict)
 
     def train(self) -> dict[str, Any] | None:
         """Run to SOLVER.MAX_ITER; the result of the last evaluation, None where TEST is empty."""
@@ -195,8 +223,10 @@ class FrozenTrainer(DefaultTrainer):
     def build_evaluator(
         cls, cfg: CfgNode, dataset_name: str, output_folder: str | None = None
     ) -> DatasetEvaluator:
-        """COCO's protocol; results go to ``OUTPUT_DIR/inference``."""
+        """COCO's protocol; results go to ``OUTPUT_DIR/inference``, of several test sets to a folder in it each."""
         folder = output_folder or os.path.join(cfg.OUTPUT_DIR, "inference")
+        if len(set(cfg.DATASETS.TEST)) > 1:
+            folder = os.path.join(folder, file_name_of(dataset_name))
         tasks = ("bbox", "segm") if cfg.MODEL.MASK_ON else ("bbox",)
         return COCOEvaluator(dataset_name, tasks=tasks, distributed=True, output_dir=folder)
 

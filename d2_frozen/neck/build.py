@@ -54,9 +54,14 @@ def build_neck(cfg: CfgNode, bottom_up: Backbone) -> Backbone:
     have a neck of their own.
 
     Raises:
-        ValueError: no such neck, or MODEL.FPN.IN_FEATURES do not fit ``bottom_up``.
+        ValueError: no such neck, OUT_CHANNELS that its norm cannot divide, or IN_FEATURES that ``bottom_up`` lacks.
     """
     name, fpn = cfg.MODEL.NECK.NAME, cfg.MODEL.FPN
+    if name != "none" and fpn.NORM == "GN" and fpn.OUT_CHANNELS % 32:
+        raise ValueError(
+            f"MODEL.FPN.OUT_CHANNELS is {fpn.OUT_CHANNELS}, but MODEL.FPN.NORM GN has 32 groups of equal size: take a "
+            "multiple of 32, or another norm."
+        )
     plain = list(bottom_up.output_shape()) == [PLAIN_FEATURE]
     if name == "none":
         return PlainPyramid(bottom_up) if plain else bottom_up

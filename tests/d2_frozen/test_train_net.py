@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -9,10 +11,19 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from tiny_runs import SEGMENTATION, Flags, flags_for, sem_seg_entries, train, trained_on, write_config
+from tiny_runs import (
+    SEGMENTATION,
+    Flags,
+    coco_entries,
+    flags_for,
+    sem_seg_entries,
+    train,
+    trained_on,
+    write_config,
+)
 
 from d2_frozen.engine.checkpoint import CheckpointMismatchError
-from d2_frozen.train_net import argument_parser, evaluation_model, main, read_config, setup
+from d2_frozen.train_net import argument_parser, evaluation_model, main, read_config, results_table, setup
 from detectron2.engine import default_argument_parser
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -90,6 +101,57 @@ def test_options_that_are_no_pairs(options: list[str], advice: str) -> None:
 def test_a_list_that_is_none(key: str, value: str) -> None:
     with pytest.raises(ValueError, match=rf"{key}\. A list is written as KEY "):
         read_config("", [key, value])
+
+
+@pytest.mark.parametrize(
+    "key, value, advice",
+    [
+        ("SOLVER.BASE_LR", "1", "A number with a point is wanted: 1.0"),
+        ("MODEL.MASK_ON", "yes", "Write True or False"),
+        (
+            "MODEL.WEIGHTS",
+            "12",
+            "Text that looks like a number is written '12' in a yaml, \"'12'\" on a command",
+        ),
+    ],
+)
+def test_a_value_of_another_type(key: str, value: str, advice: str, tmp_path: Path) -> None:
+    """In options and in files."""
+    section, _, name = key.partition(".")
+    (tmp_path / "a.yaml").write_text(f"{section}: {{{name}: {value}}}\n")
+    for arguments in (("", [key, value]), (str(tmp_path / "a.yaml"), [])):
+        if arguments[0] and value == "yes":  # yaml's word for True
+            assert read_config(*arguments).MODEL.MASK_ON is True
+            continue
+        with pytest.raises(ValueError, match=re.escape(f"{key}. {advice}")):
+            read_config(*arguments)
+
+
+def test_a_device_that_is_none() -> None:
+    with pytest.raises(ValueError, match="MODEL.DEVICE is 'gpu'; choose cuda"):
+        read_config("", ["MODEL.DEVICE", "gpu"])
+
+
+def test_config_files_that_are_none(tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_bytes(b"# gr\xfcn\nSEED: 1\n")
+    with pytest.raises(ValueError, match="a.yaml, or a _BASE_ of it, is no text in UTF-8"):
+        read_config(str(tmp_path / "a.yaml"), [])
+    (tmp_path / "b.yaml").write_text("MODEL: FrozenRCNN\n")
+    with pytest.raises((ValueError, KeyError, AssertionError), match="MODEL"):
+        read_config(str(tmp_path / "b.yaml"), [])
+
+
+def test_results_of_a_test_set_that_is_named_twice() -> None:
+    cfg = read_config("", ["DATASETS.TEST", "('a', 'a')"])
+    assert "37.50" in results_table(cfg, {"bbox": {"AP": 37.5}})
+
+
+def test_several_test_sets_keep_their_results(flags: Flags, tiny_world: Path, tmp_path: Path) -> None:
+    both = coco_entries(tiny_world)
+    main(flags("--eval-only", "DATASETS.REGISTER", str(both), "DATASETS.TEST", "('tiny_train', 'tiny_val')"))
+    for name, images in (("tiny_train", 12), ("tiny_val", 4)):
+        rows = json.loads((tmp_path / f"out/inference/{name}/coco_instances_results.json").read_text())
+        assert len({row["image_id"] for row in rows}) == images
 
 
 def test_a_config_file_that_is_not_there(tmp_path: Path) -> None:

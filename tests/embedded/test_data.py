@@ -252,3 +252,12 @@ def test_a_new_iteration_begins_with_no_sample_waiting():
     wide, narrow = {"width": 2, "height": 1}, {"width": 1, "height": 2}
     grouped = AspectRatioGroupedDataset([wide, narrow, narrow], batch_size=2)
     assert list(grouped) == [[narrow, narrow]] and list(grouped) == [[narrow, narrow]]
+
+
+@pytest.mark.parametrize("height, width", [(2, 3000), (3000, 2)])
+def test_no_side_is_resized_to_nothing(height, width):
+    """64 / 3000 of two pixels is less than half a pixel."""
+    image = np.zeros((height, width, 3), np.uint8)
+    for augmentation in (T.ResizeShortestEdge(64, 64), T.ResizeScale(1.0, 1.0, 64, 64)):
+        resized = augmentation.get_transform(image).apply_image(image)
+        assert sorted(resized.shape[:2]) == [1, 64]

@@ -425,3 +425,16 @@ def test_different_categories_in_training_and_test(two_sets, world, make_cfg):
 def test_unknown_dataset_name(make_cfg):
     with pytest.raises(KeyError, match="never_registered"):
         prepare_datasets(make_cfg([], "DATASETS.TRAIN", ("never_registered",)))
+
+
+@pytest.mark.parametrize(
+    ("pairs", "message"),
+    [
+        (["INPUT.MASK_FORMAT", "polygons"], "INPUT.MASK_FORMAT is 'polygons'; choose polygon or bitmask"),
+        (["INPUT.FORMAT", "rgb"], "INPUT.FORMAT is 'rgb'; choose RGB, BGR"),
+        (["INPUT.FORMAT", "RGBA"], "INPUT.FORMAT RGBA has 4 channels, MODEL.PIXEL_MEAN 3 values"),
+    ],
+)
+def test_forms_of_images_and_masks(make_cfg, pairs, message):
+    with pytest.raises(ValueError, match=message):
+        prepare_datasets(make_cfg([], *pairs))

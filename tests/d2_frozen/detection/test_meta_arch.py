@@ -123,3 +123,14 @@ def test_square_padding_of_test_images(
 def test_no_square_unless_asked_for(small_config: Config, labelled_image: Image) -> None:
     model = build_model(small_config("INPUT.AUGMENTATION", "scale_crop", "INPUT.SCALE_CROP.SIZE", 256))
     assert model.preprocess_image([labelled_image()]).tensor.shape[-2:] == (64, 96)
+
+
+@pytest.mark.parametrize(
+    "key, value, missing",
+    [("MODEL.NECK.NAME", "none", "p2"), ("MODEL.ROI_HEADS.IN_FEATURES", ["p2", "p9"], "p9")],
+)
+def test_levels_that_the_backbone_does_not_give(
+    small_config: Config, key: str, value: object, missing: str
+) -> None:
+    with pytest.raises(ValueError, match=f"ROI_HEADS.IN_FEATURES is .*the backbone gives no '{missing}'"):
+        build_model(small_config(key, value))

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from d2_frozen.backbone import FrozenBackbone
-from d2_frozen.engine import CheckpointMismatchError, FrozenCheckpointer, frozen_parts
+from d2_frozen.engine import CheckpointMismatchError, FrozenCheckpointer, frozen_parts, saved_seed
 from d2_frozen.engine.checkpoint import write_atomically
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import Backbone
@@ -56,9 +56,54 @@ def test_file_holds_the_head_and_the_fingerprint(tmp_path: Path) -> None:
 def test_a_last_checkpoint_that_is_gone_is_named_with_what_is_left(tmp_path: Path) -> None:
     save(Model(), tmp_path)
     (tmp_path / "last_checkpoint").write_text("model_0000099.pth")
-    message = "last_checkpoint names model_0000099.pth, which is not there.* one of model_final.pth into it"
+    message = "names model_0000099.pth, which is not there.* one of model_final.pth into .*/last_checkpoint"
     with pytest.raises(FileNotFoundError, match=message):
         FrozenCheckpointer(Model(), str(tmp_path)).resume_or_load("", resume=True)
+
+
+@pytest.mark.parametrize(
+    "content, seen",
+    [(b"", "last_checkpoint is empty"), (b"\x00\xff", "last_checkpoint is damaged, it holds b")],
+)
+def test_a_damaged_last_checkpoint(tmp_path: Path, content: bytes, seen: str) -> None:
+    save(Model(), tmp_path)
+    (tmp_path / "last_checkpoint").write_bytes(content)
+    for read in (
+        lambda: FrozenCheckpointer(Model(), str(tmp_path)).resume_or_load("", resume=True),
+        lambda: saved_seed(str(tmp_path)),
+    ):
+        with pytest.raises(ValueError, match=f"{seen}.* To resume: write one of model_final.pth into"):
+            read()
+
+
+def test_a_damaged_checkpoint_names_the_others(tmp_path: Path) -> None:
+    """As a disk leaves it that was pulled out; the seed is read from it too."""
+    save(Model(), tmp_path)
+    path = tmp_path / "model_final.pth"
+    (tmp_path / "model_0000001.pth").write_bytes(path.read_bytes())
+    path.write_bytes(path.read_bytes()[:400])
+    for read in (
+        lambda: FrozenCheckpointer(Model(), str(tmp_path)).resume_or_load("", resume=True),
+        lambda: saved_seed(str(tmp_path)),
+    ):
+        with pytest.raises(
+            ValueError, match="model_final.pth.* To resume: write one of model_0000001.pth into"
+        ):
+            read()
+
+
+def test_a_tensor_of_another_shape_is_told_once(tmp_path: Path) -> None:
+    path = save(Model(), tmp_path)
+    with pytest.raises(CheckpointMismatchError) as refused:
+        FrozenCheckpointer(Model(classes=3), strict=True).load(path)
+    assert "head.weight: shape (5, 4) in the file, (3, 4) in the model" in str(refused.value)
+    assert "not in the file" not in str(refused.value)
+
+
+def test_a_file_of_other_values_is_named(tmp_path: Path) -> None:
+    torch.save({"epochs": 3}, tmp_path / "other.pth")
+    with pytest.raises(ValueError, match="other.pth is no file of weights"):
+        FrozenCheckpointer(Model()).load(str(tmp_path / "other.pth"))
 
 
 def test_loading_gives_the_head_back(tmp_path: Path) -> None:

@@ -1,11 +1,15 @@
-"""What the progress line tells."""
+"""What the progress line tells, and what a signal does."""
 
+import os
+import signal
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
+import pytest
 
-from d2_frozen.engine.hooks import peak_memory_mib
+from d2_frozen.engine.hooks import SaveAndLeaveOnSignal, StoppedBySignal, peak_memory_mib
 
 
 def test_peak_memory_is_that_of_this_process_not_of_its_parent() -> None:
@@ -15,3 +19,25 @@ def test_peak_memory_is_that_of_this_process_not_of_its_parent() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     child = float(done.stdout.split()[-1])
     assert 0 < child < held.nbytes / 2**20 < peak_memory_mib()
+
+
+def test_a_signal_is_waited_with_up_to_the_last_iteration_only() -> None:
+    """Then all is saved, and an evaluation that takes an hour would keep a cluster's notice waiting."""
+    before = signal.getsignal(signal.SIGTERM)
+    hook = SaveAndLeaveOnSignal()
+    saved: list[str] = []
+    checkpointer = SimpleNamespace(save=lambda name, iteration: saved.append(name))
+    hook.trainer = SimpleNamespace(iter=0, max_iter=2, checkpointer=checkpointer)
+    hook.before_train()
+    try:
+        hook.after_step()
+        os.kill(os.getpid(), signal.SIGTERM)
+        with pytest.raises(StoppedBySignal):
+            hook.after_step()
+        assert saved == ["model_0000000"]
+        hook._watch._received = 0
+        hook.trainer.iter = 1
+        hook.after_step()
+        assert signal.getsignal(signal.SIGTERM) == before
+    finally:
+        hook.after_train()

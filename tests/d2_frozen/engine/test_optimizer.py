@@ -52,3 +52,11 @@ def test_embeddings_do_not_decay() -> None:
     }
     assert decay[id(model["queries"].weight)] == 0.0 and decay[id(model["head"].weight)] == 0.05
     assert isinstance(build_optimizer(config(), model), torch.optim.AdamW)
+
+
+def test_a_kind_of_clipping_that_does_not_exist() -> None:
+    clipped = ["SOLVER.CLIP_GRADIENTS.ENABLED", True, "SOLVER.CLIP_GRADIENTS.CLIP_TYPE", "full"]
+    with pytest.raises(
+        ValueError, match="CLIP_GRADIENTS.CLIP_TYPE is 'full'; choose one of value, norm, full_model"
+    ):
+        build_optimizer(config(*clipped), nn.Linear(2, 2))

@@ -103,3 +103,10 @@ def test_stochastic_depth_of_a_frozen_network_is_pointed_out(registered_bottom_u
     cfg.MODEL.BACKBONE.FREEZE = "none"
     build(cfg, ShapeSpec(channels=3))
     assert not caplog.text
+
+
+@pytest.mark.parametrize("name", list(NECKS))
+def test_channels_that_group_norm_cannot_divide(make_bottom_up, name):
+    cfg = config("MODEL.NECK.NAME", name, "MODEL.FPN.NORM", "GN", "MODEL.FPN.OUT_CHANNELS", 48)
+    with pytest.raises(ValueError, match="MODEL.FPN.OUT_CHANNELS is 48, but MODEL.FPN.NORM GN has 32 groups"):
+        build_neck(cfg, make_bottom_up())

@@ -144,14 +144,14 @@ class ResizeShortestEdge(Augmentation):
 
     @staticmethod
     def get_output_shape(oldh: int, oldw: int, short_edge_length: int, max_size: int) -> tuple[int, int]:
-        """(h, w) of the result for an input of oldh x oldw; rounded half up. Can be called in TorchScript."""
+        """(h, w) of the result for an input of oldh x oldw; rounded half up, at least 1. For TorchScript too."""
         short, long = min(oldh, oldw), max(oldh, oldw)
         new_short = float(short_edge_length)
         new_long = new_short / short * long
         if new_long > max_size:
             new_short *= max_size / new_long
             new_long = float(max_size)
-        short_px, long_px = int(new_short + 0.5), int(new_long + 0.5)
+        short_px, long_px = max(1, int(new_short + 0.5)), max(1, int(new_long + 0.5))
         return (short_px, long_px) if oldh < oldw else (long_px, short_px)
 
 
@@ -182,7 +182,7 @@ class ResizeScale(Augmentation):
         scale = np.random.uniform(self.min_scale, self.max_scale)
         size = np.array(image.shape[:2])
         box = np.array([self.target_height, self.target_width]) * scale
-        new_height, new_width = (int(v) for v in np.round(size * (box / size).min()))
+        new_height, new_width = (max(1, int(v)) for v in np.round(size * (box / size).min()))
         return ResizeTransform(*image.shape[:2], new_height, new_width, self.interp)
 
 

@@ -1,0 +1,90 @@
+"""Can a run with this config work at all? What is wrong is told before data is read and a model is built.
+
+Values that only one part uses are checked by that part; here are those that would fail late, or in a library that does
+not know the name of the key.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+
+from detectron2.config import CfgNode
+from detectron2.utils import comm
+
+
+def check_settings(cfg: CfgNode, train: bool) -> None:
+    """Look at the keys of a complete config, and whether OUTPUT_DIR can be written to (it is made).
+
+    Args:
+        train: False for evaluation only.
+    Raises:
+        ValueError: names the key, its value, and what it may be.
+        OSError: OUTPUT_DIR cannot be made or written to.
+    """
+    _check_whole_numbers(cfg, train)
+    if train:
+        _check_steps(cfg)
+    key = "DATASETS.TRAIN" if train else "DATASETS.TEST"
+    if not (cfg.DATASETS.TRAIN if train else cfg.DATASETS.TEST):
+        what = "train on" if train else "evaluate on: --eval-only does nothing else"
+        raise ValueError(
+            f"{key} is empty: there is nothing to {what}. Name a dataset, e.g. {key} \"('parts',)\"."
+        )
+    if comm.is_main_process():
+        check_output_dir(cfg.OUTPUT_DIR)
+
+
+def check_output_dir(folder: str) -> None:
+    """Make OUTPUT_DIR and write a file in it.
+
+    Raises:
+        ValueError: it is empty.
+        OSError: of the same class as the system's own error.
+    """
+    if not folder:
+        raise ValueError(
+            "OUTPUT_DIR is empty. Give a folder for checkpoints, metrics and logs, e.g. ./output"
+        )
+    if "://" in folder:
+        return  # for Detectron2's PathManager
+    try:
+        os.makedirs(folder, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(b"1")
+            file.flush()
+    except OSError as err:
+        raise type(err)(
+            err.errno,
+            f"OUTPUT_DIR cannot be written to: {err.strerror}. Give another folder",
+            os.path.abspath(folder),
+        ) from err
+
+
+def _check_whole_numbers(cfg: CfgNode, train: bool) -> None:
+    seeds = 2**32 - comm.get_world_size()  # each process adds its rank
+    limits: dict[str, tuple[int, int | None, str]] = {
+        "SEED": (-(2**63), seeds, "negative to draw one"),
+        "DATALOADER.NUM_WORKERS": (0, None, "0 to read in the main process"),
+    }
+    if train:
+        limits |= {
+            "SOLVER.MAX_ITER": (1, None, "to evaluate only, use --eval-only"),
+            "SOLVER.IMS_PER_BATCH": (1, None, "images per iteration, over all processes"),
+            "SOLVER.CHECKPOINT_PERIOD": (1, None, "more than SOLVER.MAX_ITER for none but the last"),
+        }
+    for key, (least, most, meaning) in limits.items():
+        value = cfg
+        for part in key.split("."):
+            value = value[part]
+        if value < least or (most is not None and value > most):
+            bounds = f"at least {least}" if most is None else f"at most {most}"
+            raise ValueError(f"{key} is {value}; it must be {bounds} ({meaning}).")
+
+
+def _check_steps(cfg: CfgNode) -> None:
+    solver = cfg.SOLVER
+    if solver.LR_SCHEDULER_NAME == "WarmupMultiStepLR" and list(solver.STEPS) != sorted(set(solver.STEPS)):
+        raise ValueError(
+            f"SOLVER.STEPS is {tuple(solver.STEPS)}; iterations at which the learning rate falls must increase."
+        )
