@@ -323,7 +323,11 @@ def _other_checkpoints(checkpoint: str) -> str:
 
 
 def write_atomically(path: str, write: Any) -> None:
-    """Call ``write(stream)`` on a temporary file beside ``path``, flush it to disk, then rename it over ``path``."""
+    """Call ``write(stream)`` on a temporary file beside ``path``, flush it to disk, then rename it over ``path``.
+
+    Raises:
+        OSError: it cannot be written, because the disk is full, say; ``path`` is as it was.
+    """
     folder = os.path.dirname(os.path.abspath(path))
     handle, temporary = tempfile.mkstemp(prefix=f".{os.path.basename(path)}.", suffix=".tmp", dir=folder)
     try:
@@ -336,7 +340,12 @@ def write_atomically(path: str, write: Any) -> None:
         os.umask(umask)
         os.chmod(temporary, 0o666 & ~umask)
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as err:
         if os.path.exists(temporary):
             os.unlink(temporary)
+        # torch.save, which cannot end its file on a full disk either, buries the disk's error under one of its own.
+        cause = err if isinstance(err, OSError) else err.__context__
+        if isinstance(err, OSError | RuntimeError) and isinstance(cause, OSError):
+            seen = f"{cause.strerror or cause}; not written, what was there is as before"
+            raise type(cause)(cause.errno, seen, path) from err
         raise

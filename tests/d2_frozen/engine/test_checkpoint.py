@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from pathlib import Path
 
 import pytest
@@ -183,3 +184,22 @@ def test_a_failing_write_leaves_the_old_file(tmp_path: Path) -> None:
 
 def test_frozen_parts_are_found_by_prefix() -> None:
     assert list(frozen_parts(Model())) == ["trunk"] and not frozen_parts(Model(frozen=False))
+
+
+def test_a_full_disk_is_named_and_leaves_what_was_there(tmp_path: Path) -> None:
+    """torch.save ends with an error about positions in its own file."""
+    path = save(Model(), tmp_path)
+    before = Path(path).read_bytes()
+
+    class FullDisk:
+        def write(self, data: bytes) -> int:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        def flush(self) -> None:
+            pass
+
+    content = {"model": {"weight": torch.zeros(1000)}}
+    with pytest.raises(OSError, match="No space left on device; not written.*model_final.pth") as full:
+        write_atomically(path, lambda stream: torch.save(content, FullDisk()))
+    assert full.value.errno == errno.ENOSPC
+    assert Path(path).read_bytes() == before and len(list(tmp_path.iterdir())) == 2
