@@ -14,12 +14,12 @@ The same command goes on where it was stopped; ``--dry-run`` says what it would 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import logging
 import math
 import subprocess
 import sys
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -145,11 +145,12 @@ def _run(
     root = _root(args)
     jobs = [job for of_seed in zip(*groups) for job in of_seed]
     left = [job for job in jobs if job.result(root) is None]
-    if args.scale == "mini" and not (args.dry_run and (args.no_probe or args.probe_synthetic)):
-        _prepare(left, tasks)
+    if args.scale == "mini" and left and not (args.no_probe or args.probe_synthetic):
+        _generate(tasks)
     if args.dry_run:
         print(_plan(args, jobs, left, len(groups)))
         return None
+    _pretrain_missing(left)
     queue: LocalQueue | SlurmQueue
     if args.slurm is None:
         queue = LocalQueue(root, args.parallel, args.threads, args.gpus, args.num_gpus)
@@ -191,21 +192,26 @@ def _check_configs(jobs: Sequence[Job]) -> None:
         raise errors[0]
 
 
-def _prepare(jobs: Sequence[Job], tasks: set[str]) -> None:
-    """What these jobs of the mini scale need: generated data, and small backbones where they are missing."""
-    if not jobs:
-        return
+def _generate(tasks: set[str]) -> None:
+    """The data of the mini scale; nothing to do where it is complete."""
     for command in {_WORLDS[task] for task in tasks}:
         subprocess.run([sys.executable, "-m", *command], check=True)
-    wanted = set()
-    for job in jobs:
-        with contextlib.suppress(ValueError, FileNotFoundError):  # the job itself fails with that
-            wanted.add(Path(job.config().MODEL.TIMM.PRETRAINED))
-    for path in sorted(wanted):
-        if path.parent == _PRETRAINED and not path.exists():
-            logger.info("%s is missing; pretraining it.", path)
-            device = "cuda" if torch.cuda.is_available() else "cpu"
-            pretrain(Pretraining.of_name(path.stem), _PRETRAINED, device)
+
+
+def _missing_backbone(job: Job) -> Path | None:
+    """The small backbone of the mini scale that this job needs, if it is not there yet."""
+    try:
+        path = Path(job.config().MODEL.TIMM.PRETRAINED)
+    except (ValueError, FileNotFoundError):  # the job itself fails with that
+        return None
+    return path if path.parent == _PRETRAINED and not path.exists() else None
+
+
+def _pretrain_missing(jobs: Sequence[Job]) -> None:
+    for path in sorted({path for job in jobs if (path := _missing_backbone(job))}):
+        logger.info("%s is missing; pretraining it.", path)
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        pretrain(Pretraining.of_name(path.stem), _PRETRAINED, device)
 
 
 def _root(args: argparse.Namespace) -> Path:
@@ -248,12 +254,18 @@ def _plan(args: argparse.Namespace, jobs: Sequence[Job], left: Sequence[Job], mo
     # The first seed of each model; what is only evaluated trains nothing.
     training = [index for index in range(models) if jobs[index].evaluates is None]
     first = [jobs[index] for index in training]
+    missing = {job.name: path for job in first if (path := _missing_backbone(job))}
+    # Random weights take as long.
+    first = [
+        replace(job, options=(*job.options, "MODEL.TIMM.PRETRAINED", "")) if job.name in missing else job
+        for job in first
+    ]
     if args.no_probe:
         found = count_up(first)
     elif args.probe_synthetic:
         found = probe_synthetic(first, args.threads, args.num_gpus, args.gpus)
     else:
-        found = probe(first, args.threads, args.num_gpus)
+        found = probe(first, args.threads, args.num_gpus, args.gpus)
     estimates = dict(zip(training, found))
     rows: list[list[Any]] = []
     hours = disk = 0.0
@@ -278,6 +290,10 @@ def _plan(args: argparse.Namespace, jobs: Sequence[Job], left: Sequence[Job], mo
         lines.append(
             "Measured on a generated batch in memory, for one GPU of each run: without reading data and without what "
             "GPUs send each other."
+        )
+    if missing:
+        lines.append(
+            f"Before that, these backbones are pretrained: {', '.join(sorted({p.stem for p in missing.values()}))}."
         )
     if disk > free:
         lines.append(

@@ -72,14 +72,16 @@ class Step:
     device: str
 
 
-def probe(jobs: Sequence[Job], threads: int = 0, num_gpus: int = 1) -> list[Estimate | str]:
+def probe(
+    jobs: Sequence[Job], threads: int = 0, num_gpus: int = 1, gpus: Sequence[int] = ()
+) -> list[Estimate | str]:
     """An estimate per job, one after the other; where a job fails, why."""
     estimates: list[Estimate | str] = []
     for job in jobs:
         with tempfile.TemporaryDirectory() as folder:
             short = ("SOLVER.MAX_ITER", str(_ITERATIONS), "SOLVER.STEPS", "()", "DATASETS.TEST", "()")
             first = Job("probe", job.config_file, (*job.options, *short, "TEST.EVAL_PERIOD", "0"))
-            LocalQueue(folder, 1, threads, num_gpus=num_gpus).run([first])
+            LocalQueue(folder, 1, threads, gpus, num_gpus).run([first])
             estimates.append(_estimate(job, first, folder))
     return estimates
 

@@ -67,3 +67,17 @@ def test_submitit_runs_a_job_and_reports_a_failure(configs: Path, tmp_path: Path
     result, failure = good.result(tmp_path / "root"), bad.failure(tmp_path / "root")
     assert result is not None and result["iterations"] == 6 and result["metrics"]["bbox"]
     assert failure is not None and "NUM_CLASSES" in failure["error"]
+
+
+def test_a_plan_names_backbones_that_are_missing_and_pretrains_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    flags = ["table", "1", "--cells", "masked_frozen", "--configs", str(CONFIGS), "--dry-run", "--no-probe"]
+    assert main(flags) == 0
+    out = capsys.readouterr().out
+    assert "these backbones are pretrained: masked_pico_4000." in out
+    assert "MiB" in next(
+        line for line in out.splitlines() if line.startswith("table1/detection/masked_frozen")
+    )
+    assert list(tmp_path.iterdir()) == []
