@@ -140,18 +140,19 @@ class ResizeShortestEdge(Augmentation):
         if length == 0:
             return NoOpTransform()
         new_height, new_width = self.get_output_shape(height, width, length, self.max_size)
-        return ResizeTransform(height, width, new_height, new_width, self.interp)
+        # A side of 0, which the shape of very long images has, cannot be resized to.
+        return ResizeTransform(height, width, max(1, new_height), max(1, new_width), self.interp)
 
     @staticmethod
     def get_output_shape(oldh: int, oldw: int, short_edge_length: int, max_size: int) -> tuple[int, int]:
-        """(h, w) of the result for an input of oldh x oldw; rounded half up, at least 1. For TorchScript too."""
+        """(h, w) of the result for an input of oldh x oldw; rounded half up. Can be called in TorchScript."""
         short, long = min(oldh, oldw), max(oldh, oldw)
         new_short = float(short_edge_length)
         new_long = new_short / short * long
         if new_long > max_size:
             new_short *= max_size / new_long
             new_long = float(max_size)
-        short_px, long_px = max(1, int(new_short + 0.5)), max(1, int(new_long + 0.5))
+        short_px, long_px = int(new_short + 0.5), int(new_long + 0.5)
         return (short_px, long_px) if oldh < oldw else (long_px, short_px)
 
 
