@@ -4,9 +4,14 @@ Importing it makes ``import detectron2`` work (an installed one, else the embedd
 Heavy modules register themselves when ``add_frozen_config`` is called.
 """
 
+import warnings
+
 from d2_frozen.provider import engine_name, provide_detectron2
 
 provide_detectron2()
+# fvcore scripts a loss when it is imported, and newer torch says so at the head of every command. Last of the filters, so
+# that -W and PYTHONWARNINGS decide before it.
+warnings.filterwarnings("ignore", r"`torch\.jit\.script` is deprecated", FutureWarning, append=True)
 
 from d2_frozen.config import add_frozen_config  # noqa: E402  (needs detectron2)
 

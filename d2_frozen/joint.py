@@ -21,6 +21,7 @@ from d2_frozen.data.own_names import OwnNames
 from d2_frozen.engine.allocator import keep_freed_memory
 from d2_frozen.engine.joint import HeadLogs, JointHead, JointTraining, speaking
 from d2_frozen.prediction.heads import backbone_settings, distinct_names
+from d2_frozen.processes import run_processes
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 
@@ -116,7 +117,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 
 def console_main() -> None:
     """Entry point of ``python -m d2_frozen.joint``."""
-    train_net.run_processes(main, parse())
+    run_processes(main, parse())
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ import argparse
 import logging
 import os
 import sys
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,8 +17,9 @@ from tabulate import tabulate
 from torch import nn
 
 from d2_frozen import tasks
+from d2_frozen.processes import run_processes
 from detectron2.config import CfgNode
-from detectron2.engine import default_argument_parser, default_setup, launch
+from detectron2.engine import default_argument_parser, default_setup
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 
@@ -176,18 +176,6 @@ def app_main(app: str) -> None:
             f"its MODEL.META_ARCHITECTURE is none of {own}. train_net.py runs any task."
         )
     run_processes(main, args)
-
-
-def run_processes(function: Callable[[argparse.Namespace], Any], args: argparse.Namespace) -> None:
-    """``function(args)`` in as many processes as ``--num-gpus`` and ``--num-machines`` say."""
-    launch(
-        function,
-        args.num_gpus,
-        num_machines=args.num_machines,
-        machine_rank=args.machine_rank,
-        dist_url=args.dist_url,
-        args=(args,),
-    )
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ ORDER = [
     "neck",
     "detection",
     "engine",
+    "processes",
     "train_net",
     "prediction",
     "predict",

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import multiprocessing
 import os
 import signal
 import sys
@@ -82,7 +81,7 @@ def run_job_in_process(job: Job, root: str, threads: int, gpus: Sequence[int], n
 
 def _run(job: Job, root: Path, threads: int, num_gpus: int) -> None:
     from d2_frozen import train_net
-    from detectron2.engine import launch
+    from d2_frozen.processes import run_processes
 
     folder = job.folder(root)
     options = [*job.options, "OUTPUT_DIR", str(folder)]
@@ -94,57 +93,16 @@ def _run(job: Job, root: Path, threads: int, num_gpus: int) -> None:
         options += ["MODEL.WEIGHTS", str(root / job.evaluates / "model_final.pth")]
     args = train_net.argument_parser().parse_args([*flags, *options])
     # Not the parser's address, which is the same for all runs on a machine.
-    with _passing_on_sigterm() if num_gpus > 1 else contextlib.nullcontext():
-        launch(
-            _train_and_record, num_gpus, dist_url="auto", args=(args, job, str(folder), threads, os.getpid())
-        )
+    run_processes(_train_and_record, args, job, str(folder), threads, dist_url="auto")
 
 
-@contextlib.contextmanager
-def _passing_on_sigterm() -> Iterator[None]:
-    """SIGTERM reaches the processes of a run on several GPUs, which save and leave; then this one leaves too."""
-    told = False
-
-    def tell(number: int, frame: object) -> None:
-        nonlocal told
-        told = True
-        for process in multiprocessing.active_children():
-            if process.pid:
-                os.kill(process.pid, number)
-
-    before = signal.signal(signal.SIGTERM, tell)
-    try:
-        yield
-    except Exception:
-        if told:
-            sys.exit(128 + signal.SIGTERM)  # as a run in one process
-        raise
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
-def _stop_with(parent: int) -> None:
-    """A process of a run on several GPUs saves and leaves when its parent has died, which torch tells it by SIGINT.
-
-    Other SIGINTs are Ctrl-C, which the queue answers.
-    """
-
-    def ask(number: int, frame: object) -> None:
-        if os.getppid() != parent:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    signal.signal(signal.SIGINT, ask)
-
-
-def _train_and_record(args: argparse.Namespace, job: Job, folder: str, threads: int, parent: int) -> None:
+def _train_and_record(args: argparse.Namespace, job: Job, folder: str, threads: int) -> None:
     import torch
 
     from d2_frozen import train_net
     from d2_frozen.benchmarks.measuring import source_commit
     from detectron2.utils import comm
 
-    if os.getpid() != parent:
-        _stop_with(parent)
     source_commit()  # now, not of the tree as it is in the end
     if threads:
         import cv2

@@ -1,0 +1,79 @@
+"""A run in several processes: one per GPU, on one machine or more. Who stops it, stops all of them, after saving."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import multiprocessing
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from types import FrameType
+from typing import Any
+
+from detectron2.engine import launch
+
+
+def run_processes(
+    function: Callable[..., Any], args: argparse.Namespace, *more: Any, dist_url: str = ""
+) -> None:
+    """``function(args, *more)`` in as many processes as ``--num-gpus`` and ``--num-machines`` say.
+
+    With one process it is called here. With several, SIGTERM to this process reaches all, as does its death; trainings
+    save and leave then (``SaveAndLeaveOnSignal``), and this one leaves as a single one would.
+
+    Args:
+        dist_url: where the processes meet, instead of ``args.dist_url``.
+    """
+    several = args.num_gpus * args.num_machines > 1
+    with _passing_on_sigterm() if several else contextlib.nullcontext():
+        launch(
+            _in_process,
+            args.num_gpus,
+            num_machines=args.num_machines,
+            machine_rank=args.machine_rank,
+            dist_url=dist_url or args.dist_url,
+            args=(function, os.getpid(), args, *more),
+        )
+
+
+def _in_process(function: Callable[..., Any], parent: int, *arguments: Any) -> None:
+    if os.getpid() != parent:
+        _leave_with(parent)
+    function(*arguments)
+
+
+@contextlib.contextmanager
+def _passing_on_sigterm() -> Iterator[None]:
+    told = False
+
+    def tell(number: int, frame: FrameType | None) -> None:
+        nonlocal told
+        told = True
+        for process in multiprocessing.active_children():
+            if process.pid:
+                os.kill(process.pid, number)
+
+    before = signal.signal(signal.SIGTERM, tell)
+    try:
+        yield
+    except Exception:
+        if told:
+            sys.exit(128 + signal.SIGTERM)
+        raise
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _leave_with(parent: int) -> None:
+    """torch tells a process by SIGINT that its parent has died; it then gets SIGTERM. Other SIGINTs are as before."""
+    before = signal.getsignal(signal.SIGINT)
+
+    def answer(number: int, frame: FrameType | None) -> None:
+        if os.getppid() != parent:
+            os.kill(os.getpid(), signal.SIGTERM)
+        elif callable(before):
+            before(number, frame)
+
+    signal.signal(signal.SIGINT, answer)

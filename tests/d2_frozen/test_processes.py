@@ -1,0 +1,58 @@
+"""Who stops the process that was started, stops the run in all its processes, after saving."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="two processes on CPU")
+
+
+def _until(condition: Callable[[], bool], what: str, seconds: float = 200) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, f"no {what} after {seconds} s"
+        time.sleep(0.2)
+
+
+def _is_empty(group: int) -> bool:
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return True
+    return False
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGKILL, -9)])
+def test_stopping_the_parent_saves_and_leaves_no_process(
+    tiny_config: Path, tmp_path: Path, number: signal.Signals, code: int
+) -> None:
+    out = tmp_path / "out"
+    # Detectron2 itself trains in several processes on GPUs only.
+    environment = {**os.environ, "D2_FROZEN_ENGINE": "embedded", "OMP_NUM_THREADS": "1"}
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
+    command = [sys.executable, "-m", "d2_frozen.train_net", "--num-gpus", "2", "--dist-url", "auto"]
+    command += ["--config-file", str(tiny_config), "SOLVER.MAX_ITER", "100000", "DATASETS.TEST", "()"]
+    with open(tmp_path / "output.txt", "wb") as output:
+        run = subprocess.Popen(
+            command, env=environment, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
+        )
+    try:
+        _until(lambda: (out / "metrics.json").exists(), "metrics.json")
+        run.send_signal(number)
+        assert run.wait(60) == code
+        _until(lambda: _is_empty(run.pid), "end of the other processes", 60)
+    finally:
+        if not _is_empty(run.pid):
+            os.killpg(run.pid, signal.SIGKILL)
+    name = (out / "last_checkpoint").read_text()
+    assert torch.load(out / name, weights_only=True)["iteration"] == int(name[6:-4])
+    assert "continue with --resume" in (out / "log.txt").read_text()
