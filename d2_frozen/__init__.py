@@ -9,8 +9,8 @@ import warnings
 from d2_frozen.provider import engine_name, provide_detectron2
 
 provide_detectron2()
-# fvcore scripts a loss when it is imported, and newer torch says so at the head of every command. Last of the filters, so
-# that -W and PYTHONWARNINGS decide before it.
+# fvcore scripts a loss when it is imported, and newer torch says so at the head of every command. It is the last of the
+# filters, so that -W and PYTHONWARNINGS decide before it.
 warnings.filterwarnings("ignore", r"`torch\.jit\.script` is deprecated", FutureWarning, append=True)
 
 from d2_frozen.config import add_frozen_config  # noqa: E402  (needs detectron2)
