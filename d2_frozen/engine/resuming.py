@@ -67,11 +67,13 @@ def tell_of_other_classes(facts: Mapping[str, Any], cfg: CfgNode, names: Sequenc
 def require_fitting_optimizer(state: Mapping[str, Any], optimizer: torch.optim.Optimizer, file: str) -> None:
     """
     Args:
-        state: of the optimiser in the checkpoint ``file``.
+        state: of the optimiser in the checkpoint ``file``; one without ``param_groups`` is not looked at.
     Raises:
         CheckpointMismatchError: it is another optimiser's, or of other parameters.
     """
-    saved, own = state["param_groups"], optimizer.state_dict()["param_groups"]
+    saved, own = state.get("param_groups"), optimizer.state_dict().get("param_groups")
+    if saved is None or own is None:
+        return  # a sweep's has one optimiser per head, and looks for itself
     # What tells SGD from AdamW; torch adds other keys from version to version, and fills them in.
     kinds = [{"momentum", "betas"} & set(group) for group in (saved[0], own[0])]
     sizes = [[len(group["params"]) for group in groups] for groups in (saved, own)]

@@ -98,7 +98,7 @@ def test_a_result_of_another_config_is_not_taken_for_this_ones(configs: Path, tm
     with pytest.raises(ValueError, match="MODEL.WEIGHTS"):  # another start
         Job("one", config, ("SEED", "1", "MODEL.WEIGHTS", "a.pkl")).result(tmp_path)
     older = json.loads((job.folder(tmp_path) / SETTINGS_FILE).read_text())
-    del older["TEST.PICTURES"]
+    del older["TEST.EVAL_PERIOD"]
     write_json(job.folder(tmp_path) / SETTINGS_FILE, older)
     assert job.result(tmp_path) == {}  # of a version that did not have this key
 
