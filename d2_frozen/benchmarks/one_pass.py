@@ -15,8 +15,9 @@ together / apart is what sharing saves; together / parts is what sharing costs (
 from __future__ import annotations
 
 import argparse
+import contextlib
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -50,15 +51,26 @@ _CLASSES = {"detection": ("ROI_HEADS", 1), "semantic segmentation": ("SEM_SEG_HE
 def main(arguments: list[str]) -> dict[str, Any]:
     """Command line; returns what is also written with ``--json``."""
     args = _parser().parse_args(arguments)
-    logging.getLogger("d2_frozen").setLevel(logging.ERROR)
     if not torch.cuda.is_available():
         keep_freed_memory()
-    predictors = _predictors(args.config_files, args.opts, args.size)
-    result = compare(predictors, args.size, args.batch, args.rounds, args.warmup, args.cpu_time)
+    with _errors_only():
+        predictors = _predictors(args.config_files, args.opts, args.size)
+        result = compare(predictors, args.size, args.batch, args.rounds, args.warmup, args.cpu_time)
     result = {"configs": args.config_files, "options": args.opts, **result}
     print(report(result))
     write_json(result, args.json)
     return result
+
+
+@contextlib.contextmanager
+def _errors_only() -> Iterator[None]:
+    log = logging.getLogger("d2_frozen")
+    level = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        log.setLevel(level)
 
 
 def compare(
