@@ -177,6 +177,15 @@ def read_config(config_file: str | Path, options: Iterable[str] = ()) -> CfgNode
     return cfg
 
 
+def leaves(node: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted key, value) of every value in a config, or in the mappings that its yaml holds."""
+    for key, value in node.items():
+        if isinstance(value, Mapping):
+            yield from leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
 def _how_to_write(error: str) -> str:
     """Advice on a value that yacs takes for one of another type; "" for none."""
     kinds = re.search(

@@ -6,6 +6,7 @@ import ctypes
 import os
 import platform
 
+from d2_frozen.tasks import leaves
 from detectron2.config import CfgNode
 
 # Parameters of mallopt(3), and values for them: blocks below 1 GiB come from the heap, whose end is given back
@@ -42,11 +43,6 @@ def less_memory(cfg: CfgNode) -> str:
         ("MODEL.BACKBONE.FREEZE", cfg.MODEL.BACKBONE.FREEZE != "all", "all (trains the heads alone)"),
         ("SOLVER.IMS_PER_BATCH", cfg.SOLVER.IMS_PER_BATCH > 1, "fewer, and SOLVER.BASE_LR with them"),
     ]
-    lines = [f"  {key}: {advice}; now {_value(cfg, key)}" for key, helps, advice in ways if helps]
+    values = dict(leaves(cfg))
+    lines = [f"  {key}: {advice}; now {values[key]}" for key, helps, advice in ways if helps]
     return "\n".join([*lines, "  smaller images, or clips of fewer frames (INPUT, VIDEO)"])
-
-
-def _value(cfg: CfgNode, key: str) -> object:
-    for part in key.split("."):
-        cfg = cfg[part]
-    return cfg

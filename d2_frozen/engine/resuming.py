@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -32,10 +32,12 @@ def config_changes(stored: Any, cfg: CfgNode) -> str:
     if not isinstance(stored, str):
         return ""
     try:
-        before = dict(_leaves(yaml.safe_load(stored)))
+        content = yaml.safe_load(stored)
     except yaml.YAMLError:
         return ""
-    now = dict(_leaves(yaml.safe_load(cfg.dump())))
+    if not isinstance(content, Mapping):
+        return ""
+    before, now = dict(tasks.leaves(content)), dict(tasks.leaves(yaml.safe_load(cfg.dump())))
     # A key that only one of them has is of another version of this project.
     keys = [key for key in before if key not in _FREE and before[key] != now.get(key, before[key])]
     shown = [f"{key} was {before[key]!r:.100}, is {now[key]!r:.100}" for key in keys[:_SHOWN]]
@@ -90,11 +92,3 @@ def require_fitting_optimizer(state: Mapping[str, Any], optimizer: torch.optim.O
         f"{file}: what the optimiser remembers does not fit this run: {seen}. Resume with the settings that the run "
         f"began with, or start a new one from its weights: MODEL.WEIGHTS {file}, another OUTPUT_DIR, and no --resume."
     )
-
-
-def _leaves(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    if isinstance(node, Mapping) and node:
-        for key, value in node.items():
-            yield from _leaves(value, f"{prefix}.{key}" if prefix else str(key))
-    else:
-        yield prefix, node

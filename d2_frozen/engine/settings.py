@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import tempfile
 
+from d2_frozen.tasks import leaves
 from detectron2.config import CfgNode
 from detectron2.utils import comm
 
@@ -73,10 +74,9 @@ def _check_whole_numbers(cfg: CfgNode, train: bool) -> None:
             "SOLVER.IMS_PER_BATCH": (1, None, "images per iteration, over all processes"),
             "SOLVER.CHECKPOINT_PERIOD": (1, None, "more than SOLVER.MAX_ITER for none but the last"),
         }
+    values = dict(leaves(cfg))
     for key, (least, most, meaning) in limits.items():
-        value = cfg
-        for part in key.split("."):
-            value = value[part]
+        value = values[key]
         if value < least or (most is not None and value > most):
             bounds = f"at least {least}" if most is None else f"at most {most}"
             raise ValueError(f"{key} is {value}; it must be {bounds} ({meaning}).")

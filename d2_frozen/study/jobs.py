@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -79,7 +78,7 @@ class Job:
 
     def settings(self) -> dict[str, Any]:
         """Every key of the complete config and its value, without those that do not change the result."""
-        return {key: value for key, value in _leaves(self.config()) if key not in NOT_PART_OF_RESULT}
+        return {key: value for key, value in tasks.leaves(self.config()) if key not in NOT_PART_OF_RESULT}
 
     def check_settings(self, root: str | Path) -> None:
         """Is what lies in the job's folder of this config? Keys that are new since then do not matter.
@@ -123,11 +122,3 @@ def read_json(path: Path) -> Any:
     except ValueError as err:
         logger.warning("%s cannot be read (%s); taken as missing.", path, err)
         return None
-
-
-def _leaves(node: CfgNode, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in node.items():
-        if isinstance(value, CfgNode):
-            yield from _leaves(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
