@@ -32,7 +32,7 @@ from d2_frozen.study.findings import write_findings
 from d2_frozen.study.jobs import Job
 from d2_frozen.study.layout import write_sweep, write_table
 from d2_frozen.study.paper import paper_numbers
-from d2_frozen.study.pretraining import KINDS, SIZES, Pretraining, pretrain
+from d2_frozen.study.pretraining import KINDS, SIZES, Machine, Pretraining, pretrain
 from d2_frozen.study.probe import Estimate, count_up, disk_free_mib, probe, probe_synthetic
 from d2_frozen.study.queue import LocalQueue
 from d2_frozen.study.report import write_report
@@ -111,7 +111,7 @@ def run_sweep(args: argparse.Namespace) -> int:
 def run_pretrain(args: argparse.Namespace) -> int:
     """``pretrain``: one of the small backbones of Tables 1 and 5."""
     what = Pretraining(args.kind, args.size, args.images, args.iterations, args.seed)
-    path = pretrain(what, args.output, args.device, workers=args.workers)
+    path = pretrain(what, args.output, Machine(args.device, args.workers, args.amp, args.compile))
     print(f"MODEL.TIMM.PRETRAINED {path}")
     return 0
 
@@ -211,7 +211,7 @@ def _pretrain_missing(jobs: Sequence[Job]) -> None:
     for path in sorted({path for job in jobs if (path := _missing_backbone(job))}):
         logger.info("%s is missing; pretraining it.", path)
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        pretrain(Pretraining.of_name(path.stem), _PRETRAINED, device)
+        pretrain(Pretraining.of_name(path.stem), _PRETRAINED, Machine(device))
 
 
 def _root(args: argparse.Namespace) -> Path:
@@ -354,6 +354,16 @@ def _parser() -> argparse.ArgumentParser:
     backbone.add_argument("--output", default=str(_PRETRAINED), metavar="DIR")
     backbone.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     backbone.add_argument("--workers", type=int, default=1, help="processes that draw the scenes")
+    backbone.add_argument(
+        "--amp",
+        action=argparse.BooleanOptionalAction,
+        help="mixed precision, bfloat16; as a rule on GPUs, worth it on CPUs with AMX",
+    )
+    backbone.add_argument(
+        "--compile",
+        action="store_true",
+        help="the backbone by torch.compile: minutes to compile, then faster",
+    )
     backbone.set_defaults(run=run_pretrain)
     finding = commands.add_parser("findings", help="which findings of the paper hold in what has run")
     _add_place_flags(finding)

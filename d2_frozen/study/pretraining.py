@@ -99,13 +99,26 @@ class Pretraining:
         return cls(kind, size, int(images), **settings)
 
 
-def pretrain(
-    what: Pretraining, folder: str | Path, device: str = "cpu", batch: int = 64, workers: int = 1
-) -> Path:
-    """Train a backbone and write ``NAME.safetensors``; nothing to do where that exists.
+@dataclass(frozen=True)
+class Machine:
+    """How a backbone is pretrained, which does not change what it learns.
 
     Args:
+        device: "cpu" or "cuda".
         workers: processes that draw the scenes.
+        amp: mixed precision, bfloat16. None: on GPUs. It pays on CPUs with AMX.
+        compiled: the backbone by torch.compile, after minutes of compiling.
+    """
+
+    device: str = "cpu"
+    workers: int = 1
+    amp: bool | None = None
+    compiled: bool = False
+
+
+def pretrain(what: Pretraining, folder: str | Path, machine: Machine = Machine(), batch: int = 64) -> Path:
+    """Train a backbone and write ``NAME.safetensors``; nothing to do where that exists.
+
     Returns:
         The file.
     Raises:
@@ -119,19 +132,23 @@ def pretrain(
     folder.mkdir(parents=True, exist_ok=True)
     with alone(folder / f".{what.name}.lock"):  # two queues may miss the same backbone
         if not path.exists():
-            _train(what, path, unfinished, device, batch, workers)
+            _train(what, path, unfinished, machine, batch)
     return path
 
 
-def _train(what: Pretraining, path: Path, unfinished: Path, device: str, batch: int, workers: int) -> None:
+def _train(what: Pretraining, path: Path, unfinished: Path, machine: Machine, batch: int) -> None:
+    device = machine.device
+    amp = device == "cuda" if machine.amp is None else machine.amp
     torch.manual_seed(what.seed)
     backbone = create_timm_backbone(PICO_NAME, arguments=SIZES[what.size], final_norm=True)
     task = _task(what.kind, backbone).to(device)
+    if machine.compiled:
+        task.last_map = torch.compile(task.last_map)
     decaying = [p for p in task.parameters() if p.ndim > 1]
     others = [p for p in task.parameters() if p.ndim <= 1]
     groups = [{"params": decaying, "weight_decay": 0.05}, {"params": others, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=1e-3)
-    scenes, shown = draw_scenes(what.seed, what.images, workers)
+    scenes, shown = draw_scenes(what.seed, what.images, machine.workers)
     scenes, shown = scenes.to(device), shown.to(device)
     first = _resume(unfinished, task, optimizer, device)
     begun = time.monotonic()
@@ -142,7 +159,7 @@ def _train(what: Pretraining, path: Path, unfinished: Path, device: str, batch: 
         chosen = torch.randint(len(scenes), (batch,), generator=generator).to(device)
         for group in optimizer.param_groups:
             group["lr"] = 1e-3 * learning_rate(step, what.iterations)
-        with torch.autocast(device, dtype=torch.bfloat16, enabled=device == "cuda"):
+        with torch.autocast(device, dtype=torch.bfloat16, enabled=amp):
             loss = task(scenes[chosen], shown[chosen], generator)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -315,7 +332,8 @@ def random_views(scenes: Tensor, generator: torch.Generator, smallest: float) ->
     y, x = draws[:, 2] * (H - height), draws[:, 3] * (W - width)
     number = torch.arange(B, device=scenes.device, dtype=torch.float32)
     boxes = torch.stack([number, x, y, x + width, y + height], dim=1)
-    views = roi_align(scenes.float(), boxes, (H, W), sampling_ratio=2, aligned=True)
+    # A crop is never larger than the view, so one sample per pixel is enough.
+    views = roi_align(scenes.float(), boxes, (H, W), sampling_ratio=1, aligned=True)
     views = torch.where((draws[:, 4] < 0.5).view(B, 1, 1, 1), views.flip(-1), views)
     gain = (0.7 + 0.6 * draws[:, 5:8]).view(B, 3, 1, 1)
     middle = views.mean(dim=(1, 2, 3), keepdim=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ from d2_frozen.backbone.pretraining.shapes import NUM_SHAPES
 from d2_frozen.backbone.swin_v2 import PICO_NAME
 from d2_frozen.backbone.timm_backbone import create_timm_backbone
 from d2_frozen.study import pretraining
-from d2_frozen.study.pretraining import KINDS, SIZES, Pretraining, pretrain
+from d2_frozen.study.pretraining import KINDS, SIZES, Machine, Pretraining, pretrain
 
 
 @pytest.fixture
@@ -36,6 +37,27 @@ def test_a_file_loads_into_the_backbone_it_was_made_for(kind: str, scenes: None,
     create_timm_backbone(PICO_NAME, str(path))
     create_timm_backbone(PICO_NAME, str(path), final_norm=True)  # as video uses it
     assert [file.name for file in tmp_path.glob("[!.]*")] == [path.name]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_compiled_backbone_learns_the_same(
+    kind: str, scenes: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    what = Pretraining(kind, images=4, iterations=2)
+    expected = load_file(pretrain(what, tmp_path / "plain", batch=2))
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    compiled = load_file(pretrain(what, tmp_path / "compiled", Machine(compiled=True), batch=2))
+    assert compiled.keys() == expected.keys()
+    assert all(torch.allclose(compiled[name], expected[name], atol=1e-6) for name in expected)
+
+
+def test_mixed_precision_keeps_weights_in_float32(scenes: None, tmp_path: Path) -> None:
+    what = Pretraining("supervised", images=4, iterations=2)
+    exact = load_file(pretrain(what, tmp_path / "fp32", batch=2))
+    mixed = load_file(pretrain(what, tmp_path / "amp", Machine(amp=True), batch=2))
+    name = "layers.0.blocks.0.attn.qkv.weight"
+    assert mixed[name].dtype == torch.float32
+    assert 0 < (mixed[name] - exact[name]).abs().max() < 1e-2
 
 
 def test_the_larger_size_is_table_5s_config(scenes: None, tmp_path: Path) -> None:
