@@ -143,7 +143,8 @@ def _train(what: Pretraining, path: Path, unfinished: Path, machine: Machine, ba
     backbone = create_timm_backbone(PICO_NAME, arguments=SIZES[what.size], final_norm=True)
     task = _task(what.kind, backbone).to(device)
     if machine.compiled:
-        task.last_map = torch.compile(task.last_map)
+        torch.compiler.reset()  # what was compiled before would be taken, as hooks (masked has one) are not compared
+        task.backbone.compile()
     decaying = [p for p in task.parameters() if p.ndim > 1]
     others = [p for p in task.parameters() if p.ndim <= 1]
     groups = [{"params": decaying, "weight_decay": 0.05}, {"params": others, "weight_decay": 0.0}]
