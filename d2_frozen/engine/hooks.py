@@ -7,6 +7,7 @@ import logging
 import random
 import signal
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 
@@ -70,10 +71,15 @@ class KeepNewestCheckpoints(HookBase):
 
 
 class SignalWatch:
-    """Between ``start`` and ``stop``, signals are noted instead of ending the process."""
+    """Between ``start`` and ``stop``, signals are noted instead of ending the process.
+
+    Attributes:
+        at_once: called as a signal comes, in the middle of whatever is done then.
+    """
 
     def __init__(self, signals: tuple[int, ...] = (signal.SIGTERM,)) -> None:
         self.signals = signals
+        self.at_once: Callable[[], None] | None = None
         self._received = 0
         self._before: dict[int, object] = {}
 
@@ -91,8 +97,40 @@ class SignalWatch:
         return max(comm.all_gather(self._received)) if comm.get_world_size() > 1 else self._received
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
-        logger.warning("%s received: saving after this iteration.", signal.Signals(number).name)
-        self._received = number
+        again, self._received = bool(self._received), number
+        name = signal.Signals(number).name
+        if self.at_once is None:
+            logger.warning("%s received: saving after this iteration.", name)
+        elif not again:
+            logger.warning("%s received: saving now, and leaving after this evaluation.", name)
+            self.at_once()
+
+
+class SavesIfStopped(HookBase):
+    """A hook that evaluates, which may take longer than a cluster waits: a signal meanwhile saves at once.
+
+    Args:
+        evaluation: the hook.
+        watch: notes the signal.
+        save: what has been trained.
+    """
+
+    def __init__(self, evaluation: HookBase, watch: SignalWatch, save: Callable[[], None]) -> None:
+        self.evaluation, self.watch, self.save = evaluation, watch, save
+
+    def before_train(self) -> None:
+        self.evaluation.trainer = self.trainer
+        self.evaluation.before_train()
+
+    def after_step(self) -> None:
+        self.watch.at_once = self.save
+        try:
+            self.evaluation.after_step()
+        finally:
+            self.watch.at_once = None
+
+    def after_train(self) -> None:
+        self.evaluation.after_train()
 
 
 class SaveAndLeaveOnSignal(HookBase):
@@ -103,6 +141,15 @@ class SaveAndLeaveOnSignal(HookBase):
 
     def __init__(self, signals: tuple[int, ...] = (signal.SIGTERM,)) -> None:
         self._watch = SignalWatch(signals)
+
+    def saving_during(self, evaluation: HookBase) -> HookBase:
+        """The hook, during which a signal saves at once."""
+        return SavesIfStopped(evaluation, self._watch, self._save)
+
+    def _save(self) -> None:
+        done = self.trainer.iter
+        if done + 1 < self.trainer.max_iter:  # else the final checkpoint has just been written
+            self.trainer.checkpointer.save(f"model_{done:07d}", iteration=done)
 
     def before_train(self) -> None:
         self._watch.start()
@@ -117,8 +164,7 @@ class SaveAndLeaveOnSignal(HookBase):
             if done + 1 >= self.trainer.max_iter:
                 self._watch.stop()  # all is saved; the last evaluation need not be waited for
             return
-        if done + 1 < self.trainer.max_iter:  # else the final checkpoint has just been written
-            self.trainer.checkpointer.save(f"model_{done:07d}", iteration=done)
+        self._save()
         name = signal.Signals(received).name
         logger.warning("%s: saved after iteration %d; continue with --resume.", name, done)
         raise StoppedBySignal(received)

@@ -22,7 +22,13 @@ import torch
 from d2_frozen.backbone import FrozenBackbone, PassMemory, frozen_parts, share_equal_backbones
 from d2_frozen.data.loader import TrainLoader
 from d2_frozen.data.own_names import OwnNames
-from d2_frozen.engine.hooks import ROUND_TIME, SaveAndLeaveOnSignal, SignalWatch, StoppedBySignal
+from d2_frozen.engine.hooks import (
+    ROUND_TIME,
+    SaveAndLeaveOnSignal,
+    SavesIfStopped,
+    SignalWatch,
+    StoppedBySignal,
+)
 from d2_frozen.engine.trainer import FrozenTrainer
 from detectron2.evaluation import verify_results
 from detectron2.utils import comm
@@ -131,6 +137,11 @@ class JointTraining:
 
     def __init__(self, heads: Sequence[JointHead]) -> None:
         self.memory = PassMemory()
+        self._watch = SignalWatch()
+        for head in heads:
+            for hook in head.trainer._hooks:
+                if isinstance(hook, SavesIfStopped):
+                    hook.watch, hook.save = self._watch, functools.partial(self._save_while_evaluating, head)
         models = [head.trainer.model for head in heads]
         self.backbones = share_equal_backbones(models, [head.backbone_settings for head in heads])
         unfinished = [head for head in heads if head.trainer.start_iter < head.trainer.max_iter]
@@ -159,8 +170,7 @@ class JointTraining:
             StoppedBySignal: after SIGTERM, when every head is saved.
             Exception: what a head raised; the others are saved first.
         """
-        watch = SignalWatch()
-        watch.start()
+        self._watch.start()
         try:
             for head in self._heads:
                 head.begin()
@@ -168,14 +178,14 @@ class JointTraining:
             last = max((head.trainer.max_iter for head in self._heads), default=0)
             for iteration in range(first, last):
                 self._round(iteration)
-                self._leave_if_asked(watch, iteration)
+                self._leave_if_asked(iteration)
             return {head.name: head.results() for head in self._heads}
         except Exception:
             for head in self._heads:
                 head.save()
             raise
         finally:
-            watch.stop()
+            self._watch.stop()
             for head in self._heads:
                 head.end()
 
@@ -202,8 +212,15 @@ class JointTraining:
             head.failed = True  # half a step is nothing to save
             raise
 
-    def _leave_if_asked(self, watch: SignalWatch, iteration: int) -> None:
-        received = watch.received()
+    def _save_while_evaluating(self, evaluated: JointHead) -> None:
+        evaluated.done = (
+            evaluated.trainer.iter
+        )  # its step is over, and it is evaluated as the iteration's last act
+        for head in self._heads:
+            head.save()
+
+    def _leave_if_asked(self, iteration: int) -> None:
+        received = self._watch.received()
         if not received:
             return
         for head in self._heads:

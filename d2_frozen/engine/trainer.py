@@ -153,8 +153,10 @@ class FrozenTrainer(DefaultTrainer):
             hooks.insert(writers[0] if writers else len(hooks), EvalHook(0, self._test_with_augmentation))
         if self.cfg.SOLVER.CHECKPOINTS_KEPT:
             hooks.append(KeepNewestCheckpoints(self.cfg.OUTPUT_DIR, self.cfg.SOLVER.CHECKPOINTS_KEPT))
+        leaving = SaveAndLeaveOnSignal()
+        hooks = [leaving.saving_during(hook) if isinstance(hook, EvalHook) else hook for hook in hooks]
         report = CacheReport(lambda: self.feature_cache)
-        return [SeedEachIteration(self.cfg.SEED), report, *hooks, SaveAndLeaveOnSignal()]
+        return [SeedEachIteration(self.cfg.SEED), report, *hooks, leaving]
 
     def build_writers(self) -> list[EventWriter]:
         """Terminal, ``metrics.json`` and TensorBoard."""

@@ -9,6 +9,7 @@ import signal
 import weakref
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -182,6 +183,36 @@ def test_sigterm_saves_every_head_and_resume_ends_like_an_uninterrupted_run(
         assert_same(content(tmp_path / "whole" / name), content(tmp_path / "cut" / name))
     # Everything is complete now: only evaluated.
     assert together(files, tmp_path / "cut", "--resume")["seg"] is not None
+
+
+def test_sigterm_while_one_head_is_evaluated_saves_all_at_once(
+    detection: Yaml, segmentation: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = [
+        detection("det"),
+        detection("two", "TEST: {EVAL_PERIOD: 2}\nSOLVER: {BASE_LR: 0.0001}"),
+        segmentation,
+    ]
+    together(files, tmp_path / "whole")
+    args = joint.parse(["--config-files", *map(str, files), "--output", str(tmp_path / "cut")])
+    heads = joint.build_heads(args)
+    saved: list[str] = []
+
+    def evaluate(cfg: Any, model: Any) -> dict:
+        os.kill(os.getpid(), signal.SIGTERM)
+        saved.extend(
+            (tmp_path / "cut" / name / "last_checkpoint").read_text() for name in ("det", "two", "seg")
+        )
+        return {}
+
+    monkeypatch.setattr(heads[1].trainer, "test", evaluate)
+    with pytest.raises(StoppedBySignal):
+        JointTraining(heads)()
+    # The third head's turn in this iteration is after the evaluation of the second.
+    assert saved == ["model_0000001.pth", "model_0000001.pth", "model_0000000.pth"]
+    together(files, tmp_path / "cut", "--resume")
+    for name in ("det", "two", "seg"):
+        assert_same(content(tmp_path / "whole" / name), content(tmp_path / "cut" / name))
 
 
 class FailAt(HookBase):

@@ -9,13 +9,16 @@ import sys
 from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from d2_frozen.engine import FrozenTrainer
 from d2_frozen.engine.hooks import StoppedBySignal
 from d2_frozen.train_net import main, setup
+from detectron2.config import CfgNode
 from detectron2.engine import HookBase
 
 Flags = Callable[..., Namespace]
@@ -95,10 +98,35 @@ def test_run_stopped_by_sigterm_ends_like_an_uninterrupted_one(
     assert_same_weights(tmp_path / "whole" / "model_final.pth", tmp_path / "stopped" / "model_final.pth")
 
 
+def test_sigterm_during_an_evaluation_saves_at_once(flags: Flags, tmp_path: Path) -> None:
+    """A cluster may kill before the evaluation is over."""
+    saved: list[bool] = []
+
+    class LongEvaluation(FrozenTrainer):
+        @classmethod
+        def test(cls, cfg: CfgNode, model: nn.Module, evaluators: Any = None) -> dict:
+            assert not (tmp_path / "out" / "last_checkpoint").exists()
+            os.kill(os.getpid(), signal.SIGTERM)
+            saved.append((tmp_path / "out" / "model_0000001.pth").exists())
+            return {}
+
+    trainer = LongEvaluation(setup(flags("TEST.EVAL_PERIOD", "2", "SOLVER.CHECKPOINT_PERIOD", "100")))
+    with pytest.raises(StoppedBySignal):
+        trainer.train()
+    assert saved == [True] and trainer.iter == 1
+    assert (tmp_path / "out" / "last_checkpoint").read_text() == "model_0000001.pth"
+    resumed = FrozenTrainer(setup(flags("--resume")))
+    resumed.resume_or_load(resume=True)
+    assert resumed.start_iter == 2
+    trained, read_again = trainer.model.state_dict(), resumed.model.state_dict()
+    assert all(torch.equal(trained[name], read_again[name]) for name in trained)
+
+
 KILLED_RUN = """
 import os, signal, sys
 from d2_frozen.engine import FrozenTrainer
 from d2_frozen.train_net import argument_parser, setup
+from detectron2.config import CfgNode
 from detectron2.engine import HookBase
 
 class Kill(HookBase):
