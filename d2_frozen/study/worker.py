@@ -12,7 +12,7 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -120,11 +120,24 @@ def _train_and_record(args: argparse.Namespace, job: Job, folder: str, threads: 
             "job": job.name,
             "config_file": job.config_file,
             "options": list(job.options),
-            "metrics": metrics,
+            **metrics_of_first(metrics, about["test_sets"]),
             "seconds_of_last_start": time.monotonic() - begun,
             **about,
         },
     )
+
+
+def metrics_of_first(results: Mapping[str, Any], test_sets: Sequence[str]) -> dict[str, Any]:
+    """What tables show of a run with several test sets: the first one's metrics; the others stand beside them.
+
+    Args:
+        results: as ``DefaultTrainer.test`` gives them: task -> metrics, of several sets set -> task -> metrics.
+    Returns:
+        {"metrics": task -> metrics}, and {"metrics_of_sets": results} of several.
+    """
+    if len(set(test_sets)) < 2 or test_sets[0] not in results:
+        return {"metrics": results}
+    return {"metrics": results[test_sets[0]], "metrics_of_sets": results}
 
 
 def about_run(folder: Path) -> dict[str, Any]:
@@ -141,6 +154,7 @@ def about_run(folder: Path) -> dict[str, Any]:
         "parameters": counts.total,
         "iterations": cfg.SOLVER.MAX_ITER,
         "seed": cfg.SEED,
+        "test_sets": list(cfg.DATASETS.TEST),
         "peak_memory_mib": peak_memory_mib(),
         **machine_facts(),
     }

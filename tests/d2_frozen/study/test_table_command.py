@@ -195,3 +195,15 @@ def test_gpus_that_there_are_not_are_no_run_on_the_cpu(
     job = Job("one", str(configs / "coco/table6/percent_10_frozen.yaml"), ("SEED", "1"))
     assert not run_job(job, tmp_path, gpus=[98, 99], num_gpus=2)
     assert "torch sees 0 GPUs with CUDA_VISIBLE_DEVICES=98,99" in (job.failure(tmp_path) or {})["error"]
+
+
+def test_of_several_test_sets_the_table_shows_the_first_and_keeps_all(configs: Path, tmp_path: Path) -> None:
+    sets = "('tiny_val', 'tiny_train')"
+    options = ("--options", "DATASETS.TEST", sets, "SOLVER.MAX_ITER", "1")
+    assert main(command(configs, tmp_path / "out", "--cells", "percent_10_frozen", *options)) == 0
+    job = Job("table6/detection/percent_10_frozen/seed1", "")
+    found = json.loads((job.folder(tmp_path / "out/full") / "result.json").read_text())
+    assert list(found["metrics_of_sets"]) == ["tiny_val", "tiny_train"]
+    assert str(found["metrics"]) == str(found["metrics_of_sets"]["tiny_val"]) and "bbox" in found["metrics"]
+    assert "of several test sets the first, tiny_val" in (tmp_path / "out/full/table6.md").read_text()
+    assert {line["metric"] for line in values(tmp_path / "out") if line["value"]} == {"bbox/AP", "segm/AP"}
