@@ -191,8 +191,9 @@ class DrawnDataset(Dataset):
                     f"{position} of the sample stream: {type(err).__name__}: {err}"
                 )
                 if not self.skip_bad:
-                    advice = "Correct it, or set DATASETS.SKIP_BAD True to draw another image."
-                    return Drawn(error=f"{fault}. {advice}", traceback=traceback.format_exc())
+                    if not getattr(err, "says_what_to_do", False):
+                        fault += ". Correct it, or set DATASETS.SKIP_BAD True to draw another image."
+                    return Drawn(error=fault, traceback=traceback.format_exc())
                 faults = (*faults, fault)
             index = draw_index(len(self.records), self.seed, position, redraw)
         # The first of each cause: with one that all images share, twenty lines would say the same.

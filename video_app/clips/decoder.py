@@ -36,6 +36,8 @@ _START_S = 60.0
 class BadClip(RuntimeError):
     """No reader can make a clip of this file. The message says what each of them said."""
 
+    says_what_to_do = True
+
 
 @dataclass(frozen=True)
 class VideoReading:

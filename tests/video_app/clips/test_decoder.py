@@ -15,6 +15,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from d2_frozen.data.loader import DrawnDataset, Place
 from video_app.clips import decoder as decoder_module
 from video_app.clips.bad_clips import BadClips, read_bad_clips
 from video_app.clips.crops import TrainCrop
@@ -212,3 +213,7 @@ def test_bad_clips_are_noted_once_and_replaced(tmp_path: Path) -> None:
     assert len(again.bad_clips) == 1 and again(record(broken)) is None and again.decoder._child is None
     with pytest.raises(BadClip, match="VIDEO.STRICT"):
         make_mapper(tmp_path, strict=True)(record(broken))
+    error = DrawnDataset([record(broken)], make_mapper(tmp_path, strict=True), 0, skip_bad=False)[
+        Place(0, 0)
+    ].error
+    assert "set VIDEO.STRICT False" in error and "SKIP_BAD" not in error
