@@ -24,6 +24,17 @@ APPS = {
     "FrozenVideoSweep": "video_app",
 }
 DETECTION = "d2_frozen.detection"
+# Keys that change where, how fast and with how many files a run goes, not what comes out.
+NOT_PART_OF_RESULT = (
+    "OUTPUT_DIR",
+    "MODEL.DEVICE",
+    "MODEL.FROZEN.CACHE.DIR",
+    "MODEL.FROZEN.CACHE.MAX_GB",
+    "DATALOADER.NUM_WORKERS",
+    "SOLVER.CHECKPOINT_PERIOD",
+    "SOLVER.CHECKPOINTS_KEPT",
+    "TEST.PICTURES",
+)
 
 
 class Classes(NamedTuple):

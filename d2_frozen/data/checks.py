@@ -331,17 +331,17 @@ def image_size(path: str, decode: bool, photo: bool = True) -> tuple[tuple[int, 
 
     Args:
         decode: read it to its end too.
-        photo: will its values be taken for light? Then they must fit into 8 bits. False for maps of numbers.
+        photo: will its values be taken for light? Then they must be of 8 bits. False for maps of numbers.
     Raises:
         ImageFileError: missing, broken, too large, no image, or more than 8 bits.
     """
-    highest: Any = 0
+    deep = ""
     try:
         with PathManager.open(path, "rb") as file, Image.open(file) as image:
             size = image.size
             sideways = image.getexif().get(_EXIF_ORIENTATION) in _EXIF_SIDEWAYS
-            if photo and image.mode.startswith(("I", "F")):
-                highest = image.getextrema()[1]
+            if photo:
+                deep = more_than_8_bits(image)
             if decode:
                 # A JPEG is read to its end, but only an eighth of each side is computed.
                 image.draft(None, (max(1, size[0] // 8), max(1, size[1] // 8)))
@@ -354,11 +354,21 @@ def image_size(path: str, decode: bool, photo: bool = True) -> tuple[tuple[int, 
         raise ImageFileError("image too large to open", f"{path}: {err}") from err
     except (OSError, SyntaxError, ValueError, EOFError) as err:
         raise ImageFileError("broken image file", f"{path}: {err}") from err
-    if highest > 255:
-        # Detectron2 and PIL cut off what is above, so that a photo of 16 bits becomes all white.
-        seen = f"{path} goes up to {highest:g}; all above 255 would be white. Convert it to 8 bits"
+    if deep:
+        seen = f"{path} has {deep}. Convert it to 8 bits, with the range that matters to you"
         raise ImageFileError("image with more than 8 bits", seen)
     return size, sideways
+
+
+def more_than_8_bits(image: Image.Image) -> str:
+    """What an open image has instead of 8 bits per channel, in words; "" for nothing else.
+
+    Detectron2 and PIL cut off all above 255, and fractions, so that such a photo becomes nearly all white, or black.
+    """
+    if image.mode == "F":
+        return "floating point numbers"
+    highest: Any = image.getextrema()[1] if image.mode.startswith("I") else 0
+    return f"values up to {highest}, more than 8 bits" if highest > 255 else ""
 
 
 # ---------------------------------------------------------------------------------------------- annotations

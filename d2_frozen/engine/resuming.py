@@ -16,14 +16,6 @@ from detectron2.config import CfgNode
 
 logger = logging.getLogger(__name__)
 
-# They change where or how fast a run goes, not what comes out.
-_FREE = (
-    "OUTPUT_DIR",
-    "MODEL.DEVICE",
-    "DATALOADER.NUM_WORKERS",
-    "MODEL.FROZEN.CACHE.DIR",
-    "MODEL.FROZEN.CACHE.MAX_GB",
-)
 _SHOWN = 12
 
 
@@ -39,7 +31,11 @@ def config_changes(stored: Any, cfg: CfgNode) -> str:
         return ""
     before, now = dict(tasks.leaves(content)), dict(tasks.leaves(yaml.safe_load(cfg.dump())))
     # A key that only one of them has is of another version of this project.
-    keys = [key for key in before if key not in _FREE and before[key] != now.get(key, before[key])]
+    keys = [
+        key
+        for key in before
+        if key not in tasks.NOT_PART_OF_RESULT and before[key] != now.get(key, before[key])
+    ]
     shown = [f"{key} was {before[key]!r:.100}, is {now[key]!r:.100}" for key in keys[:_SHOWN]]
     return "; ".join(shown) + (f"; and {len(keys) - _SHOWN} more" if len(keys) > _SHOWN else "")
 

@@ -7,11 +7,11 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any
 
 import numpy as np
 from PIL import Image
 
+from d2_frozen.data.checks import more_than_8_bits
 from detectron2.data import detection_utils
 
 PICTURES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".ppm", ".pgm", ".gif", ".jfif")
@@ -99,19 +99,13 @@ def read_picture(path: Path) -> np.ndarray:
     """
     try:
         with Image.open(path) as image:
-            mode = image.mode
-            highest: Any = image.getextrema()[1] if mode.startswith("I") else 0
-            deep = mode == "F" or highest > 255
+            deep = more_than_8_bits(image)
     except Image.DecompressionBombError as err:
         raise ValueError(f"{err} Cut it into tiles.") from err
     except (OSError, SyntaxError, EOFError):
-        deep = False  # read_image says what is wrong
+        deep = ""  # read_image says what is wrong
     if deep:
-        # PIL would cut off all values above 255, and fractions: nearly all of the picture would be white, or black.
-        raise ValueError(
-            f"it has {'floating point numbers' if mode == 'F' else 'more than 8 bits'} per pixel (PIL mode {mode}); "
-            "pictures of 8 bits per channel are predicted. Convert it, with the range that matters to you."
-        )
+        raise ValueError(f"it has {deep}. Convert it to 8 bits, with the range that matters to you.")
     return np.ascontiguousarray(detection_utils.read_image(str(path), format="RGB"))
 
 

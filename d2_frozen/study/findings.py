@@ -15,13 +15,14 @@ from typing import NamedTuple
 
 from tabulate import tabulate
 
+from d2_frozen import tasks
 from d2_frozen.data.written import write_text
 from d2_frozen.study.contrasts import CONFIDENCE, NOT_RUN, Difference, difference, together
-from d2_frozen.study.jobs import NOT_PART_OF_RESULT, read_json
+from d2_frozen.study.jobs import read_json
 from d2_frozen.study.tables import METRICS
 
 # Options that may differ between the runs of a table.
-NOT_COMPARED = {"SEED", *NOT_PART_OF_RESULT}
+NOT_COMPARED = {"SEED", *tasks.NOT_PART_OF_RESULT}
 Weights = dict[str, float]
 # Metric -> cell -> seed -> score.
 Scores = dict[str, dict[str, dict[int, float]]]

@@ -19,15 +19,6 @@ from detectron2.config import CfgNode
 
 logger = logging.getLogger("d2_frozen.study")
 
-# Values that say where and how fast a job runs, not what comes out of it.
-NOT_PART_OF_RESULT = (
-    "OUTPUT_DIR",
-    "MODEL.DEVICE",
-    "DATALOADER.NUM_WORKERS",
-    "SOLVER.CHECKPOINT_PERIOD",
-    "SOLVER.CHECKPOINTS_KEPT",
-    "TEST.PICTURES",
-)
 SETTINGS_FILE, FAILURE_FILE = "settings.json", "failed.json"
 
 
@@ -78,7 +69,9 @@ class Job:
 
     def settings(self) -> dict[str, Any]:
         """Every key of the complete config and its value, without those that do not change the result."""
-        return {key: value for key, value in tasks.leaves(self.config()) if key not in NOT_PART_OF_RESULT}
+        return {
+            key: value for key, value in tasks.leaves(self.config()) if key not in tasks.NOT_PART_OF_RESULT
+        }
 
     def check_settings(self, root: str | Path) -> None:
         """Is what lies in the job's folder of this config? Keys that are new since then do not matter.

@@ -237,7 +237,16 @@ def test_images_of_16_bits_would_become_white(check, world, tmp_path, level):
         Image.fromarray(pixels).save(tmp_path / f"{number}.png")
         world["images"][number - 1]["file_name"] = f"{number}.png"
     (problem,) = check(check_images=level).problems
-    assert problem.kind == "image with more than 8 bits" and "1.png goes up to 4095" in problem.seen
+    assert problem.kind == "image with more than 8 bits" and "1.png has values up to 4095" in problem.seen
+
+
+def test_images_of_fractions_would_become_black(check, world, tmp_path):
+    Image.fromarray(np.full((HEIGHT, WIDTH), 0.5, np.float32)).save(tmp_path / "1.tif")
+    world["images"][0]["file_name"] = "1.tif"
+    (problem,) = check().problems
+    assert (
+        problem.kind == "image with more than 8 bits" and "1.tif has floating point numbers" in problem.seen
+    )
 
 
 @pytest.mark.parametrize(

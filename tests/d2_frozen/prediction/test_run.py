@@ -233,7 +233,7 @@ def test_pictures_of_any_shape_and_none_of_16_bits(heads: list[str], tmp_path: P
     Image.fromarray(np.full((40, 40), 0.5, np.float32)).save(folder / "float.tif")
     summary = main([*heads, str(folder), "--output", str(tmp_path / "out")])
     assert summary.inputs == 2 and sorted(summary.failed) == ["deep.png", "float.tif"]
-    assert "8 bits per channel" in summary.failed["deep.png"]
+    assert "more than 8 bits" in summary.failed["deep.png"]
     assert "floating point" in summary.failed["float.tif"]
 
 
