@@ -1,6 +1,8 @@
 """Shared by all tests: which Detectron2 runs, and quiet, repeatable torch."""
 
+import logging
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 # Before torch: the shapes in the tests are tiny, and thread pools only slow them down.
@@ -21,6 +23,30 @@ def pytest_report_header(config: pytest.Config) -> str:
 def _one_thread_and_seed() -> None:
     torch.set_num_threads(1)
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def caplog(caplog: pytest.LogCaptureFixture) -> Iterator[pytest.LogCaptureFixture]:
+    """pytest's, for our loggers too after ``setup_logger`` has cut them off from the root; each record once."""
+    handler = caplog.handler
+    emit, seen = handler.emit, None
+
+    def emit_once(record: logging.LogRecord) -> None:
+        nonlocal seen
+        if record is not seen:
+            seen = record
+            emit(record)
+
+    handler.emit = emit_once
+    loggers = [
+        logging.getLogger(name) for name in ("d2_frozen", "seg_app", "video_app", "detectron2", "fvcore")
+    ]
+    for logger in loggers:
+        logger.addHandler(handler)
+    yield caplog
+    for logger in loggers:
+        logger.removeHandler(handler)
+    handler.emit = emit
 
 
 @pytest.fixture
