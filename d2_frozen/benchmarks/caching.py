@@ -100,7 +100,7 @@ class _Subject:
         self.batches: Iterator[Any] = iter(self.trainer.build_train_loader(cfg))
         self.cache: Any = None
         self.backbone = Watch(frozen_backbone_of(self.model), now)
-        self.precision = MixedPrecision(cfg.SOLVER.AMP.ENABLED, next(self.model.parameters()).device.type)
+        self.precision = MixedPrecision(cfg.SOLVER.AMP.ENABLED, torch.device(cfg.MODEL.DEVICE).type)
 
     def fill(self, batches: int) -> int:
         """Put the features of the first batches into the cache, and train from it; bytes per sample."""

@@ -95,7 +95,7 @@ class _Subject:
         self.batches = iter(build_train_loader(cfg))
         self.test_batches = _cycle(lambda: build_test_loader(cfg, cfg.DATASETS.TEST[0]))
         self.backbone = Watch(getattr(self.model.backbone, "bottom_up", self.model.backbone), now)
-        self.precision = MixedPrecision(cfg.SOLVER.AMP.ENABLED, next(self.model.parameters()).device.type)
+        self.precision = MixedPrecision(cfg.SOLVER.AMP.ENABLED, torch.device(cfg.MODEL.DEVICE).type)
 
     def train_step(self) -> Seconds:
         """Seconds of one step by phase."""

@@ -134,9 +134,9 @@ class _Step:
         optimizer = trainer.build_optimizer(cfg, model)
         for group in optimizer.param_groups:
             group["lr"] = 0.0
-        self.on_gpu = next(model.parameters()).is_cuda
+        self.on_gpu = torch.device(cfg.MODEL.DEVICE).type == "cuda"
         self._batch: Any = None
-        self._loop = loop_kind(cfg, model)(model, _Handed(self), optimizer)
+        self._loop = loop_kind(cfg)(model, _Handed(self), optimizer)
 
     def __call__(self, batch: list[Any]) -> None:
         self._batch = batch

@@ -72,7 +72,7 @@ class FrozenTrainer(DefaultTrainer):
         self.stream = ResumableStream(
             self._batches, lambda loader: on_device(loader, cfg.MODEL.DEVICE, leave)
         )
-        self._trainer = loop_kind(cfg, parallel)(parallel, self.stream, optimizer)
+        self._trainer = loop_kind(cfg)(parallel, self.stream, optimizer)
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
         self.checkpointer = FrozenCheckpointer(
             model,
@@ -306,9 +306,9 @@ class _CPUAutocastTrainer(SimpleTrainer):
             del self.model.forward  # the class's own again
 
 
-def loop_kind(cfg: CfgNode, model: nn.Module) -> type[SimpleTrainer]:
-    """What runs a training step: by SOLVER.AMP and the model's device."""
+def loop_kind(cfg: CfgNode) -> type[SimpleTrainer]:
+    """What runs a training step: by SOLVER.AMP and MODEL.DEVICE."""
     if not cfg.SOLVER.AMP.ENABLED:
         return SimpleTrainer
-    on_gpu = next(model.parameters()).is_cuda
-    return AMPTrainer if on_gpu else _CPUAutocastTrainer
+    # Not by the first parameter: with FROZEN.PRECISION below fp32 the frozen originals stay in the computer's memory.
+    return AMPTrainer if torch.device(cfg.MODEL.DEVICE).type == "cuda" else _CPUAutocastTrainer

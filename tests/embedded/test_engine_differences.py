@@ -23,6 +23,13 @@ facts = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(facts)
 
 
+def test_amp_is_that_of_the_device_of_what_trains():
+    """A frozen part in front may lie elsewhere."""
+    model = nn.Sequential(nn.Linear(4, 4, device="meta").requires_grad_(False), nn.Linear(4, 1))
+    trainer = AMPTrainer(model, [], torch.optim.SGD(model[1].parameters(), lr=0.1))
+    assert trainer.device_type == "cpu" and trainer.precision is torch.bfloat16
+
+
 def test_amp_on_cpu_is_bfloat16_and_needs_no_scaling():
     seen = []
 

@@ -17,9 +17,10 @@ from torch import nn
 
 from d2_frozen.engine import FrozenTrainer
 from d2_frozen.engine.hooks import StoppedBySignal
+from d2_frozen.engine.trainer import _CPUAutocastTrainer, loop_kind
 from d2_frozen.train_net import main, setup
 from detectron2.config import CfgNode
-from detectron2.engine import HookBase
+from detectron2.engine import AMPTrainer, HookBase
 
 Flags = Callable[..., Namespace]
 
@@ -199,6 +200,20 @@ def test_the_newest_checkpoints_stay_also_over_an_interruption(flags: Flags, tmp
     assert left == {"model_0000005.pth", "model_final.pth"}
     with pytest.raises(ValueError, match="CHECKPOINTS_KEPT is -1"):
         FrozenTrainer(setup(flags("SOLVER.CHECKPOINTS_KEPT", "-1")))
+
+
+def test_mixed_precision_is_that_of_the_device_of_the_config(flags: Flags) -> None:
+    """Not of the first parameter: below fp32 the weights of a frozen network stay on the CPU, and come first."""
+    options = ("MODEL.FROZEN.PRECISION", "bf16", "SOLVER.AMP.ENABLED", "True")
+    trainer = FrozenTrainer(setup(flags(*options)))
+    assert type(trainer._trainer) is _CPUAutocastTrainer
+    cfg = trainer.cfg.clone()
+    cfg.defrost()
+    for device in ("cuda", "cuda:1"):
+        cfg.MODEL.DEVICE = device
+        assert loop_kind(cfg) is AMPTrainer
+    first = next(trainer.model.parameters())
+    assert not first.requires_grad, "or this test is about nothing"
 
 
 def test_too_little_gpu_memory_is_answered_with_what_needs_less(flags: Flags, tmp_path: Path) -> None:

@@ -299,7 +299,7 @@ class SimpleTrainer(TrainerBase):
         Raises:
             FloatingPointError: the sum is not finite; names iteration and losses.
         """
-        mine = {name: float(loss.detach()) for name, loss in loss_dict.items()}
+        mine = dict(zip(loss_dict, _as_floats([loss.detach() for loss in loss_dict.values()])))
         everyone = comm.gather((mine, data_time))
         if not comm.is_main_process():
             return
@@ -324,6 +324,13 @@ class SimpleTrainer(TrainerBase):
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         super().load_state_dict(state_dict)
         self.optimizer.load_state_dict(state_dict["optimizer"])
+
+
+def _as_floats(losses: Sequence[torch.Tensor]) -> list[float]:
+    """Scalars as numbers, with one transfer to the host where they lie on one device."""
+    if len({loss.device for loss in losses}) == 1:
+        return torch.stack([loss.reshape(()) for loss in losses]).tolist()
+    return [float(loss) for loss in losses]
 
 
 class AMPTrainer(SimpleTrainer):
@@ -356,7 +363,9 @@ class AMPTrainer(SimpleTrainer):
         super().__init__(
             model, data_loader, optimizer, gather_metric_period, zero_grad_before_forward, async_write_metrics
         )
-        self.device_type = next(model.parameters()).device.type
+        # Of what trains: parameters that nothing moves, of a frozen network for instance, may lie elsewhere.
+        parameters = sorted(model.parameters(), key=lambda p: not p.requires_grad)
+        self.device_type = parameters[0].device.type
         if self.device_type == "cpu" and precision is torch.float16:
             precision = torch.bfloat16
         self.precision = precision
