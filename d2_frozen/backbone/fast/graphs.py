@@ -40,6 +40,7 @@ class GraphPerSize(nn.Module):
         self._graphs: dict[tuple, Recorded] = {}
         self._seen: Counter[tuple] = Counter()
         self._pool: Any = None
+        self._stream: Any = None
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         """(B, 3, H, W) on CUDA -> {name: (B, C, h, w)}."""
@@ -58,11 +59,16 @@ class GraphPerSize(nn.Module):
     def _record(self, images: Tensor) -> Recorded:
         if self._pool is None:
             self._pool = torch.cuda.graph_pool_handle()
+            # torch's own is one for all, on the GPU that was current when it was made. Graphs of one pool share memory
+            # if they are recorded on one stream.
+            self._stream = torch.cuda.Stream(images.device)
         own = images.clone()
         prepared = self.network.prepare(own)
         graph = torch.cuda.CUDAGraph()
         # "thread_local": a loader's thread may pin memory meanwhile.
-        recording = torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local")
+        recording = torch.cuda.graph(
+            graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"
+        )
         with torch.cuda.device(images.device), recording:
             maps = self.network.run(own, prepared)
         return Recorded(graph, own, maps, prepared)

@@ -195,7 +195,7 @@ class Block(nn.Module):
             self.register_buffer("qk_scale", torch.stack((scale, torch.ones_like(scale)))[..., None])
         else:
             self.scale = attention.scale
-            scale = torch.full((self.heads,), self.scale)
+            scale = torch.full((self.heads,), self.scale, device=self.proj.weight.device)
         self.register_buffer("head_scale", scale)
         bias = _position_bias(attention, self.cosine)  # (1, heads, N, N)
         if any(self.shift):

@@ -1,5 +1,6 @@
 """The fast forward gives the maps of the network that it was made of."""
 
+import contextlib
 import copy
 import importlib.util
 import os
@@ -345,6 +346,44 @@ def test_low_precision_keeps_its_originals_out_of_the_accelerator():
     exact, low = (FrozenBackbone(network("swinv2_pico_window8_256"), p).to("meta") for p in ("fp32", "bf16"))
     assert {t.device.type for t in exact.parameters()} == {"meta"}
     assert {t.device.type for t in low.parameters()} == {"cpu"}
+
+
+@pytest.mark.parametrize("name", ["swinv2_pico_window8_256", "swin_tiny_patch4_window7_224"])
+def test_all_that_a_fast_network_computes_with_is_where_the_backbone_is(name):
+    """The "meta" device stands for a GPU: kernels can read nothing that stayed in the computer's memory."""
+    fast = fast_network(network(name).to("meta"), "fp32", torch.device("meta"))
+    assert isinstance(fast, FastSwin)
+    assert {t.device.type for t in (*fast.parameters(), *fast.buffers())} == {"meta"}
+
+
+def test_graphs_are_recorded_on_a_stream_of_the_gpu_of_the_images(monkeypatch):
+    """torch's own stream is on the GPU that is current when the first graph of a process is made."""
+    made, used = [], []
+
+    class Recording(contextlib.nullcontext):
+        def __init__(self, graph, pool, stream=None, capture_error_mode="global"):
+            super().__init__()
+            used.append((pool, stream))
+
+    def stream(device):
+        made.append(device)
+        return f"stream of {device}"
+
+    for name, stand_in in {
+        "graph_pool_handle": lambda: "pool",
+        "CUDAGraph": lambda: types.SimpleNamespace(replay=lambda: None),
+        "Stream": stream,
+        "device": contextlib.nullcontext,
+        "graph": Recording,
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, stand_in)
+    inner = nn.Module()
+    inner.forward = inner.run = lambda images, *prepared: {"res2": images}
+    inner.prepare = lambda images: None
+    fast = graphs.GraphPerSize(inner)
+    for width in (2, 2, 4, 4):
+        fast(torch.empty(1, 3, 2, width, device="meta"))
+    assert made == [torch.device("meta")] and used == [("pool", "stream of meta")] * 2
 
 
 def test_sizes_beyond_those_that_are_recorded_run_as_they_are(monkeypatch):
