@@ -74,6 +74,8 @@ class SetCriterion(nn.Module):
             The losses, without their weights.
         """
         count = self._targets_per_worker(targets, outputs["pred_logits"].device)
+        # Once, not in every layer: matches are on the CPU, and each copy to it waits for the device.
+        targets = [{**target, "labels_on_cpu": target["labels"].cpu().long()} for target in targets]
         losses = self._of_layer(outputs, targets, count)
         for i, earlier in enumerate(outputs.get("aux_outputs", ())):
             of_layer = self._of_layer(earlier, targets, count)
@@ -98,7 +100,7 @@ class SetCriterion(nn.Module):
     def _class_loss(self, logits: Tensor, targets: Targets, matches: Sequence[Match]) -> Tensor:
         wanted = torch.full(logits.shape[:2], self.num_classes, dtype=torch.long)
         for row, target, (queries, objects) in zip(wanted, targets, matches):
-            row[queries] = target["labels"].cpu().long()[objects]
+            row[queries] = target["labels_on_cpu"][objects]
         wanted = wanted.to(logits.device, non_blocking=True)
         return F.cross_entropy(logits.float().transpose(1, 2), wanted, self.empty_weight)
 
@@ -112,7 +114,9 @@ class SetCriterion(nn.Module):
         per_image = points.split([len(queries) for queries, _ in matches])
         truth = torch.cat(
             [
-                sample_masks(t["masks"].to(places.device), objects.to(places.device), places)
+                sample_masks(
+                    t["masks"].to(places.device), objects.to(places.device, non_blocking=True), places
+                )
                 for t, (_, objects), places in zip(targets, matches, per_image)
             ]
         )  # (N, P)
@@ -124,7 +128,7 @@ class SetCriterion(nn.Module):
 
     def _targets_per_worker(self, targets: Targets, device: torch.device) -> Tensor:
         """Mean number of targets per worker, at least 1: every worker divides by the same."""
-        count = torch.tensor(float(sum(len(t["labels"]) for t in targets)), device=device)
+        count = torch.full((), float(sum(len(t["labels"]) for t in targets)), device=device)
         workers = comm.get_world_size()
         if workers > 1:
             torch.distributed.all_reduce(count)

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from seg_app.models.points import sample_all_masks
-from seg_app.models.query_masks import query_masks
+from seg_app.models.query_masks import GivenMasks, QueryMasks, query_masks
 
 # Indices of the queries, in order, and of their targets; int64 on CPU.
 Match = tuple[Tensor, Tensor]
@@ -63,6 +63,13 @@ class HungarianMatcher:
     def costs(self, outputs: Mapping[str, Any], targets: Sequence[Mapping[str, Tensor]]) -> Tensor:
         """(B, Q, largest T) float32; columns behind an image's last target mean nothing."""
         logits, masks = outputs["pred_logits"].float(), query_masks(outputs["pred_masks"])
+        # Autocast would make the products in half precision: in float16, sums over thousands of points become infinite.
+        with torch.autocast(logits.device.type, enabled=False):
+            return self._costs(logits, masks, targets)
+
+    def _costs(
+        self, logits: Tensor, masks: QueryMasks | GivenMasks, targets: Sequence[Mapping[str, Tensor]]
+    ) -> Tensor:
         B, P = len(logits), self.num_points
         device = logits.device
         points = torch.cat([torch.rand(1, P, 2, device=device) for _ in range(B)])

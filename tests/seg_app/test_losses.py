@@ -120,6 +120,24 @@ def test_matching_equals_brute_force() -> None:
         assert math.isclose(float(cost[queries, objects].sum()), best, rel_tol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_costs_are_of_float32_also_in_mixed_precision(dtype: torch.dtype) -> None:
+    """A mask of the whole map with logits 40 at 12544 points sums to 5e5, of which float16 makes infinity."""
+    torch.manual_seed(0)
+    embedded, features = torch.rand(1, 3, 8), torch.full((1, 8, 16, 16), 10.0)
+    targets = [{"labels": torch.tensor([1]), "masks": torch.ones(1, 128, 128, dtype=torch.bool)}]
+    matcher = HungarianMatcher(2.0, 5.0, 5.0, 12544)
+    for size in (16, 128):  # masks at points from all pixels, and from the features at these points
+        masks = QueryMasks(embedded, features.expand(1, 8, 16, 16).repeat(1, 1, size // 16, size // 16))
+        outputs = {"pred_logits": torch.randn(1, 3, 5), "pred_masks": masks}
+        torch.manual_seed(1)
+        plain = matcher.costs(outputs, targets)
+        torch.manual_seed(1)
+        with torch.autocast("cpu", dtype=dtype):
+            mixed = matcher.costs(outputs, targets)
+        assert mixed.dtype == torch.float32 and torch.equal(mixed, plain)
+
+
 def test_costs_equal_the_formulas() -> None:
     """One pair at a time, with torch's own cross entropy, at the points that the matcher drew."""
     outputs = predictions(B=2, Q=3)

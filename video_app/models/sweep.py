@@ -165,11 +165,14 @@ class FrozenVideoSweep(FramesBackbone):
         return results
 
     def _losses(self, batch: Batch) -> dict[str, Tensor]:
+        diverged = (
+            self.diverged.tolist()
+        )  # at once, and first: on a GPU a look at it waits for all that was begun
         maps, labels = self.training_batch(batch)
         draws = _Draws(self.device)
         losses = []
-        for index, head in enumerate(self.heads):
-            if self.diverged[index]:
+        for head, gone in zip(self.heads, diverged):
+            if gone:
                 losses.append(_nothing(head))
                 continue
             draws.again()

@@ -94,7 +94,7 @@ def proposals_from_candidates(
     # All images at once, and one transfer to the host instead of several per image.
     finite = boxes.isfinite().all(dim=2) & logits.isfinite()
     sizes = torch.stack([torch.as_tensor(size) for size in image_sizes])  # (B, height and width)
-    limits = sizes[:, [1, 0, 1, 0]].to(device=device, dtype=boxes.dtype)
+    limits = sizes[:, [1, 0, 1, 0]].to(boxes.dtype).to(device, non_blocking=True)
     boxes = torch.minimum(boxes.clamp(min=0), limits[:, None, :])
     sides = boxes[..., 2:] - boxes[..., :2]
     usable = finite & (sides > min_box_size).all(dim=2)
