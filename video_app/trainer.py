@@ -22,6 +22,21 @@ from video_app.sweep import SweepEvaluator, build_sweep_optimizer, report, sweep
 class VideoTrainer(FrozenTrainer):
     """Args: see :class:`d2_frozen.engine.FrozenTrainer`."""
 
+    @staticmethod
+    def auto_scale_workers(cfg: CfgNode, num_workers: int) -> CfgNode:
+        """Detectron2's, for SOLVER.REFERENCE_WORLD_SIZE; the rates of a sweep are rates like SOLVER.BASE_LR."""
+        scaled = FrozenTrainer.auto_scale_workers(cfg, num_workers)
+        rates = cfg.MODEL.VIDEO_HEAD.SWEEP.LR
+        if scaled is cfg or not rates:
+            return scaled
+        scaled.defrost()
+        scaled.MODEL.VIDEO_HEAD.SWEEP.LR = [
+            float(rate) * num_workers / cfg.SOLVER.REFERENCE_WORLD_SIZE for rate in rates
+        ]
+        if cfg.is_frozen():
+            scaled.freeze()
+        return scaled
+
     @classmethod
     def build_train_loader(cls, cfg: CfgNode, start_iteration: int = 0) -> Iterable[list[dict[str, Any]]]:
         """Batches of clips from iteration ``start_iteration`` on, by the contract of ``d2_frozen.data.draws``."""

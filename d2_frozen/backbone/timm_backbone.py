@@ -223,7 +223,7 @@ def create_timm_backbone(
 def build_timm_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> TimmBackbone | PlainViT:
     """MODEL.TIMM as a bottom-up network without neck."""
     options = cfg.MODEL.TIMM
-    return create_timm_backbone(
+    backbone = create_timm_backbone(
         options.NAME,
         options.PRETRAINED,
         options.OUT_FEATURES,
@@ -231,6 +231,40 @@ def build_timm_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> TimmBackbone | 
         input_shape.channels,
         options.ARGS,
         options.FINAL_NORM,
+    )
+    _tell_of_other_pixels(cfg, getattr(backbone.network, "pretrained_cfg", None) or {})
+    return backbone
+
+
+def _tell_of_other_pixels(cfg: CfgNode, made_with: Mapping[str, Any]) -> None:
+    """Log it where the weights are known and saw other pixels than they will get: nothing else would ever show.
+
+    Known are those that timm downloads, and a file for a name with a tag, which stands for one set of weights.
+
+    Args:
+        made_with: timm's record of them: "mean" and "std" of RGB in 0..1.
+    """
+    options, form = cfg.MODEL.TIMM, cfg.INPUT.FORMAT
+    known = options.PRETRAINED == "hub" or (options.PRETRAINED and "." in options.NAME)
+    wanted = {
+        key: [round(255 * value, 3) for value in made_with.get(name, ())][:: -1 if form == "BGR" else 1]
+        for key, name in (("PIXEL_MEAN", "mean"), ("PIXEL_STD", "std"))
+    }
+    if not known or form not in ("RGB", "BGR"):
+        return
+    # A level or less is another rounding of the same statistics.
+    if all(
+        len(values) != len(cfg.MODEL[key]) or all(abs(a - b) <= 1 for a, b in zip(values, cfg.MODEL[key]))
+        for key, values in wanted.items()
+    ):
+        return
+    logger.warning(
+        "MODEL.TIMM.NAME %s: its weights were made with images of %s (INPUT.FORMAT %s), but %s. Set these keys to the "
+        "former, or the features are not those that it has learned.",
+        options.NAME,
+        " and ".join(f"{key} {values}" for key, values in wanted.items()),
+        form,
+        " and ".join(f"MODEL.{key} is {list(cfg.MODEL[key])}" for key in wanted),
     )
 
 

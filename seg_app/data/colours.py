@@ -34,7 +34,7 @@ class ColorJitter(T.Augmentation):
     def get_transform(self, image: np.ndarray) -> T.Transform:
         brightness = _maybe(np.random.uniform(-_BRIGHTNESS, _BRIGHTNESS), 0.0)
         contrast, saturation = (_maybe(np.random.uniform(*_FACTOR), 1.0) for _ in range(2))
-        hue = int(_maybe(np.random.randint(-_HUE, _HUE), 0))
+        hue = int(_maybe(np.random.randint(-_HUE, _HUE + 1), 0))
         late = np.random.rand() < 0.5
         change = ColorChange(brightness, contrast, saturation, hue, late, self.image_format == "RGB")
         return T.ColorTransform(change)

@@ -34,6 +34,9 @@ def _register_sem_seg(name: str, fields: dict[str, Any]) -> None:
     facts: dict[str, Any] = {"stuff_classes": classes} if classes else {}
     ignore_label = _ignore_label(fields.get("ignore_label", beside.get("ignore_label")), classes, name)
     label_values = _label_values(fields.get("label_values"), classes, name)
+    if label_values is not None:
+        # Detectron2's name for it: its evaluator writes the data's own numbers then.
+        facts["stuff_dataset_id_to_contiguous_id"] = {value: k for k, value in enumerate(label_values)}
     folders = {
         "image_root": fields["images"],
         "sem_seg_root": fields["labels"],

@@ -12,6 +12,7 @@ from tiny_runs import Flags, weights
 from d2_frozen import tasks
 from d2_frozen.train_net import argument_parser, main, setup
 from detectron2.modeling import build_model
+from detectron2.utils import comm
 from video_app.models.sweep import Candidate, candidates
 from video_app.trainer import VideoTrainer
 
@@ -90,6 +91,36 @@ def test_a_diverged_head_is_set_aside(flags: Flags, tmp_path: Path) -> None:
     expected = weights(tmp_path / "alone")
     found = weights(tmp_path / "sweep/sweep/01")
     assert all(torch.equal(expected[key], found[key]) for key in expected)
+
+
+def test_a_head_that_another_process_has_lost_is_lost_here_too(
+    flags: Flags, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else its scores are there for the videos of some processes, and None for those of others."""
+    trainer = VideoTrainer(setup(flags(*SWEEP)))
+    model, batch = trainer.model.train(), next(iter(trainer.stream))
+    assert all(loss > 0 for loss in model(batch).values()) and not model.diverged.any()
+
+    def with_other(counts: torch.Tensor) -> None:
+        counts[1] += 1
+
+    monkeypatch.setattr(comm, "get_world_size", lambda: 2)
+    monkeypatch.setattr(torch.distributed, "all_reduce", with_other)
+    losses = list(model(batch).values())
+    assert model.diverged.tolist() == [False, True, False, False, False, False]
+    assert losses[1] == 0 and all(loss > 0 for k, loss in enumerate(losses) if k != 1)
+
+
+def test_rates_of_a_sweep_scale_with_the_number_of_processes_as_that_of_a_run_alone(flags: Flags) -> None:
+    """Made for two processes, run in one: half the batch, half the rates."""
+    options = ["SOLVER.REFERENCE_WORLD_SIZE", "2", "SOLVER.IMS_PER_BATCH", "2", "SOLVER.BASE_LR", "0.01"]
+    cfg = setup(flags(*SWEEP, *options))
+    scaled = VideoTrainer.auto_scale_workers(cfg, 1)
+    assert (scaled.SOLVER.IMS_PER_BATCH, scaled.SOLVER.BASE_LR) == (1, 0.005)
+    assert [one.lr for one in candidates(scaled)] == [0.005, 0.0005] * 3
+    assert [one.lr for one in candidates(cfg)] == [0.01, 0.001] * 3 and scaled.is_frozen()
+    rates = {group["lr"] for group in VideoTrainer(cfg).optimizer.param_groups}
+    assert rates == {0.005, 0.0005}
 
 
 def test_when_all_heads_have_diverged_the_run_ends(flags: Flags) -> None:

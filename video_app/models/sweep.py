@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from d2_frozen.summary import backbone_parts
 from detectron2.config import CfgNode, configurable
 from detectron2.modeling import META_ARCH_REGISTRY
+from detectron2.utils import comm
 from video_app.models.classifier import (
     Batch,
     FramesBackbone,
@@ -178,7 +179,7 @@ class FrozenVideoSweep(FramesBackbone):
             draws.again()
             logits = checkpoint(head, maps, use_reentrant=False)
             losses.append(F.cross_entropy(logits, labels, label_smoothing=self.label_smoothing))
-        lost = ~torch.isfinite(torch.stack([loss.detach() for loss in losses]))
+        lost = _in_any_process(~torch.isfinite(torch.stack([loss.detach() for loss in losses])))
         if lost.any():
             self.diverged |= lost
             if self.diverged.all():
@@ -220,6 +221,15 @@ class _Draws:
         torch.set_rng_state(self._cpu)
         if self._cuda is not None:
             torch.cuda.set_rng_state(self._cuda, self._device)
+
+
+def _in_any_process(flags: Tensor) -> Tensor:
+    """Gradients are the mean over processes, so a head that one of them has lost is lost for all."""
+    if comm.get_world_size() == 1:
+        return flags
+    counts = flags.to(torch.int32)
+    torch.distributed.all_reduce(counts)
+    return counts > 0
 
 
 def _nothing(head: nn.Module) -> Tensor:

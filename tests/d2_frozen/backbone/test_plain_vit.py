@@ -7,7 +7,10 @@ import timm
 import torch
 import torch.nn.functional as F
 
+from d2_frozen import tasks
 from d2_frozen.backbone import FrozenBackbone, PlainViT, create_timm_backbone, freeze_backbone, save_weights
+from d2_frozen.backbone.timm_backbone import build_timm_backbone
+from detectron2.layers import ShapeSpec
 
 SMALL = {"embed_dim": 32, "depth": 4, "num_heads": 2}
 NAMES = {
@@ -142,3 +145,26 @@ def test_weights_of_another_image_size_from_a_file(tmp_path):
         create_timm_backbone(
             "vit_small_patch14_dinov2", str(tmp_path / "vit.safetensors"), arguments=arguments
         )
+
+
+@pytest.mark.parametrize("form", ["RGB", "BGR"])
+def test_weights_made_with_other_pixels_are_told(form, tmp_path, caplog):
+    """CLIP's mean and deviation in 0..1 times 255, in the order of INPUT.FORMAT; with them all is well."""
+    name, file = "vit_base_patch16_clip_224.openai", str(tmp_path / "clip.safetensors")
+    save_weights(small(name).state_dict(), file)
+    cfg = tasks.read_config("", ["MODEL.TIMM.NAME", name, "INPUT.FORMAT", form])
+    cfg.MODEL.TIMM.ARGS.update(SMALL)
+    cfg.MODEL.PIXEL_MEAN, cfg.MODEL.PIXEL_STD = [123.675, 116.28, 103.53], [58.395, 57.12, 57.375]
+    build_timm_backbone(cfg, ShapeSpec(channels=3))
+    assert "PIXEL_MEAN" not in caplog.text  # random weights were made with nothing
+    cfg.MODEL.TIMM.PRETRAINED = file
+    build_timm_backbone(cfg, ShapeSpec(channels=3))
+    mean, std = [122.771, 116.746, 104.094], [68.501, 66.632, 70.323]
+    if form == "BGR":
+        mean, std = mean[::-1], std[::-1]
+    assert f"PIXEL_MEAN {mean} and PIXEL_STD {std} (INPUT.FORMAT {form})" in caplog.text
+    assert "MODEL.PIXEL_STD is [58.395, 57.12, 57.375]" in caplog.text
+    caplog.clear()
+    cfg.MODEL.PIXEL_MEAN, cfg.MODEL.PIXEL_STD = mean, std
+    build_timm_backbone(cfg, ShapeSpec(channels=3))
+    assert "PIXEL_MEAN" not in caplog.text

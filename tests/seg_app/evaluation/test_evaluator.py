@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 
@@ -10,6 +11,8 @@ import pytest
 import torch
 from PIL import Image
 
+from d2_frozen import tasks
+from d2_frozen.data import register_from_config
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from seg_app.evaluation import LabelMapEvaluator
 from seg_app.evaluation.evaluator import class_table
@@ -104,6 +107,27 @@ def test_more_than_255_classes_and_an_image_of_ignored_pixels(label_folders, tmp
     assert got["pACC"] == pytest.approx(100 * 2 / 3) and got["mIoU"] == pytest.approx(100 * 2 / 3)
     with Image.open(tmp_path / "out/predictions/many_classes/a.png") as image:
         assert np.array(image).tolist() == predicted.tolist()
+
+
+def test_files_hold_the_datas_own_numbers(label_folders, tmp_path: Path) -> None:
+    """Classes 0 and 1 stand in the label maps as 7 and 26: in the PNG and in Detectron2's json alike."""
+    images, labels = label_folders({"a": np.uint8([[7, 26, 0]])})
+    entry = {"name": "own_numbers", "type": "sem_seg", "images": str(images), "labels": str(labels)}
+    cfg = tasks.read_config("", ["MODEL.META_ARCHITECTURE", "FrozenSegmentor"])
+    cfg.DATASETS.REGISTER = [{**entry, "classes": ["road", "car"], "label_values": [7, 26]}]
+    register_from_config(cfg)
+    try:
+        evaluator = LabelMapEvaluator("own_numbers", str(tmp_path / "out"))
+        scores = torch.tensor([[[1.0, 0.0, 0.0]], [[0.0, 1.0, 1.0]]])
+        evaluator.process(DatasetCatalog.get("own_numbers"), [{"sem_seg": scores}])
+        assert evaluator.evaluate()["sem_seg"]["mIoU"] == 100
+    finally:
+        DatasetCatalog.remove("own_numbers")
+        MetadataCatalog.remove("own_numbers")
+    with Image.open(tmp_path / "out/predictions/own_numbers/a.png") as image:
+        assert np.array(image).tolist() == [[7, 26, 26]]
+    rows = json.loads((tmp_path / "out/sem_seg_predictions.json").read_text())
+    assert [row["category_id"] for row in rows] == [7, 26]
 
 
 def test_the_table_says_what_is_absent_and_what_is_mistaken() -> None:
