@@ -97,7 +97,9 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         setattr(args, flag, given[:count])
         args.inputs += given[count:]
     if not args.heads:
-        parser.error("--heads: no checkpoint (.pth, .pkl, .safetensors) behind it.")
+        files = [path for folder in args.inputs for path in Path(folder).glob("model_final.pth")]
+        hint = f" Do you mean {files[0]}?" if files else ""
+        parser.error(f"--heads: no checkpoint (.pth, .pkl, .safetensors) behind it.{hint}")
     if not args.inputs:
         parser.error("no inputs: give pictures, videos, or folders of them.")
     for flag, least in (("batch", 0), ("readers", 1)):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -159,7 +160,7 @@ def task_of(cfg: CfgNode) -> Task:
 
 
 def read_config(config_file: str | Path, options: Iterable[str] = ()) -> CfgNode:
-    """A yaml file ("" for none) and KEY VALUE options over the defaults of their task.
+    """A yaml file ("" for none) and KEY VALUE options over the defaults of their task; ~ is the home folder.
 
     Raises:
         KeyError, AssertionError: unknown key in the file / in the options, or options that are no pairs.
@@ -185,6 +186,14 @@ def read_config(config_file: str | Path, options: Iterable[str] = ()) -> CfgNode
         if not advice:
             raise
         raise ValueError(f"{err}. {advice}") from err
+    # A shell expands ~ where it begins a word, but nobody does in a yaml: a folder of that name would be made.
+    for node, key in (
+        (cfg, "OUTPUT_DIR"),
+        (cfg.MODEL, "WEIGHTS"),
+        (cfg.MODEL.TIMM, "PRETRAINED"),
+        (cfg.MODEL.FROZEN.CACHE, "DIR"),
+    ):
+        node[key] = os.path.expanduser(node[key])
     return cfg
 
 

@@ -42,6 +42,14 @@ class SegmentationTrainer(FrozenTrainer):
         return LabelMapEvaluator(dataset_name, output_dir=folder, write_predictions=cfg.TEST.SAVE_PREDICTIONS)
 
     @classmethod
+    def check_testing(cls, cfg: CfgNode, model: nn.Module) -> None:
+        """See :class:`FrozenTrainer`."""
+        if cfg.TEST.AUG.ENABLED:
+            MultiScaleModel.from_config(cfg, model)
+        else:
+            sliding_window_of(cfg, model)
+
+    @classmethod
     def test(cls, cfg: CfgNode, model: nn.Module, evaluators: Any = None) -> Any:
         """At one size; TEST.SLIDING_WINDOW holds. Evaluators of your own are given all scores, others only labels."""
         tested = sliding_window_of(cfg, model)

@@ -66,6 +66,11 @@ class VideoTrainer(FrozenTrainer):
         return super().build_optimizer(cfg, model)
 
     @classmethod
+    def check_testing(cls, cfg: CfgNode, model: nn.Module) -> None:
+        """See :class:`FrozenTrainer`."""
+        ClipMapper.from_config(cfg, is_train=False)
+
+    @classmethod
     def test(cls, cfg: CfgNode, model: nn.Module, evaluators: Any = None) -> dict[str, Any]:
         """As Detectron2's. After a sweep also its table and its best head as files; see :mod:`video_app.sweep`."""
         results = super().test(cfg, model, evaluators)

@@ -15,6 +15,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
+from urllib.parse import unquote
 
 from PIL import Image, UnidentifiedImageError
 
@@ -24,6 +25,11 @@ from detectron2.utils.file_io import PathManager
 BOX_TOLERANCE_PX = 1.0
 IMAGE_CHECKS = ("auto", "full", "header", "off")
 AUTO_FULL_UP_TO = 5000
+CROWDS_DO_NOT_TRAIN = (
+    "marked iscrowd 1: regions of many objects, on which nothing is trained. Some labelling tools mark every mask so; "
+    "set iscrowd to 0 if each is one object"
+)
+_OUTSIDE = "bbox is outside the image"
 _EXIF_ORIENTATION = 0x0112
 _EXIF_SIDEWAYS = (5, 6, 7, 8)
 
@@ -34,6 +40,7 @@ class CocoReport:
 
     ``categories``: names in the order of category ids, i.e. of Detectron2's contiguous class ids.
     ``rle_masks``: how many masks of single objects are RLE; 0 where masks are not used.
+    ``crowds``, ``annotations``: how many are marked iscrowd 1, and how many there are.
     """
 
     name: str
@@ -41,6 +48,8 @@ class CocoReport:
     categories: list[str] = field(default_factory=list)
     problems: list[Problem] = field(default_factory=list)
     rle_masks: int = 0
+    crowds: int = 0
+    annotations: int = 0
     _document: dict[str, Any] = field(default_factory=dict, repr=False)
     _bad_images: set[int] = field(default_factory=set, repr=False)  # positions in the document's lists
     _bad_annotations: set[int] = field(default_factory=set, repr=False)
@@ -100,6 +109,7 @@ def check_coco(
     if check_images != "off":
         _check_image_files(report, image_root, check_images)
     _check_annotations(report, by_id, category_ids, masks)
+    _check_unit_of_boxes(report, by_id)
     _check_something_is_left(report, training)
     return report
 
@@ -132,6 +142,11 @@ def _read_document(report: CocoReport, training: bool) -> dict[str, Any] | None:
         document = json.loads(raw)
     except ValueError as err:
         fatal("the annotation file is no JSON", f"{_looks_like_bytes(raw)}; {err}")
+        return None
+    # json.loads understands the marks and encodings of Windows' programs; what reads the file later takes UTF-8 only.
+    if json.detect_encoding(raw) != "utf-8":
+        seen = f"it is {json.detect_encoding(raw)}; save it as UTF-8 without a byte order mark (BOM)"
+        fatal("the annotation file is not in plain UTF-8", seen)
         return None
     # Test sets are published without annotations; they can be predicted on.
     needed = ("images", "categories", "annotations") if training else ("images", "categories")
@@ -303,6 +318,7 @@ def _there_instead(image_root: str, file_name: str) -> str:
     """Which file a name may mean that is not there, by the usual slips; "" for none."""
     slashes = file_name.replace("\\", "/")
     stem, suffix = os.path.splitext(slashes)
+    decoded = unquote(slashes)
     # Of equal names the last slip holds.
     slips = {
         stem + suffix.lower(): "its suffix is written otherwise",
@@ -312,6 +328,8 @@ def _there_instead(image_root: str, file_name: str) -> str:
         ): "file_name has a folder that the folder of images ends with, or that is not there",
         slashes: "file_name has \\ where folders are separated by /",
     }
+    for name in (os.path.basename(decoded), decoded):
+        slips.setdefault(name, "file_name is written as in a web address, such as %20 for a blank")
     for name, slip in slips.items():
         if name != file_name and os.path.isfile(os.path.join(image_root, name)):
             return f"; there is {os.path.join(image_root, name)}: {slip}"
@@ -383,6 +401,8 @@ def _check_annotations(report: CocoReport, by_id: dict, category_ids: set[Any], 
         fault = _annotation_fault(annotation, seen_ids, image_ids, by_id, category_ids)
         image = None
         if fault is None:
+            report.annotations += 1
+            report.crowds += bool(annotation.get("iscrowd"))
             found = by_id.get(annotation["image_id"])
             # The image's own problem is told already; its annotations go with it.
             if found is not None:
@@ -405,13 +425,52 @@ def _annotation_fault(
         return "duplicate annotation id", ""
     seen_ids.add(annotation["id"])
     if not _is_id(annotation.get("image_id")) or annotation["image_id"] not in image_ids:
-        return "annotation of an image that is not listed", f"image_id {annotation.get('image_id')!r}"
+        seen = f"image_id {annotation.get('image_id')!r}{_other_type(annotation.get('image_id'), image_ids)}"
+        return "annotation of an image that is not listed", seen
     category = annotation.get("category_id")
     if not _is_id(category) or category not in category_ids:
-        return "category id that is not listed", f"category_id {category!r}"
+        return (
+            "category id that is not listed",
+            f"category_id {category!r}{_other_type(category, category_ids)}",
+        )
     if annotation.get("iscrowd", 0) not in (0, 1):  # True and False are 1 and 0
         return "iscrowd is neither 0 nor 1", f"iscrowd {annotation['iscrowd']!r}"
     return None
+
+
+def _other_type(wanted: Any, ids: set[Any]) -> str:
+    """A hint where the id is listed, but as a number instead of text or the other way round; else ""."""
+    try:
+        other = int(wanted) if isinstance(wanted, (str, float)) else str(wanted)
+    except (ValueError, OverflowError):
+        return ""
+    return f"; listed is {other!r}, so write {other!r} here, or the other there" if other in ids else ""
+
+
+def _check_unit_of_boxes(report: CocoReport, by_id: dict) -> None:
+    """Boxes that are measured otherwise than in pixels from a corner, with width and height."""
+    boxes = []  # with (width, height) of the image
+    for annotation in report._document.get("annotations", []):
+        box = annotation.get("bbox") if isinstance(annotation, dict) else None
+        if isinstance(box, list) and len(box) == 4 and all(type(v) in (int, float) for v in box):
+            image = by_id.get(annotation["image_id"]) if _is_id(annotation.get("image_id")) else None
+            boxes += [(box, (image[1]["width"], image[1]["height"]))] if image else []
+    if not boxes:
+        return
+    first = f"the first is {boxes[0][0]}"
+    if all(max(box) <= 1 and min(size) > 2 for box, size in boxes):
+        seen = f"no number of {len(boxes)} boxes is above 1, {first}; COCO's are in pixels"
+        report.problems.append(
+            Problem("boxes are shares of the image", _where(report), seen, skippable=False)
+        )
+        return
+    # A few boxes outside are slips; that all others could be corners too is then chance.
+    outside = sum(problem.kind == _OUTSIDE for problem in report.problems)
+    if outside > max(2, len(boxes) // 4) and all(
+        x0 < x1 <= width and y0 < y1 <= height for (x0, y0, x1, y1), (width, height) in boxes
+    ):
+        seen = f"{len(boxes)} boxes, {first}; COCO's are x, y, width, height"
+        report.problems.append(Problem("all boxes fit if they are x0, y0, x1, y1", _where(report), seen))
 
 
 def _box_fault(box: Any, width: float, height: float) -> tuple[str, str] | None:
@@ -428,7 +487,7 @@ def _box_fault(box: Any, width: float, height: float) -> tuple[str, str] | None:
     outside = x < -slack or y < -slack or x + w > width + slack or y + h > height + slack
     # With the tolerance alone a box could pass that is empty once it is clipped.
     if outside or min(x + w, width) <= max(x, 0) or min(y + h, height) <= max(y, 0):
-        return "bbox is outside the image", f"{box} in {width}x{height} pixels"
+        return _OUTSIDE, f"{box} in {width}x{height} pixels"
     return None
 
 
@@ -437,14 +496,18 @@ def _segmentation_fault(
 ) -> tuple[str, str] | None:
     segmentation = annotation.get("segmentation")
     if not segmentation:
-        return "no segmentation, but MODEL.MASK_ON is True", repr(
-            segmentation
-        ) if segmentation is not None else ""
+        seen = f"{segmentation!r}; for boxes alone set MODEL.MASK_ON False"
+        return "no segmentation, but MODEL.MASK_ON is True", seen
     if isinstance(segmentation, dict):
         report.rle_masks += not annotation.get("iscrowd")
         return _rle_fault(segmentation, int(image["width"]), int(image["height"]))
     if not isinstance(segmentation, list):
         return "segmentation is neither polygons nor RLE", repr(segmentation)[:80]
+    if all(type(value) in (int, float) for value in segmentation):
+        return (
+            "segmentation is one polygon instead of a list of them",
+            f"{segmentation!r:.60}; write [[x0, y0, ...]]",
+        )
     good = []
     for polygon in segmentation:
         fault = _polygon_fault(polygon)
@@ -496,6 +559,8 @@ def _check_something_is_left(report: CocoReport, training: bool) -> None:
         kind = "nothing to train on" if training else "no images"
         document = report._document
         seen = f"{len(document['images'])} images, {len(document.get('annotations', []))} annotations"
+        if training and report.crowds:
+            seen += f", of which {report.crowds} are {CROWDS_DO_NOT_TRAIN}"
         if report.problems:
             seen += "; nothing is left when the bad records are left out"
         report.problems.append(Problem(kind, _where(report), seen, skippable=False))

@@ -9,7 +9,7 @@ from typing import Any
 
 from PIL import Image
 
-from d2_frozen.data.checks import CocoReport, across, check_coco
+from d2_frozen.data.checks import CROWDS_DO_NOT_TRAIN, CocoReport, across, check_coco
 from d2_frozen.data.problems import BadDataError, Problem, describe
 from d2_frozen.data.register import entry_of, load_coco_instances, register_from_config
 from d2_frozen.data.semantic_maps import check_semantic_maps
@@ -175,6 +175,15 @@ def _check(cfg: CfgNode, names: Iterable[str], train: bool) -> dict[str, dict[st
                 classes=(entry_of(name) or {}).get("classes"),
             )
         )
+    for report in reports:
+        if train and report.name in cfg.DATASETS.TRAIN and 2 * report.crowds > report.annotations:
+            logger.warning(
+                "%s: %d of %d annotations are %s.",
+                report.name,
+                report.crowds,
+                report.annotations,
+                CROWDS_DO_NOT_TRAIN,
+            )
     problems: list[Problem] = [problem for report in reports for problem in report.problems]
     problems += across(reports)
     found: dict[str, dict[str, Any]] = {"moved": {}, "rle": {}}

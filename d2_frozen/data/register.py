@@ -30,13 +30,15 @@ class EntryType:
     """A kind of entry: its fields, and the function that registers one.
 
     ``register(name, fields)`` gets every field of the entry but name and type. Those in ``path_fields`` are
-    resolved already, but files of datasets that are not used may be missing.
+    resolved already, but files of datasets that are not used may be missing. Of them, those in ``file_fields`` must be
+    files and the others folders; None where that does not matter.
     """
 
     register: Callable[[str, dict[str, Any]], None]
     required: tuple[str, ...]
     optional: tuple[str, ...]
     path_fields: tuple[str, ...]
+    file_fields: tuple[str, ...] | None = None
 
 
 ENTRY_TYPES: dict[str, EntryType] = {}
@@ -45,13 +47,18 @@ _registered: dict[str, dict[str, Any]] = {}
 
 
 def entry_type(
-    name: str, required: Sequence[str], optional: Sequence[str] = (), path_fields: Sequence[str] = ()
+    name: str,
+    required: Sequence[str],
+    optional: Sequence[str] = (),
+    path_fields: Sequence[str] = (),
+    file_fields: Sequence[str] | None = None,
 ) -> Callable[[Callable[[str, dict[str, Any]], None]], Callable[[str, dict[str, Any]], None]]:
     """Decorator: make ``type: NAME`` known in DATASETS.REGISTER, see :class:`EntryType`."""
 
     def add(register: Callable[[str, dict[str, Any]], None]) -> Callable[[str, dict[str, Any]], None]:
         assert name not in ENTRY_TYPES, f"entry type {name} is defined twice"
-        ENTRY_TYPES[name] = EntryType(register, tuple(required), tuple(optional), tuple(path_fields))
+        files = None if file_fields is None else tuple(file_fields)
+        ENTRY_TYPES[name] = EntryType(register, tuple(required), tuple(optional), tuple(path_fields), files)
         return register
 
     return add
@@ -65,9 +72,8 @@ def register_from_config(cfg: CfgNode, used: Iterable[str] | None = None) -> Non
         used: names whose files must exist now; DATASETS.TRAIN and DATASETS.TEST if None. An unused entry may
             name files that are not there.
     Raises:
-        ValueError: malformed entry, unknown type or field (names the nearest known one), or a name that
-        stands
-            for two different datasets.
+        ValueError: malformed entry, unknown type or field (names the nearest known one), a file where a folder is
+            wanted, or a name that stands for two different datasets.
         FileNotFoundError: a file or folder of a used entry is missing.
     """
     used = {*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST} if used is None else set(used)
@@ -129,7 +135,7 @@ def read_class_list(classes: Any, place: str) -> list[str] | None:
     """Class names of an entry: a list, or a file (.json with a list, else one name per line).
 
     Raises:
-        ValueError: neither, empty, or a name that stands twice.
+        ValueError: neither, empty, another encoding than UTF-8, or a name that stands twice.
         FileNotFoundError: no such file.
     """
     if classes is None:
@@ -138,7 +144,10 @@ def read_class_list(classes: Any, place: str) -> list[str] | None:
         path = Path(find_path(classes))
         if not path.is_file():
             raise FileNotFoundError(f"{place}: no class file at {path}.")
-        text = path.read_text(encoding="utf-8-sig")  # Windows' editors begin a file with a mark
+        try:
+            text = path.read_text(encoding="utf-8-sig")  # Windows' editors begin a file with a mark
+        except UnicodeDecodeError as err:
+            raise ValueError(f"{place}: class file {path} is not in UTF-8; save it as UTF-8. {err}") from err
         try:
             classes = json.loads(text) if path.suffix == ".json" else text.split("\n")
         except ValueError as err:
@@ -160,6 +169,7 @@ def read_class_list(classes: Any, place: str) -> list[str] | None:
     required=("json", "images"),
     optional=("classes", "sem_seg"),
     path_fields=("json", "images", "sem_seg"),
+    file_fields=("json",),
 )
 def _register_coco_instances(name: str, fields: dict[str, Any]) -> None:
     json_file, image_root, sem_seg_root = fields["json"], fields["images"], fields.get("sem_seg")
@@ -203,6 +213,8 @@ def _register_entry(entry: dict[str, Any], place: str, must_exist: bool) -> None
         resolved[field] = find_path(entry[field])
         if must_exist and "://" not in resolved[field] and not os.path.exists(resolved[field]):
             raise FileNotFoundError(f"{place}: {_not_there(field, entry[field], resolved[field])}")
+        if must_exist and kind.file_fields is not None and "://" not in resolved[field]:
+            _check_kind(f"{place}: {field}", resolved[field], field in kind.file_fields)
     if "classes" in entry:
         resolved["classes"] = read_class_list(entry["classes"], place)
     _add_to_catalog(name, resolved, kind, place)
@@ -225,6 +237,12 @@ def _add_to_catalog(name: str, resolved: dict[str, Any], kind: EntryType, place:
         MetadataCatalog.remove(name)
     kind.register(name, {key: value for key, value in resolved.items() if key not in _COMMON_FIELDS})
     _registered[name] = resolved
+
+
+def _check_kind(place: str, path: str, file_wanted: bool) -> None:
+    if os.path.isdir(path) == file_wanted:
+        given, wanted = ("folder", "file") if file_wanted else ("file", "folder")
+        raise ValueError(f"{place}: {path} is a {given}; a {wanted} is wanted.")
 
 
 def _not_there(field: str, given: str, resolved: str) -> str:

@@ -88,3 +88,10 @@ def _check_steps(cfg: CfgNode) -> None:
         raise ValueError(
             f"SOLVER.STEPS is {tuple(solver.STEPS)}; iterations at which the learning rate falls must increase."
         )
+    # Steps behind the end are left out, as in Detectron2.
+    within = [step for step in solver.STEPS if step <= solver.MAX_ITER]
+    if solver.LR_SCHEDULER_NAME == "WarmupMultiStepLR" and within and len(within) >= solver.MAX_ITER:
+        raise ValueError(
+            f"SOLVER.STEPS is {tuple(solver.STEPS)}: as many steps as SOLVER.MAX_ITER {solver.MAX_ITER} has "
+            'iterations. Give fewer, or none: SOLVER.STEPS "()".'
+        )

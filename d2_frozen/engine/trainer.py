@@ -21,8 +21,9 @@ from d2_frozen.backbone import exclude_frozen_from_ddp, frozen_parts
 from d2_frozen.caching import FeatureCache
 from d2_frozen.data import build_test_loader, build_train_loader
 from d2_frozen.data.device import on_device
+from d2_frozen.data.transforms import build_augmentations
 from d2_frozen.data.written import file_name_of
-from d2_frozen.detection import evaluate_with_tta
+from d2_frozen.detection import FrozenRCNNWithTTA, evaluate_with_tta
 from d2_frozen.engine.allocator import less_memory
 from d2_frozen.engine.caching import CacheReport, check_cache_settings, serve_features
 from d2_frozen.engine.checkpoint import CheckpointMismatchError, FrozenCheckpointer
@@ -62,6 +63,8 @@ class FrozenTrainer(DefaultTrainer):
         check_cache_settings(cfg)
         cfg = self.auto_scale_workers(cfg, comm.get_world_size())
         model = self.build_model(cfg)
+        if cfg.DATASETS.TEST:
+            self.check_testing(cfg, model)
         optimizer = self.build_optimizer(cfg, model)
         if comm.is_main_process():
             logger.info("Parts of the model:\n%s", parts_table(model, optimizer))
@@ -167,6 +170,17 @@ class FrozenTrainer(DefaultTrainer):
             JSONWriter(os.path.join(folder, "metrics.json")),
             TensorboardXWriter(folder),
         ]
+
+    @classmethod
+    def check_testing(cls, cfg: CfgNode, model: nn.Module) -> None:
+        """Settings of the evaluation, before a training that would end with their error.
+
+        Raises:
+            ValueError: names the key.
+        """
+        build_augmentations(cfg, is_train=False)
+        if cfg.TEST.AUG.ENABLED:
+            FrozenRCNNWithTTA(cfg, model)
 
     @classmethod
     def test_with_TTA(cls, cfg: CfgNode, model: nn.Module) -> dict[str, Any]:

@@ -46,6 +46,7 @@ class OutputFolder:
         overwrite: begin anew, whatever is there.
     Raises:
         ValueError: the folder holds predictions of other heads or settings.
+        OSError: it cannot be made.
     """
 
     def __init__(
@@ -53,7 +54,12 @@ class OutputFolder:
     ) -> None:
         self.folder = folder
         self.heads = {head.name: head for head in heads}
-        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as err:
+            raise type(err)(
+                err.errno, f"--output cannot be a folder for results: {err.strerror}", str(folder)
+            ) from err
         made_by = {"heads": {head.name: _facts(head) for head in heads}, **settings}
         self._claim(made_by, overwrite)
         done = folder / "done.jsonl"

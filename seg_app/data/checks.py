@@ -26,6 +26,7 @@ class LabelMapReport:
 
     bad_files: images of records that had better be left out.
     present: class ids that occur; None if the label maps were not decoded.
+    ignored_label: the ignore label if it occurs, and stands in the files as it is.
     """
 
     name: str
@@ -33,6 +34,7 @@ class LabelMapReport:
     problems: list[Problem] = field(default_factory=list)
     bad_files: list[str] = field(default_factory=list)
     present: set[int] | None = None
+    ignored_label: int | None = None
 
     def add(self, kind: str, where: str, seen: str = "", skippable: bool = True) -> None:
         self.problems.append(Problem(kind, f"{self.name}: {where}", seen, skippable))
@@ -98,6 +100,8 @@ def _check_folders(report: LabelMapReport, facts: Any) -> bool:
             name.lower().endswith((".jpg", ".jpeg")) for _, _, names in os.walk(labels) for name in names
         ):
             counts += "; JPEG is no format for label maps, since it changes numbers: save them as PNG"
+        elif found.images_alone and found.labels_alone:
+            counts += "; where names differ in their ends, give image_suffix and label_suffix, e.g. .jpg and _mask.png"
         report.add("no image with a label map of its name", f"{images} and {labels}", counts, skippable=False)
     return bool(found.pairs)
 
@@ -131,6 +135,15 @@ def _check_files(
                 f"all label maps hold the ignore label {ignore_label} only",
                 skippable=False,
             )
+        ignored = any(ignore_label in present for _, present in results if present is not None)
+        report.ignored_label = ignore_label if ignored and values is None else None
+        if training and len(report.classes) == 2 and report.present == {0} and report.ignored_label == 255:
+            report.add(
+                "masks in black and white, of which white (255) is ignored",
+                f"{len(records)} images",
+                "label_values: [0, 255] in the entry makes it the second class",
+                skippable=False,
+            )
 
 
 def _look(
@@ -148,7 +161,8 @@ def _look(
     if shown != size:
         raise LabelMapError(
             "label map and image differ in size",
-            f"{path} is {size[0]}x{size[1]}, the image {shown[0]}x{shown[1]}",
+            f"{path} is {size[0]}x{size[1]}, the image {shown[0]}x{shown[1]}"
+            + " as its EXIF orientation turns it" * sideways,
         )
     if not decode:
         with PathManager.open(path, "rb") as file, Image.open(file) as image:
@@ -159,6 +173,6 @@ def _look(
         raise LabelMapError(
             "label value out of range",
             f"{path} has {', '.join(map(str, wrong[:5]))}; the {len(allowed) - 1} classes are 0 to {len(allowed) - 2}, "
-            f"and {allowed[-1]} is ignored",
+            f"and {allowed[-1]} is ignored. Where other numbers stand for classes, list them in label_values",
         )
     return present

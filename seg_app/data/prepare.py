@@ -109,10 +109,12 @@ def _tell_absent_classes(report: LabelMapReport) -> None:
         return
     absent = [label for index, label in enumerate(report.classes) if index not in report.present]
     if absent:
+        named = ", ".join(absent[:20]) + ", ..." * (len(absent) > 20)
+        if report.ignored_label is not None:
+            named += f"; {report.ignored_label} occurs, and is ignored"
         logger.warning(
-            "%s: %d of %d classes have no pixel: %s.",
-            report.name, len(absent), len(report.classes), ", ".join(absent[:20]) + ", ..." * (len(absent) > 20),
-        )  # fmt: skip
+            "%s: %d of %d classes have no pixel: %s.", report.name, len(absent), len(report.classes), named
+        )
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,7 @@ _CLASS_FILES = ("classes.txt", "classes.json")
     required=("images", "labels"),
     optional=("classes", "ignore_label", "label_values", "image_suffix", "label_suffix"),
     path_fields=("images", "labels"),
+    file_fields=(),
 )
 def _register_sem_seg(name: str, fields: dict[str, Any]) -> None:
     beside = {} if fields.get("classes") else _facts_beside(fields["labels"], name)
@@ -115,7 +116,7 @@ def _facts_beside(labels: str, name: str) -> dict[str, Any]:
         return {}
     if path.suffix == ".json":
         try:
-            content = json.loads(path.read_text(encoding="utf-8"))
+            content = json.loads(path.read_text(encoding="utf-8-sig"))
         except ValueError as err:
             raise ValueError(f"{place}: class file {path} is not JSON: {err}") from err
         if isinstance(content, dict) and "stuff_classes" in content:

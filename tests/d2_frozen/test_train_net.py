@@ -22,6 +22,7 @@ from tiny_runs import (
     write_config,
 )
 
+from d2_frozen import tasks
 from d2_frozen.engine.checkpoint import CheckpointMismatchError
 from d2_frozen.train_net import argument_parser, evaluation_model, main, read_config, results_table, setup
 from detectron2.engine import default_argument_parser
@@ -125,6 +126,23 @@ def test_a_value_of_another_type(key: str, value: str, advice: str, tmp_path: Pa
             continue
         with pytest.raises(ValueError, match=re.escape(f"{key}. {advice}")):
             read_config(*arguments)
+
+
+def test_home_folder_in_values(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a yaml nobody else expands ~: a folder of that name was made in the working directory."""
+    monkeypatch.setenv("HOME", "/home/me")
+    options = (
+        "OUTPUT_DIR ~/out MODEL.WEIGHTS ~/w.pth MODEL.TIMM.PRETRAINED ~/b.pth MODEL.FROZEN.CACHE.DIR ~/c"
+    )
+    cfg = read_config("", options.split())
+    assert (cfg.OUTPUT_DIR, cfg.MODEL.WEIGHTS) == ("/home/me/out", "/home/me/w.pth")
+    assert (cfg.MODEL.TIMM.PRETRAINED, cfg.MODEL.FROZEN.CACHE.DIR) == ("/home/me/b.pth", "/home/me/c")
+
+
+def test_settings_of_testing_are_looked_at_before_training(flags: Flags) -> None:
+    cfg = setup(flags("TEST.AUG.ENABLED", "True", "TEST.AUG.MIN_SIZES", "()"))
+    with pytest.raises(ValueError, match="TEST.AUG.MIN_SIZES is"):
+        tasks.task_of(cfg).trainer()(cfg)
 
 
 def test_a_device_that_is_none() -> None:

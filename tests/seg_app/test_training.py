@@ -12,7 +12,8 @@ import pytest
 from tiny_runs import Flags, assert_resumed_equals_uninterrupted, weights
 
 from d2_frozen import tasks
-from d2_frozen.train_net import main
+from d2_frozen.train_net import main, setup
+from seg_app.trainer import SegmentationTrainer
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -45,6 +46,21 @@ def test_test_time_augmentation_and_windows(flags: Flags) -> None:
         )
     )
     assert results.keys() == {"sem_seg", "sem_seg_TTA"}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["TEST.SLIDING_WINDOW.OVERLAP", "1.5"], "TEST.SLIDING_WINDOW: SIZE 0, OVERLAP 1.5"),
+        (["TEST.AUG.ENABLED", "True", "TEST.AUG.MIN_SIZES", "()"], "TEST.AUG.MIN_SIZES is empty"),
+    ],
+)
+def test_settings_of_testing_are_looked_at_before_training(
+    flags: Flags, options: list[str], message: str
+) -> None:
+    cfg = setup(flags(*options))
+    with pytest.raises(ValueError, match=message):
+        SegmentationTrainer(cfg)
 
 
 @pytest.mark.parametrize("head", ["LinearSegHead", "UPerNetHead"])

@@ -14,6 +14,7 @@ from tiny_runs import Flags, assert_resumed_equals_uninterrupted, weights
 from d2_frozen import tasks
 from d2_frozen.data.problems import BadDataError
 from d2_frozen.train_net import main, setup
+from video_app.trainer import VideoTrainer
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -90,6 +91,13 @@ def test_settings_that_cannot_be_are_named_before_training(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         setup(flags(*options))
+
+
+@pytest.mark.parametrize("key", ["CLIPS", "CROPS"])
+def test_settings_of_testing_are_looked_at_before_training(flags: Flags, key: str) -> None:
+    cfg = setup(flags(f"VIDEO.TEST.{key}", "0"))
+    with pytest.raises(ValueError, match=f"TEST.{key}"):
+        VideoTrainer(cfg)
 
 
 def test_the_meta_architecture_says_the_task(tiny_config: Path) -> None:

@@ -53,7 +53,10 @@ class ClipMapper:
             train_crop: None in testing; then ``plan.clips`` clips x ``num_crops`` crops are taken.
             size_px: side of the square views.
             strict: raise on a bad file.
+        Raises:
+            ValueError: a number of crops that cannot be.
         """
+        view_crops(size_px, size_px, num_crops)  # else it would be told by the first video of a test
         self.reading = reading
         self.decoder = ClipDecoder(reading)
         self.plan = plan

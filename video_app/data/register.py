@@ -19,6 +19,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from video_app.data.lists import VIDEOS, folder_classes, folder_list, read_list
 
 _LOOKED_AT = 50
+_SPLITS = {"train", "training", "val", "valid", "validation", "test", "testing"}
 
 
 def load_video_list(
@@ -51,9 +52,14 @@ def load_video_folder(root: str, classes: list[str] | None = None, name: str = "
     """Records of ``root/CLASS/video``; the subfolders are the classes, in sorted order, if ``classes`` is None.
 
     Raises:
-        ValueError: no subfolders, no videos, or a subfolder that is no class.
+        ValueError: no subfolders, no videos, or a subfolder that is no class; all are called train, val and so on.
     """
     found = folder_classes(root)
+    if classes is None and {name.lower() for name in found} <= _SPLITS:
+        raise ValueError(
+            f"{root} has the folders {', '.join(found)}, which are parts of a dataset, no classes. Give one of them as "
+            f"root, e.g. {os.path.join(root, found[0])}; or name the classes in `classes`, if they are called so."
+        )
     classes = classes or found
     strange = sorted(set(found) - set(classes))
     if strange:
@@ -95,14 +101,20 @@ def classes_beside(list_file: str) -> list[str] | None:
     return None
 
 
-@entry_type("video_list", required=("list",), optional=("root", "classes"), path_fields=("list", "root"))
+@entry_type(
+    "video_list",
+    required=("list",),
+    optional=("root", "classes"),
+    path_fields=("list", "root"),
+    file_fields=("list",),
+)
 def _register_video_list(name: str, fields: dict[str, Any]) -> None:
     list_file, root, classes = fields["list"], fields.get("root"), fields.get("classes")
     DatasetCatalog.register(name, lambda: load_video_list(list_file, root, classes, name))
     MetadataCatalog.get(name).set(list_file=list_file, evaluator_type="video")
 
 
-@entry_type("video_folder", required=("root",), optional=("classes",), path_fields=("root",))
+@entry_type("video_folder", required=("root",), optional=("classes",), path_fields=("root",), file_fields=())
 def _register_video_folder(name: str, fields: dict[str, Any]) -> None:
     root, classes = fields["root"], fields.get("classes")
     DatasetCatalog.register(name, lambda: load_video_folder(root, classes, name))

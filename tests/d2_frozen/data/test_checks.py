@@ -84,7 +84,8 @@ FAULTS = {
     "segmentation is neither polygons nor RLE": [{"segmentation": "x"}],
     "polygon with an odd number of coordinates": [{"segmentation": [[1, 1, 5, 1, 5, 5, 1]]}],
     "polygon with fewer than three points": [{"segmentation": [[1, 1, 5, 1]]}],
-    "malformed polygon": [{"segmentation": [1, 1, 5, 1, 5, 5]}, {"segmentation": [[1, 1, 5, "1", 5, 5]]}],
+    "malformed polygon": [{"segmentation": ["x"]}, {"segmentation": [[1, 1, 5, "1", 5, 5]]}],
+    "segmentation is one polygon instead of a list of them": [{"segmentation": [1, 1, 5, 1, 5, 5.5]}],
     "polygon with NaN or infinity": [{"segmentation": [[1, 1, 5, float("nan"), 5, 5]]}],
     "malformed RLE": [{"segmentation": {"counts": [1]}}],
     "RLE of another size than the image": [{"segmentation": rle(size=(WIDTH, HEIGHT))}],
@@ -219,6 +220,8 @@ def test_category_names_are_text(check, world):
         ("a/1.jpg", "a\\1.jpg", "has \\ where"),
         ("1.jpg", "images/1.jpg", "has a folder"),
         ("1.jpg", "1.JPG", "suffix"),
+        ("a/b c.jpg", "a/b%20c.jpg", "%20 for a blank"),
+        ("b c.jpg", "/data/upload/7/b%20c.jpg", "%20 for a blank"),
     ],
 )
 def test_a_missing_image_that_is_there_by_another_name(check, world, tmp_path, there, listed, slip):
@@ -276,6 +279,61 @@ def test_what_is_no_coco_json(tmp_path, text, seen):
 def test_missing_json(tmp_path):
     (problem,) = check_coco("set", str(tmp_path / "no.json"), "", masks=True, training=True).problems
     assert "cannot be read" in problem.kind and not problem.skippable
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+def test_json_as_windows_programs_save_it(tmp_path, world, encoding):
+    """json.loads would read these bytes; Detectron2's and pycocotools' readers of the file would not."""
+    path = tmp_path / "x.json"
+    path.write_text(json.dumps(world), encoding=encoding)
+    (problem,) = check_coco("set", str(path), str(tmp_path), masks=True, training=True).problems
+    assert problem.kind == "the annotation file is not in plain UTF-8" and "save it as UTF-8" in problem.seen
+
+
+def test_ids_of_the_other_type_are_told(check, world):
+    """Some tools write an image's id as a number, and as text in the annotations."""
+    world["annotations"][0]["image_id"] = "1"
+    world["annotations"][1]["category_id"] = "4"
+    image, category = check().problems
+    assert "listed is 1, so write 1 here" in image.seen and "listed is 4, so write 4 here" in category.seen
+
+
+def test_boxes_in_shares_of_the_image(check, world):
+    for one in world["annotations"]:
+        one["bbox"] = [0.1, 0.1, 0.5, 0.25]
+    (problem,) = check().problems
+    assert problem.kind == "boxes are shares of the image" and not problem.skippable
+    world["annotations"][0]["bbox"] = [0.1, 0.1, 5, 5]
+    assert kinds(check()) == []
+
+
+def test_boxes_as_corners(check, world):
+    """(12, 6, 18, 9) is no box of that width in 20 x 10 pixels, but fits as two corners. So do all others."""
+    for one in world["annotations"]:
+        one["bbox"] = [12, 6, 18, 9]
+    report = check()
+    assert kinds(report) == ["bbox is outside the image"] * 6 + [
+        "all boxes fit if they are x0, y0, x1, y1",
+        "nothing to train on",
+    ]
+    world["annotations"][0]["bbox"] = [12, 6, 3, 3]
+    assert "all boxes fit if they are x0, y0, x1, y1" not in kinds(check())
+
+
+def test_masks_that_are_all_marked_as_crowds(check, world, two_sets, make_cfg, caplog):
+    """What is marked so is left out of training: that all is, or most, must not go unnoticed."""
+    for one in world["annotations"]:
+        one |= {"segmentation": rle(), "iscrowd": 1}
+    (problem,) = check().problems
+    assert problem.kind == "nothing to train on" and "of which 6 are marked iscrowd 1" in problem.seen
+    assert kinds(check(training=False)) == []
+    world["annotations"][0]["iscrowd"] = 0
+    entries, write = two_sets
+    write(train=world)
+    with caplog.at_level(logging.WARNING, "d2_frozen"):
+        prepare_datasets(make_cfg(entries))
+    (warning,) = [record.getMessage() for record in caplog.records if "iscrowd" in record.getMessage()]
+    assert warning.startswith("train_test_checks: 5 of 6 annotations are marked iscrowd 1")
 
 
 def test_nothing_to_train_on(check, world):

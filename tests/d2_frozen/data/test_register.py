@@ -119,6 +119,20 @@ def test_class_files(files):
         assert register.read_class_list(str(files / name), "entry") == ["nut", "bolt"]
     with pytest.raises(FileNotFoundError, match="entry: no class file at"):
         register.read_class_list(str(files / "none.txt"), "entry")
+    (files / "windows.txt").write_text("Tür\n", encoding="cp1252")
+    with pytest.raises(ValueError, match="entry: class file .*windows.txt is not in UTF-8"):
+        register.read_class_list(str(files / "windows.txt"), "entry")
+
+
+def test_files_and_folders_are_told_apart(files, make_cfg):
+    json_file = entry(files)["json"]
+    for changes, message in (
+        ({"images": json_file}, r"images: .* is a file; a folder is wanted"),
+        ({"json": str(files)}, r"json: .* is a folder; a file is wanted"),
+    ):
+        cfg = make_cfg([entry(files, **changes)])
+        with pytest.raises(ValueError, match=message):
+            register_from_config(cfg, used=[cfg.DATASETS.REGISTER[0]["name"]])
 
 
 def test_apps_add_types(make_cfg, monkeypatch):

@@ -46,6 +46,13 @@ def test_bad_settings_are_named(tmp_path: Path, key: str, value: object, message
         check_settings(config(tmp_path, key, value), train=True)
 
 
+def test_as_many_steps_as_iterations(tmp_path: Path) -> None:
+    """fvcore's scheduler says something of num_updates, and no key."""
+    with pytest.raises(ValueError, match=r"SOLVER.STEPS is \(1, 2\): as many steps as SOLVER.MAX_ITER 2 has"):
+        check_settings(config(tmp_path, "SOLVER.STEPS", (1, 2), "SOLVER.MAX_ITER", 2), train=True)
+    check_settings(config(tmp_path, "SOLVER.STEPS", (1, 3), "SOLVER.MAX_ITER", 2), train=True)
+
+
 def test_evaluation_needs_a_test_set_and_no_training(tmp_path: Path) -> None:
     untrained = ("DATASETS.TRAIN", (), "SOLVER.MAX_ITER", 0)
     with pytest.raises(ValueError, match="DATASETS.TEST is empty: there is nothing to evaluate on"):

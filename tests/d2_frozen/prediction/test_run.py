@@ -309,7 +309,7 @@ def test_inputs_of_equal_names_get_distinct_ones(tmp_path: Path) -> None:
         find_items([tmp_path / "empty"])
 
 
-def test_inputs_may_follow_the_heads(capsys: pytest.CaptureFixture[str]) -> None:
+def test_inputs_may_follow_the_heads(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     args = parse(
         ["--heads", "det.pth", "s=seg.pkl", "photos", "b.jpg", "--output", "out", "--options", "SEED=1", "c"]
     )
@@ -321,8 +321,18 @@ def test_inputs_may_follow_the_heads(capsys: pytest.CaptureFixture[str]) -> None
     with pytest.raises(SystemExit):
         parse(["--heads", "photos", "--output", "out"])
     assert "no checkpoint" in capsys.readouterr().err
+    (tmp_path / "model_final.pth").touch()
+    with pytest.raises(SystemExit):
+        parse(["--heads", str(tmp_path), "--output", "out"])
+    assert f"Do you mean {tmp_path}/model_final.pth?" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         parse(["--heads", "det.pth", "--output", "out"])
+
+
+def test_an_output_that_is_a_file(heads: list[str], pictures: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match="--output cannot be a folder for results: File exists: .*/file"):
+        main([*heads, str(pictures), "--output", str(tmp_path / "file")])
 
 
 def test_errors_of_the_command_are_one_line(tmp_path: Path) -> None:

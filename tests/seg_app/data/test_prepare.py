@@ -50,6 +50,37 @@ def test_class_count_comes_from_the_entry_or_a_file_beside(label_folders, tmp_pa
     cfg.DATASETS.TRAIN = ("mine_third",)
     prepare_datasets(cfg)
     assert cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES == 3
+    # As Windows' editors save it, with a mark in front.
+    (tmp_path / "classes.json").write_text('{"stuff_classes": ["sky", "sea", "land"]}', encoding="utf-8-sig")
+    cfg = config_of(*folders, tmp_path, name="mine_fourth")
+    cfg.DATASETS.TRAIN = ("mine_fourth",)
+    prepare_datasets(cfg)
+    assert cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES == 3
+
+
+def test_masks_in_black_and_white_do_not_train_on_black_alone(label_folders, tmp_path: Path, caplog) -> None:
+    """0 and 255: 255 is ignored by default, so that everything else would be the first class, with an IoU of 100."""
+    folders = label_folders({"a": np.uint8([[0, 255], [255, 0]])})
+    cfg = config_of(*folders, tmp_path, classes=["background", "crack"])
+    with pytest.raises(BadDataError, match=r"white \(255\) is ignored .*label_values: \[0, 255\]"):
+        prepare_datasets(cfg)
+    cfg.DATASETS.TRAIN, cfg.DATASETS.TEST = (), ("mine_train",)
+    prepare_datasets(cfg)
+    assert "have no pixel: crack; 255 occurs, and is ignored." in caplog.text
+    cfg = config_of(
+        *folders, tmp_path, name="mine_bw", classes=["background", "crack"], label_values=[0, 255]
+    )
+    cfg.DATASETS.TRAIN = ("mine_bw",)
+    caplog.clear()
+    prepare_datasets(cfg)
+    assert "no pixel" not in caplog.text
+
+
+def test_names_that_differ_in_their_ends(label_folders, tmp_path: Path) -> None:
+    images, labels = label_folders({"a": GOOD})
+    (labels / "a.png").rename(labels / "a_mask.png")
+    with pytest.raises(BadDataError, match="give image_suffix and label_suffix"):
+        prepare_datasets(config_of(images, labels, tmp_path, classes=["a", "b", "c"]))
 
 
 def test_another_class_count_or_none_at_all_is_an_error(label_folders, tmp_path: Path) -> None:

@@ -91,6 +91,17 @@ def test_wrong_labels_and_roots_are_told(tmp_path: Path, video: Path) -> None:
         load_video_folder(str(tmp_path))
 
 
+def test_a_root_one_folder_too_high(tmp_path: Path, video: Path) -> None:
+    """The parts of a dataset would become its classes, and a training of telling train from val begin."""
+    for part in ("train", "val"):
+        (tmp_path / part / "jump").mkdir(parents=True)
+        (tmp_path / part / "jump" / "a.mp4").symlink_to(video)
+    with pytest.raises(ValueError, match=r"has the folders train, val, which are parts .* e\.g\. .*/train"):
+        load_video_folder(str(tmp_path))
+    assert [r["label"] for r in load_video_folder(str(tmp_path), classes=["train", "val"])] == [0, 1]
+    assert len(load_video_folder(str(tmp_path / "train"))) == 1
+
+
 def test_the_mapper_reads_the_config(cfg: CfgNode, tmp_path: Path, video: Path) -> None:
     cfg.OUTPUT_DIR = str(tmp_path)
     cfg.merge_from_list(["VIDEO.NUM_FRAMES", 2, "VIDEO.CROP_SIZE", 32, "VIDEO.SHORT_SIDE", 40])
