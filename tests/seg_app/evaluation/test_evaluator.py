@@ -118,6 +118,7 @@ def test_files_hold_the_datas_own_numbers(label_folders, tmp_path: Path) -> None
     register_from_config(cfg)
     try:
         evaluator = LabelMapEvaluator("own_numbers", str(tmp_path / "out"))
+        evaluator.reset()
         scores = torch.tensor([[[1.0, 0.0, 0.0]], [[0.0, 1.0, 1.0]]])
         evaluator.process(DatasetCatalog.get("own_numbers"), [{"sem_seg": scores}])
         assert evaluator.evaluate()["sem_seg"]["mIoU"] == 100
