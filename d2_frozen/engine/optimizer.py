@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from fvcore.common.param_scheduler import PolynomialDecayParamScheduler
+from fvcore.common.param_scheduler import ParamScheduler
 from torch import nn
 
 from d2_frozen.engine.backbone_rates import own_settings
 from detectron2.config import CfgNode
-from detectron2.solver import LRMultiplier, WarmupParamScheduler
+from detectron2.solver import LRMultiplier
 from detectron2.solver import build_lr_scheduler as build_detectron2_scheduler
 from detectron2.solver.build import (
     get_default_optimizer_params,
@@ -86,18 +86,45 @@ def _clipping_class(cfg: CfgNode, optimizer_class: Any) -> Any:
     return ClipsWholeModel
 
 
+class PolyWithWarmup(ParamScheduler):
+    """(1 - t) ** power of progress t, times what a warm-up leaves of it: DeepLab's product, also during the warm-up.
+
+    Args:
+        power: 1 falls in a straight line.
+        factor: of the rate at the start.
+        share: of the run that warms up; above 1, it ends in the warm-up.
+        method: "linear" (from ``factor`` to 1) or "constant" (``factor`` until it ends).
+    Raises:
+        ValueError: another method.
+    """
+
+    def __init__(self, power: float, factor: float, share: float, method: str) -> None:
+        if method not in ("linear", "constant"):
+            raise ValueError(f"SOLVER.WARMUP_METHOD is {method!r}; choose linear or constant.")
+        self.power, self.factor, self.share, self.method = power, factor, share, method
+
+    def __call__(self, where: float) -> float:
+        rate = max(0.0, 1 - where) ** self.power
+        if where >= self.share:
+            return rate
+        done = where / self.share if self.method == "linear" else 0.0
+        return rate * (self.factor + done * (1 - self.factor))
+
+
 def build_lr_scheduler(
     cfg: CfgNode, optimizer: torch.optim.Optimizer
 ) -> torch.optim.lr_scheduler.LRScheduler:
-    """Detectron2's schedules, and "WarmupPolyLR" of its DeepLab project, (1 - progress) ** SOLVER.POLY_LR_POWER."""
+    """Detectron2's schedules, and "WarmupPolyLR" of its DeepLab project, (1 - progress) ** SOLVER.POLY_LR_POWER.
+
+    As there, the latter knows no SOLVER.RESCALE_INTERVAL: it goes to 0 at MAX_ITER, whatever the warm-up.
+    """
     solver = cfg.SOLVER
     if solver.LR_SCHEDULER_NAME != "WarmupPolyLR":
         return build_detectron2_scheduler(cfg, optimizer)
-    schedule = WarmupParamScheduler(
-        PolynomialDecayParamScheduler(1.0, solver.POLY_LR_POWER),
+    schedule = PolyWithWarmup(
+        solver.POLY_LR_POWER,
         solver.WARMUP_FACTOR,
-        min(solver.WARMUP_ITERS / solver.MAX_ITER, 1.0),
+        solver.WARMUP_ITERS / solver.MAX_ITER,
         solver.WARMUP_METHOD,
-        solver.RESCALE_INTERVAL,
     )
     return LRMultiplier(optimizer, multiplier=schedule, max_iter=solver.MAX_ITER)

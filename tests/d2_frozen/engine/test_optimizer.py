@@ -19,18 +19,19 @@ def config(*pairs: object) -> CfgNode:
     return cfg
 
 
-@pytest.mark.parametrize("warmup", [0, 2])
-def test_poly_schedule(warmup: int) -> None:
-    """(1 - i / n) ** power, after a warm-up that ends on that curve."""
+@pytest.mark.parametrize("warmup", [0, 4, 20])
+@pytest.mark.parametrize("method", ["linear", "constant"])
+def test_poly_schedule(warmup: int, method: str) -> None:
+    """(1 - i / n) ** power times the factor of the warm-up, as DeepLab's schedule is in Detectron2."""
     options = [
         "SOLVER.LR_SCHEDULER_NAME",
         "WarmupPolyLR",
         "SOLVER.MAX_ITER",
         8,
-        "SOLVER.WARMUP_ITERS",
-        warmup,
+        "SOLVER.WARMUP_METHOD",
+        method,
     ]
-    cfg = config(*options, "SOLVER.POLY_LR_POWER", 0.9, "SOLVER.WARMUP_FACTOR", 0.5)
+    cfg = config(*options, "SOLVER.WARMUP_ITERS", warmup, "SOLVER.WARMUP_FACTOR", 0.5)
     optimizer = build_optimizer(cfg, nn.Linear(2, 2))
     scheduler = build_lr_scheduler(cfg, optimizer)
     rates = []
@@ -38,9 +39,10 @@ def test_poly_schedule(warmup: int) -> None:
         rates.append(optimizer.param_groups[0]["lr"])
         optimizer.step()
         scheduler.step()
-    expected = [0.1 * (1 - i / 8) ** 0.9 for i in range(8)]
-    assert rates[warmup:] == pytest.approx(expected[warmup:])
-    assert rates[0] == pytest.approx(0.05 if warmup else 0.1)
+    warm = [1.0 if i >= warmup else 0.5 + 0.5 * i / warmup if method == "linear" else 0.5 for i in range(8)]
+    assert rates == pytest.approx([0.1 * factor * (1 - i / 8) ** 0.9 for i, factor in enumerate(warm)])
+    with pytest.raises(ValueError, match="WARMUP_METHOD"):
+        build_lr_scheduler(config(*options[:-1], "nope"), optimizer)
 
 
 def test_embeddings_do_not_decay() -> None:
