@@ -175,7 +175,7 @@ def _build_in_processes(args: argparse.Namespace) -> int:
     for index in range(args.processes):
         part = f"{first + index * parts}/{args.processes * parts}"
         options = list(args.opts)
-        if torch.cuda.is_available():
+        if torch.cuda.is_available() and "MODEL.DEVICE" not in options:
             options += ["MODEL.DEVICE", f"cuda:{index % torch.cuda.device_count()}"]
         label = [f"--label={index + 1}/{args.processes}"]
         children.append(subprocess.Popen([*command, "--part", part, *label, *options]))

@@ -44,6 +44,11 @@ def setup(args: argparse.Namespace) -> CfgNode:
         cfg.SEED = comm.shared_random_seed() % 2**31 if seed is None else seed
     # Detectron2's default_setup wants the final config; what is found in the data must be logged before.
     setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="d2_frozen")
+    device = torch.device(cfg.MODEL.DEVICE)
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(
+            device
+        )  # or the memory in the log would be that of GPU 0, and some of it taken there
     tasks.task_of(cfg).prepare_datasets(cfg, train=not args.eval_only)
     cfg.freeze()
     default_setup(cfg, args)

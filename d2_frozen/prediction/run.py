@@ -138,13 +138,16 @@ class PredictionRun:
     def _predict_waiting(self, least: int) -> None:
         for shape in [shape for shape, group in self._waiting.items() if len(group) >= least]:
             group = self._waiting.pop(shape)
+            found: list[Results] | None = None
             try:
                 found = self.predictor.compact([picture for _, picture in group])
             except Exception as err:
                 if len(group) == 1:
                     self._failed(group[0][0], err)
                     continue
-                # One of them may be the cause, or too little memory for all at once.
+            if found is None:
+                # One of them may be the cause, or too little memory for all at once. Not in the handler of the error,
+                # which keeps alive what the pass had computed.
                 for item, picture in group:
                     self._guard(item, partial(self._alone, item, picture))
                 continue

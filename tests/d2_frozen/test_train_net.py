@@ -150,6 +150,24 @@ def test_a_device_that_is_none() -> None:
         read_config("", ["MODEL.DEVICE", "gpu"])
 
 
+def test_a_gpu_by_number_is_the_current_one(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The memory that the log tells, for instance, is that of the current GPU."""
+
+    class Seen(Exception):
+        pass
+
+    def set_device(device: torch.device) -> None:
+        raise Seen(str(device))
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "set_device", set_device)
+    args = argument_parser().parse_args(
+        ["OUTPUT_DIR", str(tmp_path), "MODEL.DEVICE", "cuda:1", "DATASETS.TRAIN", "('a',)"]
+    )
+    with pytest.raises(Seen, match="cuda:1"):
+        setup(args)
+
+
 def test_config_files_that_are_none(tmp_path: Path) -> None:
     (tmp_path / "a.yaml").write_bytes(b"# gr\xfcn\nSEED: 1\n")
     with pytest.raises(ValueError, match="a.yaml, or a _BASE_ of it, is no text in UTF-8"):

@@ -6,6 +6,7 @@ import json
 import logging
 import subprocess
 import sys
+import weakref
 from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
@@ -18,9 +19,9 @@ from pycocotools.coco import COCO
 
 from d2_frozen.predict import main, parse
 from d2_frozen.prediction.heads import load_heads
-from d2_frozen.prediction.inputs import find_items
+from d2_frozen.prediction.inputs import Item, find_items
 from d2_frozen.prediction.outputs import read_lines
-from d2_frozen.prediction.run import BadInputError
+from d2_frozen.prediction.run import BadInputError, PredictionRun, Settings
 from d2_frozen.prediction.video_file import VideoReader, VideoWriter
 
 SaveHead = Callable[..., Path]
@@ -353,3 +354,30 @@ def test_errors_of_the_command_are_one_line(tmp_path: Path) -> None:
         and "error: no weights at no.pth" in done.stderr
         and "Traceback" not in done.stderr
     )
+
+
+def test_what_a_failed_batch_computed_is_freed_before_its_pictures_are_tried_alone() -> None:
+    """Two pictures that a GPU has no room for may fit one after the other, but not beside the remains of both."""
+    left: list[weakref.ref] = []
+    alone: list[bool] = []
+
+    class Full:
+        picture_heads = ["a head"]
+
+        def compact(self, pictures: list[np.ndarray]) -> list[dict]:
+            if len(pictures) > 1:
+                maps = np.zeros(3)
+                left.append(weakref.ref(maps))
+                raise RuntimeError("CUDA out of memory")
+            alone.append(left[0]() is None)
+            return [{}]
+
+    class Nowhere:
+        def __getattr__(self, name: str) -> Callable[..., None]:
+            return lambda *arguments, **more: None
+
+    run = PredictionRun(Full(), Nowhere(), Settings(batch=2, pictures=False))  # type: ignore[arg-type]
+    run._write = lambda *arguments: None  # type: ignore[method-assign]
+    for name in "ab":
+        run._take(Item(Path(name), name, name, False), lambda: np.zeros((4, 4, 3), np.uint8))
+    assert alone == [True, True]
