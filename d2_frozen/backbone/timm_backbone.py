@@ -237,35 +237,33 @@ def build_timm_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> TimmBackbone | 
 
 
 def _tell_of_other_pixels(cfg: CfgNode, made_with: Mapping[str, Any]) -> None:
-    """Log it where the weights are known and saw other pixels than they will get: nothing else would ever show.
+    """Log it where weights saw other pixels than they will get: nothing else would ever show.
 
-    Known are those that timm downloads, and a file for a name with a tag, which stands for one set of weights.
+    Networks of timm take RGB, where Detectron2's default is BGR. Mean and deviation are known of the weights that timm
+    downloads, of those that ship here, and of a name with a tag, which stands for one set of weights.
 
     Args:
-        made_with: timm's record of them: "mean" and "std" of RGB in 0..1.
+        made_with: timm's record of them: "mean" and "std" in 0..1.
     """
-    options, form = cfg.MODEL.TIMM, cfg.INPUT.FORMAT
-    known = options.PRETRAINED == "hub" or (options.PRETRAINED and "." in options.NAME)
-    wanted = {
-        key: [round(255 * value, 3) for value in made_with.get(name, ())][:: -1 if form == "BGR" else 1]
-        for key, name in (("PIXEL_MEAN", "mean"), ("PIXEL_STD", "std"))
-    }
-    if not known or form not in ("RGB", "BGR"):
+    options, own = cfg.MODEL.TIMM, cfg.MODEL
+    if not options.PRETRAINED or len(own.PIXEL_MEAN) != 3:
         return
-    # A level or less is another rounding of the same statistics.
-    if all(
-        len(values) != len(cfg.MODEL[key]) or all(abs(a - b) <= 1 for a, b in zip(values, cfg.MODEL[key]))
-        for key, values in wanted.items()
-    ):
-        return
-    logger.warning(
-        "MODEL.TIMM.NAME %s: its weights were made with images of %s (INPUT.FORMAT %s), but %s. Set these keys to the "
-        "former, or the features are not those that it has learned.",
-        options.NAME,
-        " and ".join(f"{key} {values}" for key, values in wanted.items()),
-        form,
-        " and ".join(f"MODEL.{key} is {list(cfg.MODEL[key])}" for key in wanted),
-    )
+    wanted: dict[str, tuple[Any, Any]] = {"INPUT.FORMAT": ("RGB", cfg.INPUT.FORMAT)}
+    if options.PRETRAINED.startswith(("hub", "d2_frozen://")) or "." in options.NAME:
+        for key, name in (("PIXEL_MEAN", "mean"), ("PIXEL_STD", "std")):
+            values = [round(255 * value, 3) for value in made_with.get(name, ())]
+            # A level or less is another rounding of the same statistics.
+            if values and any(abs(a - b) > 1 for a, b in zip(values, own[key])):
+                wanted[f"MODEL.{key}"] = values, list(own[key])
+    wrong = {key: pair for key, pair in wanted.items() if pair[0] != pair[1]}
+    if wrong:
+        logger.warning(
+            "MODEL.TIMM.NAME %s: its weights were made with %s, but the config has %s. Set them so, or the features "
+            "are not those that the network has learned.",
+            options.NAME,
+            ", ".join(f"{key} {value}" for key, (value, _) in wrong.items()),
+            ", ".join(f"{value}" for _, value in wrong.values()),
+        )
 
 
 def final_norm_of(network: nn.Module, channels: int) -> tuple[str, nn.Module | None]:
