@@ -75,7 +75,9 @@ class SetCriterion(nn.Module):
         """
         count = self._targets_per_worker(targets, outputs["pred_logits"].device)
         # Once, not in every layer: matches are on the CPU, and each copy to it waits for the device.
-        targets = [{**target, "labels_on_cpu": target["labels"].cpu().long()} for target in targets]
+        labels = torch.cat([target["labels"] for target in targets]).cpu().long()
+        of_image = labels.split([len(target["labels"]) for target in targets])
+        targets = [{**target, "labels_on_cpu": own} for target, own in zip(targets, of_image)]
         losses = self._of_layer(outputs, targets, count)
         for i, earlier in enumerate(outputs.get("aux_outputs", ())):
             of_layer = self._of_layer(earlier, targets, count)

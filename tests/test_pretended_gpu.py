@@ -1,0 +1,52 @@
+"""On a GPU, tensors of the host must not meet tensors of the device, and looking at a value waits for it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_runs import DETECTION, ROOT, SEGMENTATION, VIDEO, write_config
+from torch.utils import backend_registration
+
+pytestmark = [
+    pytest.mark.skipif(
+        not hasattr(backend_registration, "_setup_privateuseone_for_python_backend"),
+        reason="this torch cannot pretend a device",
+    ),
+    pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU"),
+]
+CASCADE = {
+    "MODEL": {"ROI_HEADS": {"NAME": "HTCROIHeads"}, "ROI_BOX_HEAD": {"CLS_AGNOSTIC_BBOX_REG": True}},
+}
+LOW = {"MODEL": {"FROZEN": {"PRECISION": "bf16"}}}
+
+
+def run(tmp_path: Path, *parts: Any) -> dict[str, Any]:
+    config = write_config(tmp_path / "tiny.yaml", *parts)
+    command = [sys.executable, "-W", "ignore", str(ROOT / "tests/pretended_gpu.py"), str(config)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize(
+    ("parts", "most_waits"),
+    [
+        # Of each decoder layer the costs, and the labels once.
+        ((SEGMENTATION,), 3),
+        ((VIDEO, LOW), 0),
+        ((DETECTION, CASCADE), 110),
+    ],
+    ids=["segmentation", "video", "detection"],
+)
+def test_a_training_step_stays_on_the_device(tmp_path: Path, parts: Any, most_waits: int) -> None:
+    found = run(tmp_path, *parts)
+    assert found["gpu"].keys() == found["cpu"].keys()
+    for name, loss in found["cpu"].items():
+        assert found["gpu"][name] == pytest.approx(loss, rel=0.02 if LOW in parts else 1e-4), name
+    assert sum(found["waits"].values()) <= most_waits, found["waits"]
