@@ -3,8 +3,9 @@
 import pytest
 import timm
 import torch
+from torchvision.models.swin_transformer import PatchMergingV2, SwinTransformer, SwinTransformerBlockV2
 
-from d2_frozen.backbone import build_timm_backbone, create_timm_backbone, freeze_backbone
+from d2_frozen.backbone import FrozenBackbone, build_timm_backbone, create_timm_backbone, freeze_backbone
 from d2_frozen.backbone.swin_v2 import PICO_NAME
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY
@@ -220,6 +221,60 @@ def test_opposite_borders_of_a_padded_map_do_not_see_each_other(name):
         moved = (block._attn(one) - block._attn(other)).abs().amax((0, 2, 3)) > 1e-6
     first = window // 2 + (rows - 2 - window // 2) // window * window  # of the shifted window that holds them
     assert moved.nonzero().flatten().tolist() == list(range(first, rows))
+
+
+@pytest.mark.parametrize(
+    "name, window", [("swinv2_tiny_window8_256", 8), ("swin_tiny_patch4_window7_224", 7)]
+)
+def test_maps_equal_torchvisions_where_windows_pad_them(name: str, window: int) -> None:
+    """An independent implementation, which shifts and pads like the papers' detectors as long as a map is larger than
+    a window. At 288 x 352 pixels res2 to res5 have 72 x 88 to 9 x 11 cells: most are no multiples of 8, or of 7."""
+    shape = {"embed_dim": 16, "depths": (2, 2, 2, 2), "num_heads": (1, 2, 4, 8)}
+    v2 = name.startswith("swinv2")
+    kinds: dict = {"block": SwinTransformerBlockV2, "downsample_layer": PatchMergingV2} if v2 else {}
+    other = SwinTransformer(patch_size=[4, 4], window_size=[window, window], **shape, **kinds).eval()
+    with torch.no_grad():
+        for key, tensor in other.named_parameters():
+            tensor.add_(torch.randn_like(tensor) * 0.1)
+            if v2 and key.endswith("qkv.bias"):
+                tensor[len(tensor) // 3 : 2 * len(tensor) // 3] = 0  # SwinV2 has none for keys
+    ours = create_timm_backbone(name, arguments=shape).eval()
+    found = ours.network.load_state_dict(_as_timm_names_them(other.state_dict(), v2), strict=False)
+    assert not found.unexpected_keys and not any(
+        key.endswith(("weight", "bias")) for key in found.missing_keys
+    )
+    images = torch.randn(2, 3, 288, 352)
+    expected, x = [], images
+    with torch.no_grad():
+        for index, part in enumerate(other.features):
+            x = part(x)
+            expected += [x.permute(0, 3, 1, 2)] if index % 2 else []
+        for maps in (ours(images), FrozenBackbone(ours)(images)):
+            for one, truth in zip(maps.values(), expected, strict=True):
+                assert (one - truth).abs().max() < 1e-5 * truth.abs().max()
+
+
+def _as_timm_names_them(state: dict, v2: bool) -> dict:
+    """torchvision's Swin: features 0 is the stem, odd ones are stages, even ones the merging in front of a stage."""
+    named = {}
+    for key, tensor in state.items():
+        kind, number, *rest = key.split(".")
+        index, leaf = int(number) if kind == "features" else -1, ".".join(rest[1:])
+        if index < 0 or "relative_" in key and "bias_table" not in key:
+            continue
+        if index == 0:
+            named[f"patch_embed.{'norm' if rest[0] == '2' else 'proj'}.{rest[1]}"] = tensor
+        elif index % 2 == 0:
+            named[f"layers.{index // 2}.downsample.{'.'.join(rest)}"] = tensor
+        else:
+            block = f"layers.{index // 2}.blocks.{rest[0]}"
+            if leaf.startswith("mlp."):
+                leaf = leaf.replace("mlp.0", "mlp.fc1").replace("mlp.3", "mlp.fc2")
+            if v2 and leaf == "attn.qkv.bias":
+                named[f"{block}.attn.q_bias"], _, named[f"{block}.attn.v_bias"] = tensor.chunk(3)
+            else:
+                named[f"{block}.{leaf}"] = tensor
+    return named
 
 
 def test_drop_path_acts_in_the_trained_part_only():
