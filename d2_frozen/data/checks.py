@@ -136,7 +136,12 @@ def _read_document(report: CocoReport, training: bool) -> dict[str, Any] | None:
         with PathManager.open(report.json_file, "rb") as file:
             raw = file.read()
     except OSError as err:
-        fatal("the annotation file cannot be read", str(err))
+        # Entries of DATASETS.REGISTER have absolute paths, that were looked for.
+        built_in = isinstance(err, FileNotFoundError) and not os.path.isabs(report.json_file)
+        hint = (
+            "; Detectron2's own datasets are looked for under $DETECTRON2_DATASETS, else datasets/" * built_in
+        )
+        fatal("the annotation file cannot be read", f"{err}{hint}")
         return None
     try:
         document = json.loads(raw)

@@ -157,7 +157,9 @@ class FrozenCheckpointer(DetectionCheckpointer):
     def _load_model(self, checkpoint: dict[str, Any]) -> Any:
         facts = checkpoint.pop("frozen", None) or []
         if facts:
-            self._check_backbones(facts)
+            self._check_backbones(
+                [fact for fact in facts if not self._is_whole(fact["prefix"], checkpoint["model"])]
+            )
         prefixes = tuple(f"{prefix}." for prefix in self._frozen_parts())
         frozen = {key: value for key, value in self.model.state_dict().items() if key.startswith(prefixes)}
         # What a heads-only file leaves out is in the model already. Left out, FrozenBatchNorm2d would take it for a
@@ -210,6 +212,13 @@ class FrozenCheckpointer(DetectionCheckpointer):
             {"prefix": prefix, **part.fingerprint(), "source": self._frozen_source}
             for prefix, part in self._frozen_parts().items()
         ]
+
+    def _is_whole(self, prefix: str, stored: Mapping[str, Any]) -> bool:
+        """Has the file every tensor of this backbone (MODEL.FROZEN.SAVE_FULL_MODEL)? Then these count."""
+        own = {key: value for key, value in self.model.state_dict().items() if key.startswith(f"{prefix}.")}
+        return bool(own) and all(
+            key in stored and tuple(stored[key].shape) == tuple(value.shape) for key, value in own.items()
+        )
 
     def _check_backbones(self, facts: list[dict[str, str]]) -> None:
         """Compare fingerprints; where the file names the source of its backbone's weights, fetch them from there."""

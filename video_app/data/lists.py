@@ -14,6 +14,7 @@ VIDEOS = (
     *(".mp4", ".mkv", ".webm", ".avi", ".mov", ".m4v", ".mpg", ".mpeg", ".wmv", ".flv", ".3gp", ".ts"),
     *(".mts", ".m2ts", ".ogv", ".gif"),
 )
+_PARTS = {"train", "training", "val", "valid", "validation", "test", "testing"}
 
 
 def read_list(path: str | Path) -> list[tuple[str, int]]:
@@ -55,17 +56,23 @@ def write_lines(path: str | Path, lines: Sequence[str]) -> None:
     os.replace(partial, path)
 
 
-def folder_classes(root: str | Path) -> list[str]:
+def folder_classes(root: str | Path, any_names: bool = False) -> list[str]:
     """Names of the subfolders, sorted: the classes.
 
     Raises:
-        ValueError: there are none.
+        ValueError: there are none, or, without ``any_names``, all are called train, val and so on.
     """
     names = sorted(
         entry.name for entry in os.scandir(root) if entry.is_dir() and not entry.name.startswith(".")
     )
     if not names:
         raise ValueError(f"{root} has no subfolders; one per class is expected.")
+    if not any_names and {name.lower() for name in names} <= _PARTS:
+        raise ValueError(
+            f"{root} has the folders {', '.join(names)}, which are parts of a dataset, no classes. Give one of them "
+            f"instead, e.g. {os.path.join(root, names[0])}; if your classes are called so, list them in `classes` of "
+            "a DATASETS.REGISTER entry."
+        )
     return names
 
 

@@ -19,7 +19,6 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from video_app.data.lists import VIDEOS, folder_classes, folder_list, read_list
 
 _LOOKED_AT = 50
-_SPLITS = {"train", "training", "val", "valid", "validation", "test", "testing"}
 
 
 def load_video_list(
@@ -54,12 +53,7 @@ def load_video_folder(root: str, classes: list[str] | None = None, name: str = "
     Raises:
         ValueError: no subfolders, no videos, or a subfolder that is no class; all are called train, val and so on.
     """
-    found = folder_classes(root)
-    if classes is None and {name.lower() for name in found} <= _SPLITS:
-        raise ValueError(
-            f"{root} has the folders {', '.join(found)}, which are parts of a dataset, no classes. Give one of them as "
-            f"root, e.g. {os.path.join(root, found[0])}; or name the classes in `classes`, if they are called so."
-        )
+    found = folder_classes(root, any_names=classes is not None)
     classes = classes or found
     strange = sorted(set(found) - set(classes))
     if strange:

@@ -97,7 +97,7 @@ def _what_is_asked(args: argparse.Namespace) -> tuple[Comparison | None, list[An
     from d2_frozen.study.cka.inputs import ModelSource
 
     globs = bool(args.x) + bool(args.y)
-    if bool(args.preset) + bool(globs) + args.list != 1 or globs == 1:
+    if not args.list and (bool(args.preset) + bool(globs) != 1 or globs == 1):
         raise ValueError("say what to compare: a preset, or both --x and --y; or --list.")
     sources = [ModelSource(args.folder_of_first, args.config_file, tuple(args.options))]
     two = bool(args.folder_of_other or args.other_config_file)

@@ -279,6 +279,8 @@ def test_what_is_no_coco_json(tmp_path, text, seen):
 def test_missing_json(tmp_path):
     (problem,) = check_coco("set", str(tmp_path / "no.json"), "", masks=True, training=True).problems
     assert "cannot be read" in problem.kind and not problem.skippable
+    (problem,) = check_coco("set", "datasets/coco/no.json", "", masks=True, training=True).problems
+    assert "under $DETECTRON2_DATASETS, else datasets/" in problem.seen
 
 
 @pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])

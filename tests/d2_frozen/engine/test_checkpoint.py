@@ -132,6 +132,19 @@ def test_heads_only_file_needs_a_frozen_part(tmp_path: Path) -> None:
 def test_full_model_on_request_loads_into_an_unfrozen_one(tmp_path: Path) -> None:
     path = save(Model(3.0), tmp_path, save_full_model=True)
     assert set(torch.load(path, weights_only=True)["model"]) == set(Model(frozen=False).state_dict())
+    model = Model(1.0, frozen=False)
+    FrozenCheckpointer(model, strict=True).load(path)
+    assert (model.trunk.conv.weight == 3).all()
+
+
+def test_a_full_model_brings_its_backbone(tmp_path: Path) -> None:
+    """One file is enough: which weights the model was built on does not matter."""
+    trained = Model(3.0)
+    path = save(trained, tmp_path, save_full_model=True)
+    model = Model(1.0)
+    FrozenCheckpointer(model, strict=True).load(path)
+    assert model.trunk.fingerprint() == trained.trunk.fingerprint()
+    assert torch.equal(model.head.weight, trained.head.weight)
 
 
 def test_frozen_weights_that_came_from_a_file_are_fetched_from_there_again(tmp_path: Path) -> None:

@@ -100,6 +100,8 @@ def test_a_root_one_folder_too_high(tmp_path: Path, video: Path) -> None:
         load_video_folder(str(tmp_path))
     assert [r["label"] for r in load_video_folder(str(tmp_path), classes=["train", "val"])] == [0, 1]
     assert len(load_video_folder(str(tmp_path / "train"))) == 1
+    with pytest.raises(SystemExit, match="parts of a dataset, no classes"):
+        main(["folder", "--videos", str(tmp_path), "--output", str(tmp_path / "lists")])
 
 
 def test_the_mapper_reads_the_config(cfg: CfgNode, tmp_path: Path, video: Path) -> None:

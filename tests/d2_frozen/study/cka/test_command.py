@@ -99,8 +99,12 @@ def test_any_two_globs_rois_and_images_too(cka, tmp_path: Path) -> None:
 
 
 def test_list_prints_names_shapes_and_examples(cka, capsys: pytest.CaptureFixture) -> None:
+    assert cka("bifpn", "--list") == 0
+    names = capsys.readouterr().out
     assert cka("--list") == 0
-    lines = {line.split()[0]: line.split()[1:] for line in capsys.readouterr().out.splitlines() if line}
+    listed = capsys.readouterr().out
+    assert listed == names  # with a preset beside it, too
+    lines = {line.split()[0]: line.split()[1:] for line in listed.splitlines() if line}
     assert lines["backbone[p3]"] == ["4x64x8x8", "image"]
     assert lines["roi_heads.box_head.fc1"][1] == "RoI"
 
