@@ -216,6 +216,27 @@ def test_mixed_precision_is_that_of_the_device_of_the_config(flags: Flags) -> No
     assert not first.requires_grad, "or this test is about nothing"
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("compile", ["False", "True"])
+def test_on_a_gpu_heads_train_in_float16_on_a_backbone_in_bfloat16(flags: Flags, compile: str) -> None:
+    options = ("MODEL.DEVICE", "cuda", "SOLVER.AMP.ENABLED", "True")
+    frozen = ("MODEL.FROZEN.PRECISION", "bf16", "MODEL.FROZEN.COMPILE", compile)
+    trainer = FrozenTrainer(setup(flags(*options, *frozen, "DATASETS.TEST", "()")))
+    trainer.resume_or_load(resume=False)
+    seen = set()
+    trained = {name: p for name, p in trainer.model.named_parameters() if p.requires_grad}
+    before = {name: p.detach().clone() for name, p in trained.items()}
+    for module in trainer.model.modules():
+        if isinstance(module, torch.nn.Conv2d) and module.weight.requires_grad:
+            module.register_forward_hook(lambda module, inputs, output: seen.add(output.dtype))
+    trainer.train()
+    assert seen == {torch.float16}
+    assert all(p.is_cuda and p.dtype == torch.float32 and p.isfinite().all() for p in trained.values())
+    # The first steps may be left out, until the scale of the loss fits.
+    assert trainer._trainer.grad_scaler.get_scale() >= 1
+    assert any(not torch.equal(before[name], p) for name, p in trained.items())
+
+
 def test_too_little_gpu_memory_is_answered_with_what_needs_less(flags: Flags, tmp_path: Path) -> None:
     trainer = FrozenTrainer(setup(flags("SOLVER.AMP.ENABLED", "True", "SOLVER.IMS_PER_BATCH", "2")))
 
