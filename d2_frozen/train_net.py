@@ -84,7 +84,7 @@ def main(args: argparse.Namespace) -> dict[str, Any] | None:
     if args.eval_only:
         model = evaluation_model(cfg, resume=args.resume)
         measured = evaluate(cfg, model)
-        finish(cfg, model, measured)
+        finish(cfg, model, measured, trained=False)
         return measured
     trainer = tasks.task_of(cfg).trainer()(cfg)
     trainer.resume_or_load(resume=args.resume)
@@ -124,8 +124,12 @@ def evaluation_model(cfg: CfgNode, resume: bool = False) -> nn.Module:
     return model
 
 
-def finish(cfg: CfgNode, model: nn.Module, results: dict[str, Any] | None) -> None:
-    """Say what came out and where it lies: table of metrics, pictures, files."""
+def finish(cfg: CfgNode, model: nn.Module, results: dict[str, Any] | None, trained: bool = True) -> None:
+    """Say what came out and where it lies: table of metrics, pictures, files.
+
+    Args:
+        trained: False after an evaluation, which writes neither weights nor metrics: what lies there is of another run.
+    """
     if not comm.is_main_process():
         return
     lines = []
@@ -141,7 +145,7 @@ def finish(cfg: CfgNode, model: nn.Module, results: dict[str, Any] | None) -> No
         ("config", "config.yaml"),
     ):
         path = os.path.join(cfg.OUTPUT_DIR, file)
-        if os.path.exists(path):
+        if os.path.exists(path) and (trained or label == "config"):
             lines.append(f"{label + ':':11s} {path}")
     logger.info("Done.\n%s", "\n".join(lines))
 

@@ -75,6 +75,18 @@ def test_evaluating_without_weights_is_said(
     assert f"{tmp_path}/out has no checkpoint: the heads that are evaluated are untrained" in caplog.text
 
 
+def test_an_evaluation_does_not_name_what_it_has_not_written(
+    flags: Flags, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Weights and metrics in OUTPUT_DIR are of an earlier training, perhaps not those that were evaluated."""
+    (tmp_path / "out").mkdir()
+    for name in ("model_final.pth", "metrics.json"):
+        (tmp_path / "out" / name).touch()
+    main(flags("--eval-only"))
+    (done,) = [r.getMessage() for r in caplog.records if r.getMessage().startswith("Done.")]
+    assert "config.yaml" in done and "model_final.pth" not in done and "metrics.json" not in done
+
+
 def test_weights_of_another_kind_of_model_are_refused(flags: Flags, tiny_world: Path, tmp_path: Path) -> None:
     """A head of segmentation is no head of detection, though both have a backbone of the same name."""
     entries = sem_seg_entries(tiny_world, "other_kind")
