@@ -46,9 +46,8 @@ def setup(args: argparse.Namespace) -> CfgNode:
     setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="d2_frozen")
     device = torch.device(cfg.MODEL.DEVICE)
     if device.type == "cuda" and device.index is not None:
-        torch.cuda.set_device(
-            device
-        )  # or the memory in the log would be that of GPU 0, and some of it taken there
+        # Or the memory in the log would be that of GPU 0, and some of it taken there.
+        torch.cuda.set_device(device)
     tasks.task_of(cfg).prepare_datasets(cfg, train=not args.eval_only)
     cfg.freeze()
     default_setup(cfg, args)

@@ -14,6 +14,7 @@ import os
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 from urllib.parse import unquote
 
@@ -454,32 +455,45 @@ def _other_type(wanted: Any, ids: set[Any]) -> str:
 
 def _check_unit_of_boxes(report: CocoReport, by_id: dict) -> None:
     """Boxes that are measured otherwise than in pixels from a corner, with width and height."""
-    boxes = []  # with (width, height) of the image
-    for annotation in report._document.get("annotations", []):
-        box = annotation.get("bbox") if isinstance(annotation, dict) else None
-        if isinstance(box, list) and len(box) == 4 and all(type(v) in (int, float) for v in box):
-            image = by_id.get(annotation["image_id"]) if _is_id(annotation.get("image_id")) else None
-            boxes += [(box, (image[1]["width"], image[1]["height"]))] if image else []
-    if not boxes:
+    boxes = partial(_boxes_and_sizes, report, by_id)
+    first = next(boxes(), None)
+    if first is None:
         return
-    first = f"the first is {boxes[0][0]}"
-    if all(max(box) <= 1 and min(size) > 2 for box, size in boxes):
-        seen = f"no number of {len(boxes)} boxes is above 1, {first}; COCO's are in pixels"
+    shown = f"the first is {first[0]}"
+    if all(max(box) <= 1 and min(size) > 2 for box, size in boxes()):
+        seen = f"no number of {sum(1 for _ in boxes())} boxes is above 1, {shown}; COCO's are in pixels"
         report.problems.append(
             Problem("boxes are shares of the image", _where(report), seen, skippable=False)
         )
         return
     # A few boxes outside are slips; that all others could be corners too is then chance.
     outside = sum(problem.kind == _OUTSIDE for problem in report.problems)
-    if outside > max(2, len(boxes) // 4) and all(
-        x0 < x1 <= width and y0 < y1 <= height for (x0, y0, x1, y1), (width, height) in boxes
+    if outside <= 2:
+        return
+    count = sum(1 for _ in boxes())
+    if outside > count // 4 and all(
+        x0 < x1 <= width and y0 < y1 <= height for (x0, y0, x1, y1), (width, height) in boxes()
     ):
-        seen = f"{len(boxes)} boxes, {first}; COCO's are x, y, width, height"
+        seen = f"{count} boxes, {shown}; COCO's are x, y, width, height"
         report.problems.append(Problem("all boxes fit if they are x0, y0, x1, y1", _where(report), seen))
 
 
+def _boxes_and_sizes(report: CocoReport, by_id: dict) -> Iterator[tuple[list[float], tuple[int, int]]]:
+    """Boxes of four numbers, with (width, height) of their images."""
+    for annotation in report._document.get("annotations", []):
+        if not isinstance(annotation, dict) or not _is_box(annotation.get("bbox")):
+            continue
+        image = by_id.get(annotation["image_id"]) if _is_id(annotation.get("image_id")) else None
+        if image:
+            yield annotation["bbox"], (image[1]["width"], image[1]["height"])
+
+
+def _is_box(box: Any) -> bool:
+    return isinstance(box, list) and len(box) == 4 and all(type(v) in (int, float) for v in box)
+
+
 def _box_fault(box: Any, width: float, height: float) -> tuple[str, str] | None:
-    if not isinstance(box, list) or len(box) != 4 or not all(type(v) in (int, float) for v in box):
+    if not _is_box(box):
         return "bbox is not four numbers", repr(box)[:80]
     x, y, w, h = box
     if not math.isfinite(x + y + w + h):

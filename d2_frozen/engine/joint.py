@@ -213,9 +213,8 @@ class JointTraining:
             raise
 
     def _save_while_evaluating(self, evaluated: JointHead) -> None:
-        evaluated.done = (
-            evaluated.trainer.iter
-        )  # its step is over, and it is evaluated as the iteration's last act
+        # Its step of this iteration is over, and so are the hooks that change what is saved.
+        evaluated.done = evaluated.trainer.iter
         for head in self._heads:
             head.save()
 

@@ -70,9 +70,8 @@ def _of_instances(
     given = instances.gt_masks
     given = given if isinstance(given, Tensor) else given.tensor  # BitMasks
     labels = instances.gt_classes.long()
-    lowest, highest = (
-        torch.stack(labels.aminmax()).tolist() if len(labels) else (0, 0)
-    )  # one wait for the device
+    # Both together: one wait for the device.
+    lowest, highest = torch.stack(labels.aminmax()).tolist() if len(labels) else (0, 0)
     if len(labels) and not 0 <= lowest <= highest < num_classes:
         raise ValueError(
             f"{_name(one)}: instances of classes {sorted(set(labels.tolist()))}, but MODEL.SEM_SEG_HEAD.NUM_CLASSES "

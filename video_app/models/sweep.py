@@ -166,9 +166,8 @@ class FrozenVideoSweep(FramesBackbone):
         return results
 
     def _losses(self, batch: Batch) -> dict[str, Tensor]:
-        diverged = (
-            self.diverged.tolist()
-        )  # at once, and first: on a GPU a look at it waits for all that was begun
+        # At once, and first: on a GPU a look at it waits for all that was begun.
+        diverged = self.diverged.tolist()
         maps, labels = self.training_batch(batch)
         draws = _Draws(self.device)
         losses = []

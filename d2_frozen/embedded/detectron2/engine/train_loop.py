@@ -364,8 +364,7 @@ class AMPTrainer(SimpleTrainer):
             model, data_loader, optimizer, gather_metric_period, zero_grad_before_forward, async_write_metrics
         )
         # Of what trains: parameters that nothing moves, of a frozen network for instance, may lie elsewhere.
-        parameters = sorted(model.parameters(), key=lambda p: not p.requires_grad)
-        self.device_type = parameters[0].device.type
+        self.device_type = min(model.parameters(), key=lambda p: not p.requires_grad).device.type
         if self.device_type == "cpu" and precision is torch.float16:
             precision = torch.bfloat16
         self.precision = precision
