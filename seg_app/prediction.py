@@ -12,8 +12,8 @@ import numpy as np
 from PIL import Image
 from torch import nn
 
-from d2_frozen.data.written import write_bytes
 from d2_frozen.detection.prediction import resized_by
+from d2_frozen.files import write_bytes
 from d2_frozen.tasks import Classes, fill_class_count
 from detectron2.config import CfgNode
 from detectron2.data import Metadata

@@ -20,6 +20,7 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 from PIL import Image
 
+from d2_frozen.files import whole_file
 from seg_app.data.ade20k import FOLDER, IMAGES, class_names, datasets_root
 
 _CLASSES = 150
@@ -143,12 +144,8 @@ def _unpack_members(archive: Path, folder: Path) -> None:
 
 
 def _write(target: Path, write: Callable[[Path], object]) -> None:
-    partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
-    try:
+    with whole_file(target, durable=False) as partial:
         write(partial)
-        os.replace(partial, target)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def main(arguments: Iterable[str] | None = None) -> None:

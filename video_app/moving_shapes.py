@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
@@ -20,6 +19,7 @@ import av
 import numpy as np
 from av.video.stream import VideoStream
 
+from d2_frozen.files import whole_file, write_text
 from video_app.moving_shapes_render import CLASSES, render
 
 # A change of what is drawn or encoded makes older folders count as different.
@@ -60,8 +60,8 @@ def generate(
     if manifest is None and root.is_dir() and any(root.iterdir()):
         raise FileExistsError(f"{root} holds something that {GENERATOR} did not write; name an empty folder.")
     root.mkdir(parents=True, exist_ok=True)
-    _write_text(root / _MANIFEST, json.dumps({"recipe": recipe, "bytes": None}))
-    _write_text(root / "classes.txt", "".join(f"{name}\n" for name in CLASSES))
+    write_text(root / _MANIFEST, json.dumps({"recipe": recipe, "bytes": None}))
+    write_text(root / "classes.txt", "".join(f"{name}\n" for name in CLASSES))
     sizes: dict[str, int] = {}
     for number, (split, count) in enumerate((("train", train), ("val", val))):
         (root / split).mkdir(exist_ok=True)
@@ -75,16 +75,15 @@ def generate(
         for leftover in sorted((root / split).glob("*.mp4*")):
             if f"{split}/{leftover.name}" not in sizes:
                 leftover.unlink()
-        _write_text(root / f"{split}.txt", "".join(lines))
-    _write_text(root / _MANIFEST, json.dumps({"recipe": recipe, "bytes": sizes}, indent=1))
+        write_text(root / f"{split}.txt", "".join(lines))
+    write_text(root / _MANIFEST, json.dumps({"recipe": recipe, "bytes": sizes}, indent=1))
     return True
 
 
 def encode(path: Path, pictures: Sequence[np.ndarray], fps: int = FPS) -> None:
     """(H, W, 3) uint8 RGB pictures -> an mp4 file, equal bytes each time."""
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     height, width = pictures[0].shape[:2]
-    with av.open(str(partial), "w", format="mp4") as file:
+    with whole_file(path, durable=False) as partial, av.open(str(partial), "w", format="mp4") as file:
         stream = file.add_stream(_codec(), rate=fps)
         assert isinstance(stream, VideoStream)
         stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
@@ -100,7 +99,6 @@ def encode(path: Path, pictures: Sequence[np.ndarray], fps: int = FPS) -> None:
             frame.pts, frame.time_base = number, Fraction(1, fps)
             file.mux(stream.encode(frame))
         file.mux(stream.encode())
-    os.replace(partial, path)
 
 
 def _codec() -> str:
@@ -122,12 +120,6 @@ def _is_whole(root: Path, manifest: dict) -> bool:
     return sizes is not None and all(
         (root / name).is_file() and (root / name).stat().st_size == size for name, size in sizes.items()
     )
-
-
-def _write_text(path: Path, text: str) -> None:
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    partial.write_text(text)
-    os.replace(partial, path)
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -18,8 +18,8 @@ from tabulate import tabulate
 from torch import nn
 
 from d2_frozen.engine import FrozenCheckpointer, build_optimizer
-from d2_frozen.engine.checkpoint import write_atomically
 from d2_frozen.engine.trainer import facts_for_prediction
+from d2_frozen.files import write_text
 from detectron2.config import CfgNode
 from detectron2.evaluation import DatasetEvaluator
 from detectron2.utils import comm
@@ -147,10 +147,7 @@ def report(cfg: CfgNode, model: FrozenVideoSweep, results: dict[str, Any]) -> di
     logger.info("%s", _what_the_best_is_worth(cfg.DATASETS.TEST, per_set, best, len(rows)))
     document = {"dataset": cfg.DATASETS.TEST[0], "best": best, "heads": rows}
     os.makedirs(cfg.OUTPUT_DIR, exist_ok=True)
-    write_atomically(
-        os.path.join(cfg.OUTPUT_DIR, "sweep.json"),
-        lambda stream: stream.write(json.dumps(document, indent=1).encode()),
-    )
+    write_text(os.path.join(cfg.OUTPUT_DIR, "sweep.json"), json.dumps(document, indent=1))
     for index in range(len(rows)) if cfg.MODEL.VIDEO_HEAD.SWEEP.SAVE == "all" else [best]:
         save_head(cfg, model, index)
     found = {name: {"video": of_set[_key(best)], **of_set} for name, of_set in per_set.items()}
@@ -165,7 +162,7 @@ def save_head(cfg: CfgNode, model: FrozenVideoSweep, index: int) -> Path:
     alone.freeze()
     folder = Path(alone.OUTPUT_DIR)
     folder.mkdir(parents=True, exist_ok=True)
-    write_atomically(str(folder / "config.yaml"), lambda stream: stream.write(alone.dump().encode()))
+    write_text(folder / "config.yaml", alone.dump())
     saver = FrozenCheckpointer(
         model.alone(index),
         str(folder),

@@ -7,7 +7,6 @@ Out: a network that holds every tensor of it, or an error that says which did no
 from __future__ import annotations
 
 import logging
-import os
 import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -21,6 +20,7 @@ from torch import Tensor, nn
 
 from d2_frozen.backbone.importers import ImportReport, fill, finish_meta_network, plan_import
 from d2_frozen.backbone.weight_files import WeightFiles
+from d2_frozen.files import whole_file
 from detectron2.utils.file_io import PathManager
 
 SHIPPED_DIR = Path(__file__).resolve().parent / "pretrained"
@@ -114,14 +114,12 @@ def save_weights(
     Args:
         half: store floating-point tensors as float16.
     """
-    path = Path(path)
     content = {
         name: (value.half() if half and value.is_floating_point() else value).contiguous()
         for name, value in tensors.items()
     }
-    unfinished = path.with_name(path.name + ".tmp")
-    save_file(content, str(unfinished), metadata=metadata)
-    os.replace(unfinished, path)
+    with whole_file(path) as partial:
+        save_file(content, str(partial), metadata=metadata)
 
 
 def _converted_by_timm(network: nn.Module, tensors: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:

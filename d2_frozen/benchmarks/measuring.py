@@ -20,7 +20,7 @@ import torch
 from tabulate import tabulate
 
 import d2_frozen
-from d2_frozen.data.written import write_text
+from d2_frozen.files import write_text
 
 # Seconds by phase; one of them may be the whole.
 Seconds = dict[str, float]

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from d2_frozen.caching.store import Store, bytes_under
+from d2_frozen.files import write_text
 
 logger = logging.getLogger(__name__)
 
@@ -45,9 +46,7 @@ class Space:
             with contextlib.suppress(OSError):  # perhaps somebody else's
                 os.utime(path)
         else:
-            partial = self.folder / f".{_FACTS}.{os.getpid()}.partial"
-            partial.write_text(json.dumps(self.facts, indent=1, sort_keys=True) + "\n")
-            os.replace(partial, path)
+            write_text(path, json.dumps(self.facts, indent=1, sort_keys=True) + "\n")
         return Store(self.folder, max_bytes, limit_root=self.root)
 
     def last_used(self) -> float:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 from pathlib import Path
 
 import cv2
@@ -19,6 +18,7 @@ import numpy as np
 
 from d2_frozen.data.mask_outline import mask_to_polygons
 from d2_frozen.data.shapes_render import CLASSES, Scene, render
+from d2_frozen.files import write_bytes
 
 # Part of the manifest: a change of what is drawn or written makes older folders count as different.
 GENERATOR = "d2_frozen.data.shapes 5"
@@ -130,9 +130,7 @@ def _encode(extension: str, pixels: np.ndarray, options: list[int] | None = None
 def _write_bytes(root: Path, path: Path, data: bytes) -> dict[str, int]:
     """Write atomically; returns {path relative to root: bytes} for the manifest."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    partial.write_bytes(data)
-    os.replace(partial, path)
+    write_bytes(path, data, durable=False)
     return {path.relative_to(root).as_posix(): len(data)}
 
 

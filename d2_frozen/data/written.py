@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 import os
 import re
-from pathlib import Path
 from typing import Any
 
+from d2_frozen.files import write_text
 from detectron2.config import CfgNode
 
 
@@ -20,28 +20,9 @@ def write_about(cfg: CfgNode, dataset_name: str, document: Any, suffix: str = ".
     folder = os.path.join(os.path.abspath(cfg.OUTPUT_DIR), "data")
     path = os.path.join(folder, file_name_of(dataset_name) + suffix)
     os.makedirs(folder, exist_ok=True)
-    return str(write_text(Path(path), json.dumps(document)))
+    return str(write_text(path, json.dumps(document)))
 
 
 def file_name_of(dataset_name: str) -> str:
     """The name, with ``_`` for characters that a file name should not have."""
     return re.sub(r"[^\w.-]", "_", dataset_name)
-
-
-def write_text(path: Path, text: str) -> Path:
-    """A whole file or none: written beside its place, flushed to disk, renamed. Returns ``path``."""
-    return write_bytes(path, text.encode())
-
-
-def write_bytes(path: Path, content: bytes) -> Path:
-    """As :func:`write_text`."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        with open(partial, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
-    return path

@@ -13,7 +13,7 @@ import pycocotools.mask as mask_coding
 from torch import nn
 
 from d2_frozen.data.transforms import build_augmentations
-from d2_frozen.data.written import write_text
+from d2_frozen.files import write_text
 from d2_frozen.tasks import Classes, fill_class_count
 from detectron2.config import CfgNode
 from detectron2.data import Metadata

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 import os
-import tempfile
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -17,6 +16,7 @@ import torch
 from torch import nn
 
 from d2_frozen.backbone import FrozenBackbone, frozen_parts
+from d2_frozen.files import write_atomically, write_text
 from d2_frozen.provider import embedded_part
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.utils.file_io import PathManager
@@ -82,7 +82,7 @@ class FrozenCheckpointer(DetectionCheckpointer):
         logger.info("Saving checkpoint to %s", path)
         write_atomically(path, lambda stream: torch.save(content, stream))
         tag = os.path.join(self.save_dir, "last_checkpoint")
-        write_atomically(tag, lambda stream: stream.write(os.path.basename(path).encode()))
+        write_text(tag, os.path.basename(path))
 
     def content(self) -> dict[str, Any]:
         """What ``save`` writes."""
@@ -329,32 +329,3 @@ def _other_checkpoints(checkpoint: str) -> str:
     others = sorted(file for file in os.listdir(folder) if file.endswith(".pth") and file != name)
     instead = f"write one of {', '.join(others)} into {tag}, or " if others else ""
     return f"{instead}remove {tag} to start anew."
-
-
-def write_atomically(path: str, write: Any) -> None:
-    """Call ``write(stream)`` on a temporary file beside ``path``, flush it to disk, then rename it over ``path``.
-
-    Raises:
-        OSError: it cannot be written, because the disk is full, say; ``path`` is as it was.
-    """
-    folder = os.path.dirname(os.path.abspath(path))
-    handle, temporary = tempfile.mkstemp(prefix=f".{os.path.basename(path)}.", suffix=".tmp", dir=folder)
-    try:
-        with os.fdopen(handle, "wb") as stream:
-            write(stream)
-            stream.flush()
-            os.fsync(stream.fileno())
-        # mkstemp gives 0600; a checkpoint is as readable as any file the user writes.
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)
-        os.replace(temporary, path)
-    except BaseException as err:
-        if os.path.exists(temporary):
-            os.unlink(temporary)
-        # torch.save, which cannot end its file on a full disk either, buries the disk's error under one of its own.
-        cause = err if isinstance(err, OSError) else err.__context__
-        if isinstance(err, OSError | RuntimeError) and isinstance(cause, OSError):
-            seen = f"{cause.strerror or cause}; not written, what was there is as before"
-            raise type(cause)(cause.errno, seen, path) from err
-        raise

@@ -17,8 +17,8 @@ from torch import nn
 
 from d2_frozen import tasks
 from d2_frozen.backbone import share_equal_backbones
-from d2_frozen.data.written import write_text
 from d2_frozen.engine import FrozenCheckpointer, read_checkpoint
+from d2_frozen.files import write_text
 from d2_frozen.tasks import Classes, ClipPrediction, Prediction
 from detectron2.config import CfgNode
 from detectron2.modeling import build_model

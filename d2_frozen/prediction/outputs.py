@@ -16,7 +16,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 import shutil
 import threading
 from collections.abc import Callable, Iterator
@@ -26,7 +25,7 @@ from typing import Any, TextIO
 import cv2
 import numpy as np
 
-from d2_frozen.data.written import write_bytes, write_text
+from d2_frozen.files import whole_file, write_bytes, write_text
 from d2_frozen.prediction.heads import Head
 from d2_frozen.prediction.inputs import Item
 
@@ -208,21 +207,11 @@ def read_lines(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def keep_lines(path: Path, wanted: Callable[[dict[str, Any]], bool]) -> None:
-    """Leave only some lines of a JSONL file, and none that was cut off; the file is untouched where all are wanted."""
+    """Leave only some lines of a JSONL file, and none that was cut off."""
     if not path.is_file():
         return
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        with open(partial, "w", encoding="utf-8") as file:
-            for line in read_lines(path):
-                if wanted(line):
-                    file.write(json.dumps(line) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        if partial.stat().st_size != path.stat().st_size:
-            os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with whole_file(path) as partial, open(partial, "w", encoding="utf-8") as file:
+        file.writelines(json.dumps(line) + "\n" for line in read_lines(path) if wanted(line))
 
 
 def _write_lines(path: Path, lines: list[dict[str, Any]]) -> None:

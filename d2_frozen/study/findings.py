@@ -16,7 +16,7 @@ from typing import NamedTuple
 from tabulate import tabulate
 
 from d2_frozen import tasks
-from d2_frozen.data.written import write_text
+from d2_frozen.files import write_text
 from d2_frozen.study.contrasts import CONFIDENCE, NOT_RUN, Difference, difference, together
 from d2_frozen.study.jobs import read_json
 from d2_frozen.study.tables import METRICS

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from d2_frozen import tasks
-from d2_frozen.data.written import write_text
+from d2_frozen.files import write_text
 from detectron2.config import CfgNode
 
 logger = logging.getLogger("d2_frozen.study")

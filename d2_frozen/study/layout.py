@@ -18,7 +18,7 @@ from typing import Any
 
 from tabulate import tabulate
 
-from d2_frozen.data.written import write_bytes, write_text
+from d2_frozen.files import write_bytes, write_text
 from d2_frozen.study.paper import PaperNumber, PaperNumbers
 from d2_frozen.study.sweeps import Point
 from d2_frozen.study.tables import METRICS, SETTINGS, TITLES, Cell

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import logging
 import math
-import os
 import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -36,6 +35,7 @@ from d2_frozen.backbone.pretraining.textures import NUM_TEXTURES
 from d2_frozen.backbone.swin_v2 import PICO_NAME
 from d2_frozen.backbone.timm_backbone import TimmBackbone, create_timm_backbone
 from d2_frozen.backbone.weights import save_weights
+from d2_frozen.files import whole_file
 from d2_frozen.study.worker import alone
 
 logger = logging.getLogger(__name__)
@@ -351,6 +351,5 @@ def _resume(path: Path, task: nn.Module, optimizer: torch.optim.Optimizer, devic
 
 
 def _save(path: Path, state: dict[str, Any]) -> None:
-    partial_file = path.with_suffix(".tmp")
-    torch.save(state, partial_file)
-    os.replace(partial_file, path)
+    with whole_file(path) as partial:
+        torch.save(state, partial)

@@ -14,7 +14,7 @@ from typing import Any
 
 from tabulate import tabulate
 
-from d2_frozen.data.written import write_text
+from d2_frozen.files import write_text
 from d2_frozen.study.findings import ABOUT, difference_rows, findings, unlike, verdict_rows
 from d2_frozen.study.jobs import read_json
 

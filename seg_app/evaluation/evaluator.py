@@ -19,7 +19,7 @@ from PIL import Image
 from tabulate import tabulate
 
 from d2_frozen.confusion import confusion_picture, mostly_taken_for
-from d2_frozen.data.written import write_bytes
+from d2_frozen.files import write_bytes
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.evaluation import SemSegEvaluator
 from seg_app.data.label_maps import read_label_map

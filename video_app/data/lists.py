@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from d2_frozen.files import write_bytes
 from video_app.clips.frame_folder import PICTURES
 
 VIDEOS = (
@@ -51,9 +52,7 @@ def write_list(path: str | Path, pairs: Sequence[tuple[str, int]]) -> None:
 def write_lines(path: str | Path, lines: Sequence[str]) -> None:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    partial.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8", errors="surrogateescape")
-    os.replace(partial, path)
+    write_bytes(path, "".join(f"{line}\n" for line in lines).encode("utf-8", errors="surrogateescape"))
 
 
 def folder_classes(root: str | Path, any_names: bool = False) -> list[str]:

@@ -19,6 +19,7 @@ import torch
 from tabulate import tabulate
 
 from d2_frozen.confusion import confusion_picture, mostly_taken_for
+from d2_frozen.files import write_bytes
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.evaluation import DatasetEvaluator
 from detectron2.utils import comm
@@ -133,12 +134,12 @@ class TopKEvaluator(DatasetEvaluator):
         assert self._output_dir is not None
         os.makedirs(self._output_dir, exist_ok=True)
         lines = [json.dumps(self._document(number, video)) + "\n" for number, video in zip(numbers, videos)]
-        _write_whole(
+        write_bytes(
             Path(self._output_dir, f"predictions_{self._name}.jsonl"),
             "".join(lines).encode(),
         )
         picture = confusion_picture(self._classes, counts)[..., ::-1]
-        _write_whole(
+        write_bytes(
             Path(self._output_dir, f"confusion_{self._name}.png"), cv2.imencode(".png", picture)[1].tobytes()
         )
 
@@ -197,10 +198,3 @@ def class_table(classes: Sequence[str], counts: np.ndarray, totals: np.ndarray) 
         colalign=("left", "right", "right", "left"),
         disable_numparse=True,
     )
-
-
-def _write_whole(path: Path, content: bytes) -> None:
-    """Whole or not at all."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    partial.write_bytes(content)
-    os.replace(partial, path)

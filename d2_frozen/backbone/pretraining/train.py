@@ -38,6 +38,7 @@ from d2_frozen.backbone.pretraining.scenes import (
 )
 from d2_frozen.backbone.swin_v2 import PICO_NAME
 from d2_frozen.backbone.weights import save_weights
+from d2_frozen.files import whole_file
 
 STRIDES_PX = (4, 8, 16, 32)
 COLOUR_LEVELS = 3
@@ -310,8 +311,8 @@ def _save(out: Path, model: nn.Module, average: dict, optims: list, state: dict)
         "optimizers": [o.state_dict() for o in optims],
         "state": state,
     }
-    torch.save(saved, out / "checkpoint.tmp")
-    os.replace(out / "checkpoint.tmp", out / "checkpoint.pth")
+    with whole_file(out / "checkpoint.pth") as partial:
+        torch.save(saved, partial)
     facts = {key: str(round(value, 1)) for key, value in state.items()}
     save_weights(average, out / "backbone.safetensors", half=True, metadata=facts)
 

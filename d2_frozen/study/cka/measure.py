@@ -14,7 +14,7 @@ import numpy as np
 from torch import nn
 from tqdm import tqdm
 
-from d2_frozen.engine.checkpoint import write_atomically
+from d2_frozen.files import write_atomically, write_bytes
 from d2_frozen.study.cka.collect import GramCollector
 from d2_frozen.study.cka.estimator import MIN_EXAMPLES, MinibatchCKA
 from d2_frozen.study.cka.heatmap import Heatmap, draw_heatmaps
@@ -91,11 +91,11 @@ class Measured:
         folder.mkdir(parents=True, exist_ok=True)
         files = [folder / f"{name}.{kind}" for kind in ("json", "npz", "png")]
         write_json(files[0], {**about, "panels": [_plain(panel) for panel in self.panels]})
-        write_atomically(str(files[1]), self._write_arrays)
+        write_atomically(files[1], self._write_arrays)
         picture = io.BytesIO()
         drawn = [Heatmap(panel.title, panel.rows, panel.columns, panel.cka) for panel in self.panels]
         draw_heatmaps(picture, drawn, caption)
-        write_atomically(str(files[2]), lambda stream: stream.write(picture.getvalue()))
+        write_bytes(files[2], picture.getvalue())
         return files
 
     def _write_arrays(self, stream: BinaryIO) -> None:

@@ -25,11 +25,18 @@ def test_round_trip(tmp_path, suffix, prefix):
     assert all(torch.equal(value, state[f"{prefix}{key}"]) for key, value in loaded.items())
 
 
+def test_a_file_is_readable_for_others(tmp_path):
+    """safetensors' writer makes files for their owner alone."""
+    save_weights(_state(), tmp_path / "w.safetensors")
+    (tmp_path / "other").touch()
+    assert (tmp_path / "w.safetensors").stat().st_mode == (tmp_path / "other").stat().st_mode
+
+
 def test_half_precision_files_arrive_as_float32(tmp_path):
     save_weights(_state(), tmp_path / "half.safetensors", half=True, metadata={"seed": "0"})
     tensors = read_weights(str(tmp_path / "half.safetensors"))
     assert {t.dtype for t in tensors.values()} == {torch.float32}
-    assert not list(tmp_path.glob("*.tmp"))
+    assert [file.name for file in tmp_path.iterdir()] == ["half.safetensors"]
 
 
 def test_a_classifier_in_the_file_is_left_out(tmp_path):

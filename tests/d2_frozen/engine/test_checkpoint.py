@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 from pathlib import Path
 
 import pytest
@@ -11,7 +10,6 @@ from torch import nn
 
 from d2_frozen.backbone import FrozenBackbone
 from d2_frozen.engine import CheckpointMismatchError, FrozenCheckpointer, frozen_parts, saved_seed
-from d2_frozen.engine.checkpoint import write_atomically
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import Backbone
 
@@ -181,38 +179,5 @@ def test_missing_and_damaged_files_are_named(tmp_path: Path) -> None:
         FrozenCheckpointer(Model()).load(str(path))
 
 
-def test_a_failing_write_leaves_the_old_file(tmp_path: Path) -> None:
-    target = tmp_path / "model_final.pth"
-    target.write_bytes(b"old")
-
-    def fail(stream) -> None:
-        stream.write(b"half of the n")
-        raise OSError("no space left on device")
-
-    with pytest.raises(OSError, match="no space"):
-        write_atomically(str(target), fail)
-    assert target.read_bytes() == b"old"
-    assert [p.name for p in tmp_path.iterdir()] == ["model_final.pth"]
-
-
 def test_frozen_parts_are_found_by_prefix() -> None:
     assert list(frozen_parts(Model())) == ["trunk"] and not frozen_parts(Model(frozen=False))
-
-
-def test_a_full_disk_is_named_and_leaves_what_was_there(tmp_path: Path) -> None:
-    """torch.save ends with an error about positions in its own file."""
-    path = save(Model(), tmp_path)
-    before = Path(path).read_bytes()
-
-    class FullDisk:
-        def write(self, data: bytes) -> int:
-            raise OSError(errno.ENOSPC, "No space left on device")
-
-        def flush(self) -> None:
-            pass
-
-    content = {"model": {"weight": torch.zeros(1000)}}
-    with pytest.raises(OSError, match="No space left on device; not written.*model_final.pth") as full:
-        write_atomically(path, lambda stream: torch.save(content, FullDisk()))
-    assert full.value.errno == errno.ENOSPC
-    assert Path(path).read_bytes() == before and len(list(tmp_path.iterdir())) == 2

@@ -9,7 +9,6 @@ import datetime
 import json
 import logging
 import os
-import tempfile
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ import numpy as np
 import pycocotools.mask as mask_util
 
 from detectron2._outside import outside_subset
+from detectron2.checkpoint.atomic import write_atomically
 from detectron2.structures import BoxMode
 from detectron2.utils.file_io import PathManager
 
@@ -453,18 +453,7 @@ def convert_to_coco_json(dataset_name: str, output_file: str, allow_cached: bool
     content = convert_to_coco_dict(dataset_name)
     folder = os.path.dirname(os.path.abspath(output_file))
     PathManager.mkdirs(folder)
-    handle, unfinished = tempfile.mkstemp(dir=folder, suffix=".tmp")
-    try:
-        with os.fdopen(handle, "w") as stream:
-            json.dump(content, stream)
-        # mkstemp makes files for the owner only; give this one the rights a plain open() would have given.
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(unfinished, 0o666 & ~umask)
-        os.replace(unfinished, output_file)
-    except BaseException:
-        os.unlink(unfinished)
-        raise
+    write_atomically(output_file, lambda stream: stream.write(json.dumps(content).encode()))
     logger.info(
         "%s: dataset %r in COCO format, %d images.", output_file, dataset_name, len(content["images"])
     )

@@ -1,0 +1,63 @@
+"""Files that are whole or not there: what is written to a disk that fills up, or by a process that is killed."""
+
+from __future__ import annotations
+
+import os
+import secrets
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO
+
+
+@contextmanager
+def whole_file(path: str | Path, *, durable: bool = True) -> Iterator[Path]:
+    """A file beside ``path`` to write to. Where the block ends well it takes the place of ``path``, else it is removed.
+
+    Args:
+        durable: flush it to the disk before the renaming. Without, a crash of the machine may leave an empty file:
+            enough for what can be made again.
+    Yields:
+        The other file: it exists, is empty, and readable for whom the user's files are.
+    Raises:
+        OSError: it cannot be written, because the disk is full, say; names ``path``, which is as it was.
+    """
+    path = Path(path)
+    partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
+    try:
+        partial.touch(exist_ok=False)
+        mode = partial.stat().st_mode
+        yield partial
+        if partial.stat().st_mode != mode:
+            partial.chmod(mode)  # some writers make files for their owner alone
+        if durable:
+            with open(partial, "rb") as written:
+                os.fsync(written.fileno())
+        os.replace(partial, path)
+    except (OSError, RuntimeError) as err:
+        # torch.save, which cannot end its file on a full disk either, buries the disk's error under one of its own.
+        cause = err if isinstance(err, OSError) else err.__context__
+        if not isinstance(cause, OSError) or cause.filename not in (None, str(partial)):
+            raise
+        seen = f"{cause.strerror or cause}; not written, what was there is as before"
+        raise type(cause)(cause.errno, seen, str(path)) from err
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def write_atomically(path: str | Path, write: Callable[[BinaryIO], Any]) -> None:
+    """Let ``write(stream)`` fill a :func:`whole_file`."""
+    with whole_file(path) as partial, open(partial, "wb") as stream:
+        write(stream)
+
+
+def write_bytes(path: str | Path, content: bytes, *, durable: bool = True) -> Path:
+    """Fill a :func:`whole_file`; returns ``path``."""
+    with whole_file(path, durable=durable) as partial:
+        partial.write_bytes(content)
+    return Path(path)
+
+
+def write_text(path: str | Path, text: str, *, durable: bool = True) -> Path:
+    """The same in UTF-8."""
+    return write_bytes(path, text.encode(), durable=durable)
