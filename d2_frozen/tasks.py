@@ -178,8 +178,12 @@ def read_config(config_file: str | Path, options: Iterable[str] = ()) -> CfgNode
     except FileNotFoundError as err:
         raise _missing(Path(err.filename or config_file), Path(config_file)) from err
     except UnicodeDecodeError as err:
+        # The original reads in the encoding of the locale.
+        advice = (
+            "Save it as UTF-8" if err.encoding.startswith("utf") else "Set PYTHONUTF8=1 before the command"
+        )
         raise ValueError(
-            f"{config_file}, or a _BASE_ of it, is no text in UTF-8: {err}. Save it as UTF-8."
+            f"{config_file}, or a _BASE_ of it, is no text in {err.encoding.upper()}: {err}. {advice}."
         ) from err
     except ValueError as err:
         advice = _how_to_write(str(err))

@@ -108,7 +108,7 @@ def _codec() -> str:
 
 def _manifest_in(root: Path) -> dict | None:
     try:
-        manifest = json.loads((root / _MANIFEST).read_text())
+        manifest = json.loads((root / _MANIFEST).read_text(encoding="utf-8"))
         ours = manifest["recipe"]["generator"].startswith("video_app.moving_shapes")
     except (FileNotFoundError, ValueError, KeyError, TypeError):
         return None

@@ -166,7 +166,7 @@ def _read_index(path: str) -> tuple[list[str], set[str]]:
     if not PathManager.isfile(path):
         raise FileNotFoundError(f"no index at {path}; correct MODEL.TIMM.PRETRAINED.")
     try:
-        with PathManager.open(path) as stream:
+        with PathManager.open(path, "rb") as stream:
             weight_map = json.load(stream)["weight_map"]
         names = sorted(set(weight_map.values()))
     except (ValueError, KeyError, TypeError, AttributeError) as err:

@@ -89,7 +89,7 @@ class EngineProcess:
 
     def __init__(self, engine: str, settings: dict[str, Any]) -> None:
         self.engine = engine
-        self._stderr: IO[str] = tempfile.TemporaryFile("w+")  # noqa: SIM115 - until close()
+        self._stderr: IO[str] = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")  # noqa: SIM115 - until close()
         self._process = subprocess.Popen(
             [
                 sys.executable,

@@ -34,7 +34,7 @@ def evaluation_task(settings: dict[str, Any], now: Clock) -> Task:
     kept = tempfile.TemporaryDirectory(prefix="d2_frozen_bench_")  # as long as the task
     folder = Path(kept.name)
     truth = generated_truth(settings["images"])
-    (folder / "truth.json").write_text(json.dumps(truth))
+    (folder / "truth.json").write_text(json.dumps(truth), encoding="utf-8")
     register_coco_instances(_DATASET, {}, folder / "truth.json", folder)
     load_coco_json(folder / "truth.json", folder, _DATASET)  # enters the class names, as a data loader does
     objects: dict[int, list[dict[str, Any]]] = {image["id"]: [] for image in truth["images"]}

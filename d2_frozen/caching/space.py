@@ -77,7 +77,7 @@ def spaces_in(root: str | Path) -> list[Space]:
     found = []
     for path in root.glob(f"*/{_FACTS}"):
         try:
-            facts = json.loads(path.read_text())
+            facts = json.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError:  # pruned meanwhile
             continue
         except ValueError:

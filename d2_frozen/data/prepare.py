@@ -118,7 +118,7 @@ def classes_of(name: str) -> Classes | None:
         return Classes(list(known), [n if isinstance(n, str) else int(n) for n in numbers])
     if metadata.get("evaluator_type", None) != "coco" or metadata.get("json_file", None) is None:
         return None
-    with PathManager.open(metadata.json_file) as file:
+    with PathManager.open(metadata.json_file, "rb") as file:
         categories = sorted(json.load(file)["categories"], key=lambda category: category["id"])
     return Classes([category["name"] for category in categories], [category["id"] for category in categories])
 

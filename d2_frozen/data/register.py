@@ -247,6 +247,13 @@ def _check_kind(place: str, path: str, file_wanted: bool) -> None:
 
 def _not_there(field: str, given: str, resolved: str) -> str:
     root = os.environ.get("DETECTRON2_DATASETS")
+    try:
+        os.fsencode(resolved)
+    except UnicodeEncodeError as err:
+        return (
+            f"{field}: {resolved!a} cannot be looked for: names of files are in {err.encoding} for this Python, by the "
+            "locale. Set PYTHONUTF8=1 before the command."
+        )
     if os.path.isabs(os.path.expanduser(given)):
         return f"{field}: {resolved} does not exist."
     tried = f"DETECTRON2_DATASETS ({root})" if root else "DETECTRON2_DATASETS (not set)"

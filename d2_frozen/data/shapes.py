@@ -146,7 +146,7 @@ def _claim(root: Path, parameters: dict[str, object]) -> None:
 
 def _read_manifest(root: Path) -> dict | None:
     try:
-        manifest = json.loads((root / MANIFEST).read_text())
+        manifest = json.loads((root / MANIFEST).read_text(encoding="utf-8"))
     except (FileNotFoundError, ValueError):
         return None
     ours = str(manifest.get("parameters", {}).get("generator", "")).startswith("d2_frozen.data.shapes")

@@ -229,7 +229,7 @@ def peak_memory_mib() -> float:
         return torch.cuda.max_memory_allocated() / 2**20
     try:
         # Not getrusage: what it calls the peak of a process starts at that of the process which launched it.
-        lines = Path("/proc/self/status").read_text().splitlines()
+        lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
         return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:")) / 2**10
     except (OSError, StopIteration):
         pass

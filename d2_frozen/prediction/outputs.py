@@ -171,7 +171,7 @@ class OutputFolder:
         if not path.is_file():
             return None
         try:
-            before = json.loads(path.read_text())
+            before = json.loads(path.read_text(encoding="utf-8"))
             if isinstance(before, dict):
                 return before
         except ValueError:

@@ -119,7 +119,7 @@ def run_pretrain(args: argparse.Namespace) -> int:
 def run_findings(args: argparse.Namespace) -> int:
     """``findings``: which findings of the paper hold in what has run."""
     path = write_findings(_root(args), args.scale)
-    print(path.read_text())
+    print(path.read_text(encoding="utf-8"))
     print(f"written to {path}")
     return 0
 
@@ -239,7 +239,7 @@ def _finished(jobs: Iterable[Job], root: Path) -> list[dict[str, Any]]:
 
 
 def _report(path: Path, left: Sequence[Job], root: Path) -> int:
-    print(path.read_text())
+    print(path.read_text(encoding="utf-8"))
     print(f"written to {path}; .csv and .png lie beside it")
     for job in left:
         failure = job.failure(root)

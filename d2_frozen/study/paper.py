@@ -31,7 +31,7 @@ def paper_numbers(configs: str | Path) -> PaperNumbers:
     path = Path(configs) / "paper.csv"
     if not path.exists():
         return {}
-    with open(path, newline="") as file:
+    with open(path, newline="", encoding="utf-8") as file:
         reader = csv.reader(file)
         if (header := next(reader, None)) != _COLUMNS:
             raise ValueError(f"{path} starts with {header}; its columns are {','.join(_COLUMNS)}.")

@@ -91,7 +91,7 @@ def _estimate(job: Job, first: Job, root: str) -> Estimate | str:
     if result is None:
         failure = first.failure(root)
         return failure["error"] if failure else "failed"
-    lines = (first.folder(root) / "metrics.json").read_text().splitlines()
+    lines = (first.folder(root) / "metrics.json").read_text(encoding="utf-8").splitlines()
     seconds = next(line["time"] for line in map(json.loads, reversed(lines)) if "time" in line)
     size = (first.folder(root) / "model_final.pth").stat().st_size / 2**20
     solver = job.config().SOLVER
@@ -230,7 +230,7 @@ def _step_in_process(job: Job, threads: int, num_gpus: int, gpus: Sequence[int])
         process.join()
         if not path.exists():
             return f"exit code {process.exitcode}"
-        found = json.loads(path.read_text())
+        found = json.loads(path.read_text(encoding="utf-8"))
         return found if isinstance(found, str) else Step(**found)
 
 

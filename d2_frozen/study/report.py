@@ -78,7 +78,7 @@ def _findings(root: Path, scale: str) -> Iterator[Section]:
 def _tables(root: Path) -> Iterator[Section]:
     """A section per table; those of several tasks have one each, the picture with the first."""
     for path in sorted([*root.glob("table*.md"), *root.glob("sweep_*.md")]):
-        heading, _, body = path.read_text().partition("\n")
+        heading, _, body = path.read_text(encoding="utf-8").partition("\n")
         picture = path.with_suffix(".png")
         pictures = (picture,) if picture.exists() else ()
         for block in body.strip().split("\n\n"):

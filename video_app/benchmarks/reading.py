@@ -64,5 +64,5 @@ def _resident_mib(process_id: int | None) -> float:
     status = Path(f"/proc/{process_id}/status")
     if not status.exists():
         return float("nan")  # not Linux
-    (line,) = (line for line in status.read_text().splitlines() if line.startswith("VmRSS:"))
+    (line,) = (line for line in status.read_text(encoding="utf-8").splitlines() if line.startswith("VmRSS:"))
     return int(line.split()[1]) / 1024

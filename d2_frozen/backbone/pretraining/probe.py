@@ -42,7 +42,7 @@ def object_samples(
     backbone: TimmBackbone, folder: Path, split: str, side_px: int
 ) -> dict[str, tuple[Tensor, Tensor]]:
     """Mean feature inside each object's box: {stage: (features (N, C), classes (N,))}."""
-    data = json.loads((folder / "annotations" / f"instances_{split}.json").read_text())
+    data = json.loads((folder / "annotations" / f"instances_{split}.json").read_text(encoding="utf-8"))
     classes = {c["id"]: i for i, c in enumerate(sorted(data["categories"], key=lambda c: c["id"]))}
     by_image: dict[int, list[dict]] = {}
     for annotation in data["annotations"]:

@@ -202,7 +202,7 @@ def train(args: argparse.Namespace) -> None:
             last_log = time.monotonic()
             row = {**state, "side": side, "loss": loss.item(), "grad_norm": norm.item()}
             row.update({k: round(v.item(), 4) for k, v in log.items()})
-            with open(out / "log.jsonl", "a") as f:
+            with open(out / "log.jsonl", "a", encoding="utf-8") as f:
                 f.write(json.dumps(row) + "\n")
             print(
                 "step {step} images {images} {seconds:.0f} s".format(**state),

@@ -109,8 +109,8 @@ def _weights_of(run: Path) -> str:
     final, tag = run / "model_final.pth", run / "last_checkpoint"
     if final.is_file():
         return str(final)
-    if tag.is_file() and (run / tag.read_text().strip()).is_file():
-        return str(run / tag.read_text().strip())
+    if tag.is_file() and (run / tag.read_text(encoding="utf-8").strip()).is_file():
+        return str(run / tag.read_text(encoding="utf-8").strip())
     raise FileNotFoundError(f"{run} has no weights: neither model_final.pth nor what last_checkpoint names.")
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import io
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import IO, Any, TypeVar
@@ -30,7 +31,8 @@ class CfgNode(_FvcoreCfgNode):
 
     @classmethod
     def _open_cfg(cls, filename: str) -> IO[Any]:
-        return PathManager.open(filename, "r")
+        # Not in the encoding of the locale: a config is UTF-8 wherever it is read.
+        return io.TextIOWrapper(PathManager.open(filename, "rb"), encoding="utf-8")
 
     @classmethod
     def load_yaml_with_base(cls, filename: str, allow_unsafe: bool = False) -> dict[str, Any]:

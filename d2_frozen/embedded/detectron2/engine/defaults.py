@@ -148,8 +148,9 @@ def default_setup(cfg: CfgNode, args: argparse.Namespace) -> None:
     log.info("Command line arguments: %s", args)
     config_file = getattr(args, "config_file", "")
     if config_file:
-        with PathManager.open(config_file, "r") as handle:
-            log.info("Contents of args.config_file=%s:\n%s", config_file, handle.read())
+        with PathManager.open(config_file, "rb") as handle:
+            text = handle.read().decode(errors="replace")
+        log.info("Contents of args.config_file=%s:\n%s", config_file, text)
     if comm.is_main_process() and output_dir:
         path = os.path.join(output_dir, "config.yaml")
         text = cfg.dump()

@@ -28,10 +28,10 @@ def read_truth(json_file: str) -> COCO:
     Raises:
         ValueError: the file is no COCO json; says what is missing.
     """
-    with PathManager.open(PathManager.get_local_path(json_file)) as handle:
+    with PathManager.open(PathManager.get_local_path(json_file), "rb") as handle:
         try:
             content = json.load(handle)
-        except json.JSONDecodeError as err:
+        except ValueError as err:
             raise ValueError(f"{json_file} is no json file: {err}") from err
     if not isinstance(content, dict):
         raise ValueError(

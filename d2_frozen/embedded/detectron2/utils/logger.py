@@ -86,6 +86,9 @@ def setup_logger(
             formatter = _ColorfulFormatter(
                 stamp + "%(message)s", _DATE, root_name=name, abbrev_name=str(short)
             )
+        if hasattr(sys.stdout, "reconfigure"):
+            # A terminal that is not UTF-8 shows a class name in escapes, instead of losing the line.
+            sys.stdout.reconfigure(errors="backslashreplace")
         _add_handler(logger, logging.StreamHandler(stream=sys.stdout), formatter)
     if output is not None:
         file = _log_file(output, distributed_rank)
@@ -108,8 +111,10 @@ def _log_file(output: str, rank: int) -> str:
 @functools.cache
 def _open_log_stream(filename: str) -> IO[str]:
     """One stream per file, shared by loggers; line by line on local disks, so that a crash loses nothing."""
-    buffering = 1 << 20 if "://" in filename else 1
-    stream = PathManager.open(filename, "a", buffering=buffering)
+    if "://" in filename:
+        stream = PathManager.open(filename, "a", buffering=1 << 20)
+    else:
+        stream = PathManager.open(filename, "a", buffering=1, encoding="utf-8", errors="backslashreplace")
     atexit.register(stream.close)
     return stream
 

@@ -44,7 +44,7 @@ def load_cityscapes_semantic(image_dir: str, gt_dir: str) -> list[dict[str, Any]
                 raise FileNotFoundError(
                     f"{stem + _LABELS} is missing: make it with cityscapesscripts' createTrainIdLabelImgs.py."
                 )
-            with PathManager.open(stem + _POLYGONS, "r") as stream:
+            with PathManager.open(stem + _POLYGONS, "rb") as stream:
                 size = json.load(stream)
             records.append(
                 {

@@ -160,7 +160,7 @@ def load_coco_json(
 
 
 def _read_coco(path: str) -> dict[str, Any]:
-    with PathManager.open(path, "r") as stream:
+    with PathManager.open(path, "rb") as stream:
         try:
             content = json.load(stream)
         except ValueError as err:  # broken JSON, or bytes that are no text
