@@ -31,6 +31,7 @@ from d2_frozen import tasks
 from d2_frozen.caching import SLOT, FeatureCache, Space, Store, spaces_in
 from d2_frozen.caching.store import gib, remove_shard, shard_files
 from d2_frozen.data.loader import Place, SampleError, TrainLoader
+from d2_frozen.data.workers import hand_on
 from d2_frozen.train_net import read_config
 from detectron2.config import CfgNode
 from detectron2.utils.env import seed_all_rng
@@ -164,7 +165,7 @@ def _samples(loader: TrainLoader, places: list[Place], workers: int) -> Iterator
 
 
 def _first(batch: list[Any]) -> Any:
-    return batch[0]
+    return hand_on(batch)[0]
 
 
 def _build_in_processes(args: argparse.Namespace) -> int:

@@ -24,6 +24,7 @@ from d2_frozen.data.device import Pinnable
 from d2_frozen.data.draws import draw_index, image_number, seeded
 from d2_frozen.data.subset import training_records
 from d2_frozen.data.transforms import build_augmentations, changes_frame
+from d2_frozen.data.workers import SharedMemoryError, allow_open_files, hand_on, workers_cannot_start
 from detectron2.config import CfgNode
 from detectron2.data import (
     DatasetFromList,
@@ -113,6 +114,7 @@ def build_test_loader(
         mapper=_default_mapper(cfg, is_train=False) if mapper is None else mapper,
         sampler=sampler,
         num_workers=cfg.DATALOADER.NUM_WORKERS,
+        collate_fn=hand_on,
     )
 
 
@@ -265,14 +267,20 @@ class TrainLoader:
             self.dataset,
             batch_sampler=_Places(self),
             num_workers=self.num_workers,
-            collate_fn=Pinnable,
+            collate_fn=_handed_on,
             # Without workers there is no thread for it, and the copy to the GPU would not be faster.
             pin_memory=self.pin_memory and self.num_workers > 0,
             worker_init_fn=_one_thread,
             # Its own: otherwise starting the workers would draw from the global generator.
             generator=torch.Generator(),
         )
-        for batch in batches:
+        if self.num_workers > 0:
+            allow_open_files()
+        try:
+            arriving = iter(batches)
+        except OSError as err:
+            raise workers_cannot_start(err) from err
+        for batch in arriving:
             for drawn in batch.drawn:
                 self.tell(drawn)
             yield [self._with_features(drawn) for drawn in batch.drawn]
@@ -320,6 +328,13 @@ class TrainLoader:
         rank, world_size = comm.get_rank(), comm.get_world_size()
         for count, index in enumerate(self.sampler):
             yield Place(rank + count * world_size, int(index))
+
+
+def _handed_on(drawn: list[Drawn]) -> Pinnable:
+    try:
+        return Pinnable(hand_on(drawn))
+    except SharedMemoryError as err:
+        return Pinnable([Drawn(error=str(err))])
 
 
 def _one_thread(worker: int) -> None:

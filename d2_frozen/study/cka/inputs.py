@@ -15,10 +15,10 @@ from torch import nn
 from torch.utils.data import ConcatDataset, DataLoader, Subset
 
 from d2_frozen import tasks, train_net
+from d2_frozen.data.workers import hand_on
 from d2_frozen.engine.checkpoint import frozen_parts
 from d2_frozen.study.cka.estimator import MIN_EXAMPLES
 from detectron2.config import CfgNode
-from detectron2.data.build import trivial_batch_collator
 from detectron2.utils.env import seed_all_rng
 
 logger = logging.getLogger("d2_frozen.study")
@@ -190,7 +190,7 @@ class Batches:
             self._records,
             batch_size=self.batch,
             num_workers=self._workers,
-            collate_fn=trivial_batch_collator,
+            collate_fn=hand_on,
             worker_init_fn=_leave_ctrl_c_to_the_first_process,
         )
         for batch in loader:
