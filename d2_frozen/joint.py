@@ -9,6 +9,7 @@ KEY VALUE options are for every head; docs/predict.md says what is shared.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import logging
 import os
 from argparse import Namespace
@@ -34,7 +35,11 @@ def main(args: argparse.Namespace) -> dict[str, dict[str, Any] | None]:
     Raises:
         ValueError: two heads with one OUTPUT_DIR, and everything that ``train_net.setup`` raises for one of them.
     """
-    heads = build_heads(args)
+    with contextlib.ExitStack() as claims:
+        return _train(build_heads(args, claims))
+
+
+def _train(heads: list[JointHead]) -> dict[str, dict[str, Any] | None]:
     joint = JointTraining(heads)
     results: dict[str, dict[str, Any] | None] = joint()
     memory = joint.memory
@@ -50,8 +55,8 @@ def main(args: argparse.Namespace) -> dict[str, dict[str, Any] | None]:
     return results
 
 
-def build_heads(args: argparse.Namespace) -> list[JointHead]:
-    """Trainers, each built as ``train_net`` does, right after its seed was set."""
+def build_heads(args: argparse.Namespace, claims: contextlib.ExitStack | None = None) -> list[JointHead]:
+    """Trainers, each built as ``train_net`` does, right after its seed was set; ``claims``: see ``train_net.setup``."""
     logs = HeadLogs()
     heads: list[JointHead] = []
     folders: dict[str, str] = {}
@@ -75,7 +80,7 @@ def build_heads(args: argparse.Namespace) -> list[JointHead]:
             setup_logger(output_dir, distributed_rank=comm.get_rank())
             logs.take(name)
             flags = Namespace(**{**vars(args), "config_file": file, "opts": options, "eval_only": False})
-            cfg = train_net.setup(flags)
+            cfg = train_net.setup(flags, claims)
             if cfg.MODEL.DEVICE == "cpu":
                 keep_freed_memory()
             trainer = tasks.task_of(cfg).trainer()(cfg)

@@ -20,6 +20,7 @@ from types import FrameType
 
 import torch
 
+from d2_frozen.claims import InUseError
 from d2_frozen.engine.allocator import keep_freed_memory
 from d2_frozen.prediction.inputs import find_items
 from d2_frozen.prediction.outputs import OutputFolder
@@ -169,7 +170,7 @@ def console_main() -> None:
     """Exit code 0; 1 where inputs failed or the run could not start; 130 after Ctrl-C."""
     try:
         summary = main()
-    except (BadInputError, OutputError, OSError, ValueError) as err:
+    except (BadInputError, OutputError, InUseError, OSError, ValueError) as err:
         print(f"error: {err}", file=sys.stderr)
         raise SystemExit(1) from err
     except KeyboardInterrupt:

@@ -7,6 +7,7 @@ python train_net.py --config-file output/config.yaml --eval-only MODEL.WEIGHTS o
 from __future__ import annotations
 
 import argparse
+import contextlib
 import logging
 import os
 import sys
@@ -26,19 +27,24 @@ from detectron2.utils.logger import setup_logger
 logger = logging.getLogger("d2_frozen.train_net")
 
 
-def setup(args: argparse.Namespace) -> CfgNode:
+def setup(args: argparse.Namespace, claims: contextlib.ExitStack | None = None) -> CfgNode:
     """Flags to a complete, frozen config: datasets registered and checked, class count and seed filled in.
 
+    Args:
+        claims: of a training; while it is open, no other one can begin in OUTPUT_DIR.
     Raises:
+        InUseError: another one has begun there.
         KeyError, AssertionError: unknown key in a file / in KEY VALUE arguments.
         ValueError: bad data (one error listing the problems), or settings that cannot be or contradict each other.
         OSError: OUTPUT_DIR cannot be written to, or a file is missing.
     """
     from d2_frozen.engine import saved_seed
-    from d2_frozen.engine.settings import check_settings
+    from d2_frozen.engine.settings import check_settings, claimed_output_dir
 
     cfg = read_config(args.config_file, args.opts)
     check_settings(cfg, train=not args.eval_only)
+    if claims is not None and not args.eval_only and comm.is_main_process():
+        claims.enter_context(claimed_output_dir(cfg.OUTPUT_DIR))
     if not args.eval_only and cfg.SEED < 0:
         seed = saved_seed(cfg.OUTPUT_DIR) if args.resume else None
         cfg.SEED = comm.shared_random_seed() % 2**31 if seed is None else seed
@@ -75,7 +81,11 @@ def main(args: argparse.Namespace) -> dict[str, Any] | None:
         dataset name -> metrics (or the metrics themselves for a single dataset), as Detectron2 has it; None where
         nothing was evaluated.
     """
-    cfg = setup(args)
+    with contextlib.ExitStack() as claims:
+        return _run(args, setup(args, claims))
+
+
+def _run(args: argparse.Namespace, cfg: CfgNode) -> dict[str, Any] | None:
     from d2_frozen.engine.allocator import keep_freed_memory
 
     if cfg.MODEL.DEVICE == "cpu":

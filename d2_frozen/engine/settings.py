@@ -6,9 +6,11 @@ not know the name of the key.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import tempfile
 
+from d2_frozen.claims import CLAIM_FILE, claimed
 from d2_frozen.tasks import leaves
 from detectron2.config import CfgNode
 from detectron2.utils import comm
@@ -60,6 +62,17 @@ def check_output_dir(folder: str) -> None:
             f"OUTPUT_DIR cannot be written to: {err.strerror}. Give another folder",
             os.path.abspath(folder),
         ) from err
+
+
+def claimed_output_dir(folder: str) -> contextlib.AbstractContextManager[None]:
+    """Hold OUTPUT_DIR for one training; another one there raises InUseError (claims.py)."""
+    if "://" in folder:
+        return contextlib.nullcontext()
+    advice = (
+        "Two trainings would overwrite each other's files. Wait for that one or stop it, or give another OUTPUT_DIR; "
+        "--eval-only is possible meanwhile."
+    )
+    return claimed(os.path.join(folder, CLAIM_FILE), advice=advice)
 
 
 def _check_whole_numbers(cfg: CfgNode, train: bool) -> None:

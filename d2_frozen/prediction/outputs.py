@@ -13,6 +13,7 @@ are of a run that was stopped, and are removed when it goes on.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -25,12 +26,14 @@ from typing import Any, TextIO
 import cv2
 import numpy as np
 
+from d2_frozen.claims import CLAIM_FILE, claimed
 from d2_frozen.files import whole_file, write_bytes, write_text
 from d2_frozen.prediction.heads import Head
 from d2_frozen.prediction.inputs import Item
 
 logger = logging.getLogger(__name__)
 
+_IN_USE = "Two runs would mix their lines. Wait for that one or stop it, or choose another --output."
 _JPEG_QUALITY = 92
 _LONGEST_JPEG_SIDE = 65500
 
@@ -45,6 +48,7 @@ class OutputFolder:
         overwrite: begin anew, whatever is there.
     Raises:
         ValueError: the folder holds predictions of other heads or settings.
+        InUseError: another run writes there.
         OSError: it cannot be made.
     """
 
@@ -59,18 +63,26 @@ class OutputFolder:
             raise type(err)(
                 err.errno, f"--output cannot be a folder for results: {err.strerror}", str(folder)
             ) from err
-        made_by = {"heads": {head.name: _facts(head) for head in heads}, **settings}
+        self._held = contextlib.ExitStack()
+        self._held.enter_context(claimed(folder / CLAIM_FILE, advice=_IN_USE))
+        try:
+            self._go_on({"heads": {head.name: _facts(head) for head in heads}, **settings}, overwrite)
+        except BaseException:
+            self._held.close()
+            raise
+        self._files: dict[Path, TextIO] = {}
+        # A failed input is noted by the thread that read it, others by the one that writes.
+        self._lock = threading.Lock()
+
+    def _go_on(self, made_by: dict[str, Any], overwrite: bool) -> None:
         self._claim(made_by, overwrite)
-        done = folder / "done.jsonl"
+        done = self.folder / "done.jsonl"
         self._done = {line["file"]: line for line in read_lines(done) if "file" in line}
         # One line per input again, and none that a kill cut off.
         _write_lines(done, list(self._done.values()))
         for name in self.heads:
-            (folder / name).mkdir(exist_ok=True)
+            (self.folder / name).mkdir(exist_ok=True)
             keep_lines(self.predictions(name), lambda line: self._finished(line["file"]))
-        self._files: dict[Path, TextIO] = {}
-        # A failed input is noted by the thread that read it, others by the one that writes.
-        self._lock = threading.Lock()
 
     def predictions(self, head: str) -> Path:
         """The JSONL file of a head."""
@@ -125,7 +137,7 @@ class OutputFolder:
 
     def collect(self) -> list[Path]:
         """Write the files that hold all results of a head (COCO json), in order of inputs' names; their paths."""
-        self.close()
+        self._close_files()
         written = []
         for name, head in self.heads.items():
             keep_lines(self.predictions(name), lambda line: self._finished(line["file"]))  # a video broke off
@@ -138,7 +150,11 @@ class OutputFolder:
         return written
 
     def close(self) -> None:
-        """Close the files."""
+        """Close the files; others may write into the folder."""
+        self._close_files()
+        self._held.close()
+
+    def _close_files(self) -> None:
         for file in self._files.values():
             file.close()
         self._files.clear()

@@ -35,8 +35,8 @@ from d2_frozen.backbone.pretraining.textures import NUM_TEXTURES
 from d2_frozen.backbone.swin_v2 import PICO_NAME
 from d2_frozen.backbone.timm_backbone import TimmBackbone, create_timm_backbone
 from d2_frozen.backbone.weights import save_weights
+from d2_frozen.claims import claimed
 from d2_frozen.files import whole_file
-from d2_frozen.study.worker import alone
 
 logger = logging.getLogger(__name__)
 
@@ -130,7 +130,7 @@ def pretrain(what: Pretraining, folder: str | Path, machine: Machine = Machine()
     if path.exists():
         return path
     folder.mkdir(parents=True, exist_ok=True)
-    with alone(folder / f".{what.name}.lock"):  # two queues may miss the same backbone
+    with claimed(folder / f".{what.name}.in_use", wait=True):  # two queues may miss the same backbone
         if not path.exists():
             _train(what, path, unfinished, machine, batch)
     return path

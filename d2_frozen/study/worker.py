@@ -6,16 +6,16 @@ A job that was interrupted goes on from its last checkpoint, and ends as an unin
 from __future__ import annotations
 
 import argparse
-import contextlib
 import os
 import signal
 import sys
 import time
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from d2_frozen.claims import claimed
 from d2_frozen.study.jobs import FAILURE_FILE, Job, write_json
 
 
@@ -33,7 +33,7 @@ def run_job(
     """
     folder = job.folder(root)
     folder.mkdir(parents=True, exist_ok=True)
-    with alone(folder / ".lock"):
+    with claimed(folder / ".job_in_use", wait=True):  # a second queue waits here for the first's job
         # Of an earlier try: what is there afterwards is of this one.
         (folder / FAILURE_FILE).unlink(missing_ok=True)
         try:
@@ -158,16 +158,3 @@ def about_run(folder: Path) -> dict[str, Any]:
         "peak_memory_mib": peak_memory_mib(),
         **machine_facts(),
     }
-
-
-@contextlib.contextmanager
-def alone(lock: Path) -> Iterator[None]:
-    """One process at a time: another waits here until the first has ended. The system frees the lock of a dead one."""
-    try:
-        import fcntl
-    except ImportError:  # Windows: one queue per study there
-        yield
-        return
-    with open(lock, "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield

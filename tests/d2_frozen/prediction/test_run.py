@@ -17,10 +17,11 @@ import pytest
 from PIL import Image
 from pycocotools.coco import COCO
 
+from d2_frozen.claims import CLAIM_FILE, InUseError, claimed
 from d2_frozen.predict import main, parse
 from d2_frozen.prediction.heads import load_heads
 from d2_frozen.prediction.inputs import Item, find_items
-from d2_frozen.prediction.outputs import read_lines
+from d2_frozen.prediction.outputs import OutputFolder, read_lines
 from d2_frozen.prediction.run import BadInputError, PredictionRun, Settings
 from d2_frozen.prediction.video_file import VideoReader, VideoWriter
 
@@ -381,3 +382,14 @@ def test_what_a_failed_batch_computed_is_freed_before_its_pictures_are_tried_alo
     for name in "ab":
         run._take(Item(Path(name), name, name, False), lambda: np.zeros((4, 4, 3), np.uint8))
     assert alone == [True, True]
+
+
+def test_one_run_at_a_time_writes_into_a_folder(tmp_path: Path) -> None:
+    with claimed(tmp_path / CLAIM_FILE):
+        owner = json.loads((tmp_path / CLAIM_FILE).read_text())
+    (tmp_path / CLAIM_FILE).write_text(json.dumps({**owner, "token": "another"}))
+    with pytest.raises(InUseError, match=r"is in use by process .* choose another --output"):
+        OutputFolder(tmp_path, [], {})
+    (tmp_path / CLAIM_FILE).unlink()
+    OutputFolder(tmp_path, [], {}).close()
+    assert [path.name for path in tmp_path.iterdir()] == ["run.json"]
