@@ -7,6 +7,7 @@ change.  Setting of Lin et al., arXiv:2211.02043: only what stands on the bottom
 from __future__ import annotations
 
 import hashlib
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -21,6 +22,8 @@ from detectron2.modeling import Backbone
 
 # Names of what MODEL.BACKBONE.FREEZE counts, from the input on.
 _PARTS = ("stem", "res2", "res3", "res4", "res5")
+# Held while a fast network is made: threads that bring their first images at once would each make one.
+_MAKING = threading.RLock()
 
 
 class _TransparentWrapper(Backbone):
@@ -164,12 +167,16 @@ class FrozenBackbone(_TransparentWrapper):
 
     def _network(self, device: torch.device) -> nn.Module:
         state = (device, _tensor_versions(self.inner))
-        if state != self._runner_state:
-            self._runner = None  # before the next one takes its memory
-            self._runner = fast_network(self.inner, self.precision, device, self.compile_forward)
-            self._runner_state = state
-        assert self._runner is not None
-        return self._runner
+        ready = self._runner if state == self._runner_state else None
+        if ready is not None:
+            return ready
+        with _MAKING:
+            if state != self._runner_state:
+                self._runner = None  # before the next one takes its memory
+                self._runner = fast_network(self.inner, self.precision, device, self.compile_forward)
+                self._runner_state = state
+            assert self._runner is not None
+            return self._runner
 
 
 class PartlyFrozenBackbone(_TransparentWrapper):

@@ -8,6 +8,7 @@ drawn = predictor.draw(picture, results)
 from __future__ import annotations
 
 import math
+import threading
 from collections import defaultdict
 from collections.abc import Hashable, Sequence
 from pathlib import Path
@@ -31,6 +32,8 @@ class Predictor:
 
     Every head gets pictures at the size of its own test settings, so that its results are those of ``--eval-only``;
     heads with equal backbones and equal sizes share the pass. ``size`` makes it one size for all.
+
+    It may be called from several threads: they take turns. It can be pickled and copied (``copy.deepcopy``).
 
     Args:
         heads, config_files, device, options: see :func:`load_heads`.
@@ -70,6 +73,7 @@ class Predictor:
                 # Padding to a square of another size than the others' pictures would be a pass of its own.
                 vars(head.model)["square"] = 0
         self.memory = PassMemory()
+        self._turn = threading.Lock()
         self._models: dict[str, nn.Module] = {
             head.name: _of_pictures(head).testing_model(head.model) for head in self.picture_heads
         }
@@ -77,6 +81,12 @@ class Predictor:
             head.name: _of_pictures(head).compact_model(head.model) for head in self.picture_heads
         }
         self._backbones = [part for head in self.heads for part in frozen_parts(head.model).values()]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {key: value for key, value in vars(self).items() if key != "_turn"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, _turn=threading.Lock())
 
     @property
     def picture_heads(self) -> list[Head]:
@@ -96,7 +106,7 @@ class Predictor:
         Returns:
             Per picture, head name -> the model's result at the picture's size: ``{"instances"}``, ``{"sem_seg"}``.
         Raises:
-            ValueError: something that is no such picture.
+            ValueError, TypeError: something that is no such picture, with its place in the list; nothing is predicted.
         """
         return self._predict(pictures, compact=False)
 
@@ -105,11 +115,7 @@ class Predictor:
         return self._predict(pictures, compact=True)
 
     def _predict(self, pictures: Sequence[np.ndarray], compact: bool) -> list[Results]:
-        for picture in pictures:
-            if picture.ndim != 3 or picture.shape[2] != 3 or picture.dtype != np.uint8 or 0 in picture.shape:
-                raise ValueError(
-                    f"a picture is (H, W, 3) uint8 RGB, not {picture.dtype} of shape {picture.shape}."
-                )
+        _check(pictures)
         by_size: dict[tuple[int, ...], list[int]] = defaultdict(list)
         for index, picture in enumerate(pictures):
             by_size[picture.shape[:2]].append(index)
@@ -163,20 +169,22 @@ class Predictor:
         height, width = pictures[0].shape[:2]
         resized: dict[tuple[int, int], list[np.ndarray]] = {}
         results: list[Results] = [{} for _ in pictures]
-        try:
-            with torch.no_grad(), self.memory.on(self._backbones):
-                for head in self.picture_heads:
-                    size = self.input_size(head, height, width)
-                    if size not in resized:
-                        resized[size] = [_resize(picture, size) for picture in pictures]
-                    prediction = _of_pictures(head)
-                    wanted = (height, width) if compact else prediction.output_size(height, width)
-                    batch = model_inputs(head, resized[size], *wanted)
-                    model = (self._compact_models if compact else self._models)[head.name]
-                    for result, found in zip(results, model(batch)):
-                        result[head.name] = prediction.compact(found) if compact else found
-        finally:
-            self.memory.forget()
+        # What is remembered is of these pictures: one call at a time.
+        with self._turn:
+            try:
+                with torch.no_grad(), self.memory.on(self._backbones):
+                    for head in self.picture_heads:
+                        size = self.input_size(head, height, width)
+                        if size not in resized:
+                            resized[size] = [_resize(picture, size) for picture in pictures]
+                        prediction = _of_pictures(head)
+                        wanted = (height, width) if compact else prediction.output_size(height, width)
+                        batch = model_inputs(head, resized[size], *wanted)
+                        model = (self._compact_models if compact else self._models)[head.name]
+                        for result, found in zip(results, model(batch)):
+                            result[head.name] = prediction.compact(found) if compact else found
+            finally:
+                self.memory.forget()
         return results
 
     def input_size(self, head: Head, height: int, width: int) -> tuple[int, int]:
@@ -192,6 +200,26 @@ def model_inputs(head: Head, resized: Sequence[np.ndarray], height: int, width: 
     return [
         {"image": _as_tensor(one, head.cfg.INPUT.FORMAT), "height": height, "width": width} for one in resized
     ]
+
+
+def _check(pictures: Any) -> None:
+    """
+    Raises:
+        ValueError, TypeError: see :meth:`Predictor.__call__`.
+    """
+    wanted = "a picture is a numpy array, (H, W, 3) uint8 in RGB order"
+    if isinstance(pictures, str | Path) or getattr(pictures, "ndim", 4) < 4:
+        raise TypeError(f"a predictor takes a list of pictures, predictor([picture]); {wanted}.")
+    for index, picture in enumerate(pictures):
+        if not isinstance(picture, np.ndarray):
+            raise TypeError(
+                f"{wanted}, but number {index} is a {type(picture).__name__}. "
+                'detectron2.data.detection_utils.read_image(path, "RGB") reads a file into one; '
+                'np.asarray(image.convert("RGB")) makes one of a PIL image, '
+                "tensor.permute(1, 2, 0).cpu().numpy() of a (3, H, W) uint8 tensor."
+            )
+        if picture.ndim != 3 or picture.shape[2] != 3 or picture.dtype != np.uint8 or 0 in picture.shape:
+            raise ValueError(f"{wanted}, but number {index} is {picture.dtype} of shape {picture.shape}.")
 
 
 def _of_pictures(head: Head) -> Prediction:

@@ -5,6 +5,7 @@ In: a network whose work depends on the size of the images only.  Out: the same 
 
 from __future__ import annotations
 
+import threading
 from collections import Counter
 from typing import Any, NamedTuple
 
@@ -41,9 +42,15 @@ class GraphPerSize(nn.Module):
         self._seen: Counter[tuple] = Counter()
         self._pool: Any = None
         self._stream: Any = None
+        # A graph reads and writes the same memory for everybody: threads take turns.
+        self._lock = threading.Lock()
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         """(B, 3, H, W) on CUDA -> {name: (B, C, h, w)}."""
+        with self._lock:
+            return self._replay(images)
+
+    def _replay(self, images: Tensor) -> dict[str, Tensor]:
         key = (images.shape, images.dtype, images.device)
         if key not in self._graphs:
             self._seen[key] += 1

@@ -9,6 +9,7 @@ sorted by kind, so that each kind has one (N, N) mask, not each window.
 
 from __future__ import annotations
 
+import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from typing import Generic, NamedTuple, TypeVar
@@ -104,21 +105,26 @@ def window_masks(window: Size, shift: Size) -> Tensor:
 
 
 class Bounded(Generic[T]):
-    """A memory of the last ``limit`` things that were made, by key."""
+    """A memory of the last ``limit`` things that were made, by key; for any number of threads."""
 
     def __init__(self, limit: int) -> None:
         self.limit = limit
+        self._lock = threading.Lock()
         self._kept: OrderedDict[Hashable, T] = OrderedDict()
+
+    def __reduce__(self) -> tuple[type[Bounded], tuple[int]]:
+        return Bounded, (self.limit,)  # a copy begins empty: locks cannot be copied
 
     def __len__(self) -> int:
         return len(self._kept)
 
     def get(self, key: Hashable, make: Callable[[], T]) -> T:
         """What is kept under ``key``, made now if it is not there; the one unused for longest goes."""
-        if key in self._kept:
-            self._kept.move_to_end(key)
-        else:
-            self._kept[key] = make()
-            if len(self._kept) > self.limit:
-                self._kept.popitem(last=False)
-        return self._kept[key]
+        with self._lock:
+            if key in self._kept:
+                self._kept.move_to_end(key)
+            else:
+                self._kept[key] = make()
+                if len(self._kept) > self.limit:
+                    self._kept.popitem(last=False)
+            return self._kept[key]

@@ -2,18 +2,21 @@
 
 import contextlib
 import copy
+import functools
 import importlib.util
 import os
 import shutil
 import subprocess
 import sys
+import time
 import types
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 from torch import nn
 
-from d2_frozen.backbone import FrozenBackbone, create_timm_backbone
+from d2_frozen.backbone import FrozenBackbone, create_timm_backbone, frozen
 from d2_frozen.backbone.fast import fast_network, graphs
 from d2_frozen.backbone.fast.folding import folded_copy
 from d2_frozen.backbone.fast.kernels import kernels_work
@@ -219,6 +222,23 @@ def test_layouts_of_many_sizes_do_not_pile_up():
     assert made[0] is made[2] is made[4] and len(kept) == 2
 
 
+def test_threads_do_not_take_layouts_away_from_each_other():
+    kept = Bounded(2)
+
+    def look_up(seed):
+        keys = torch.randint(4, (2000,), generator=torch.Generator().manual_seed(seed)).tolist()
+        return all(kept.get(key, functools.partial(int, key)) == key for key in keys)
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(4) as threads:
+            assert all(threads.map(look_up, range(4)))
+    finally:
+        sys.setswitchinterval(interval)
+    assert len(copy.deepcopy(kept)) == 0
+
+
 def test_it_is_made_again_after_the_weights_change():
     wrapped, other = (FrozenBackbone(network("swinv2_pico_window8_256")) for _ in range(2))
     batch = images(64, 64)
@@ -405,6 +425,44 @@ def test_sizes_beyond_those_that_are_recorded_run_as_they_are(monkeypatch):
             batch = torch.full((1, 3, 2, width), float(turn + width))
             assert torch.equal(fast(batch)["res2"], 2 * batch)
     assert recorded == list(range(1, 9)), "each at its second batch, and never again"
+
+
+def test_threads_do_not_get_the_maps_of_others(monkeypatch):
+    """A graph has one place for images and one for maps: whoever comes between would read the other's."""
+    network = nn.Module()
+    network.forward = lambda images: {"res2": 2 * images}
+
+    def record(self, images):
+        own, maps = images.clone(), {"res2": torch.zeros_like(images)}
+
+        def replay():
+            time.sleep(0.001)  # lets the others in
+            maps["res2"].copy_(2 * own)
+
+        return graphs.Recorded(types.SimpleNamespace(replay=replay), own, maps, None)
+
+    monkeypatch.setattr(graphs.GraphPerSize, "_record", record)
+    fast = graphs.GraphPerSize(network)
+    batches = [torch.full((1, 3, 2, 2), float(number)) for number in range(24)]
+    with ThreadPoolExecutor(4) as threads:
+        results = list(threads.map(fast, batches))
+    assert all(torch.equal(maps["res2"], 2 * batch) for maps, batch in zip(results, batches))
+
+
+def test_threads_that_begin_at_once_make_one_network(monkeypatch):
+    made = []
+
+    def slowly(inner, *settings):
+        made.append(inner)
+        time.sleep(0.02)  # lets the others in
+        return fast_network(inner, *settings)
+
+    monkeypatch.setattr(frozen, "fast_network", slowly)
+    wrapped = FrozenBackbone(network("swinv2_pico_window8_256"))
+    with ThreadPoolExecutor(4) as threads:
+        results = list(threads.map(wrapped, [images(32, 32)] * 4))
+    assert len(made) == 1
+    assert all(torch.equal(maps["res5"], results[0]["res5"]) for maps in results)
 
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -193,12 +196,6 @@ def test_names_of_heads_are_distinct(save_head: SaveHead, tmp_path: Path) -> Non
         load_heads([final, final], ["a.yaml"])
 
 
-def test_what_is_no_picture_is_refused(save_head: SaveHead) -> None:
-    predictor = Predictor([save_head("det")])
-    with pytest.raises(ValueError, match="uint8 RGB"):
-        predictor([np.zeros((4, 4), np.uint8)])
-
-
 def test_large_pictures_get_smaller_scores_and_labels_of_full_size(save_head: SaveHead) -> None:
     (head,) = load_heads([save_head("seg")])
     assert head.prediction.output_size(4000, 6000) == (4000, 6000)  # 3 classes: 72 M scores
@@ -232,3 +229,42 @@ def test_exif_orientation_is_followed(tmp_path: Path) -> None:
     exif[0x0112] = 6  # turn by 90 degrees
     image.save(tmp_path / "lying.jpg", exif=exif)
     assert read_picture(tmp_path / "lying.jpg").shape == (20, 10, 3)
+
+
+def test_threads_take_turns_and_get_their_own_results(save_head: SaveHead) -> None:
+    predictor = Predictor([save_head("det"), save_head("seg")])
+    images = [picture(32, 32 + 8 * k) for k in range(4)]
+    alone = [predictor([image])[0] for image in images]
+    with ThreadPoolExecutor(4) as threads:
+        together = list(threads.map(lambda k: predictor([images[k % 4]])[0], range(16)))
+    assert all(same(found[name], alone[k % 4][name]) for k, found in enumerate(together) for name in found)
+
+
+def test_a_pickled_or_copied_predictor_predicts_the_same(save_head: SaveHead) -> None:
+    predictor = Predictor([save_head("det"), save_head("seg")])
+    (truth,) = predictor([picture()])
+    for other in (pickle.loads(pickle.dumps(predictor)), copy.deepcopy(predictor)):
+        (found,) = other([picture()])
+        assert all(same(found[name], truth[name]) for name in truth)
+        assert len({id(part) for head in other.heads for part in frozen_parts(head.model).values()}) == 1
+        assert not {id(head.model) for head in other.heads} & {id(head.model) for head in predictor.heads}
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (picture(), r"a list of pictures, predictor\(\[picture\]\)"),
+        ("photo.jpg", r"a list of pictures"),
+        ([picture(), None], "number 1 is a NoneType"),
+        ([Image.new("RGB", (8, 8))], r"number 0 is a Image.*image\.convert"),
+        (["photo.jpg"], r"number 0 is a str.*read_image\(path"),
+        ([torch.zeros(3, 8, 8, dtype=torch.uint8)], r"number 0 is a Tensor.*permute"),
+        ([picture()[:, :, 0]], r"number 0 is uint8 of shape \(48, 64\)"),
+        ([picture(), picture() / 255], "number 1 is float64"),
+    ],
+)
+def test_what_is_no_picture_is_named(save_head: SaveHead, wrong: object, message: str) -> None:
+    predictor = Predictor([save_head("det")])
+    with pytest.raises((TypeError, ValueError), match=message):
+        predictor(wrong)  # type: ignore[arg-type]
+    assert predictor.memory.passes == 0
