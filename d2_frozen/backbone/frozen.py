@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -84,8 +84,11 @@ class FrozenBackbone(_TransparentWrapper):
     - Its arithmetic is its own, also inside an autocast region. Outputs are float32, or autocast's dtype
       where an autocast region encloses the call.
 
+    - ``torch.export`` and ``torch.jit.trace`` record the backbone itself, in float32 whatever the precision.
+
     Args:
-        inner: the backbone to freeze, changed in place (gradients off, eval mode).
+        inner: the backbone to freeze, changed in place (gradients off, eval mode). Any module whose forward gives a
+            dict of maps; who asks for ``output_shape()`` needs a Detectron2 Backbone.
         precision: one of PRECISIONS. What runs is a fast network made of the weights (fast/) at the
             first forward, and again after the weights change; ``state_dict`` always holds the originals. Below fp32 it
             has weights of its own on the images' device, and the originals stay in the computer's memory.
@@ -132,7 +135,12 @@ class FrozenBackbone(_TransparentWrapper):
         return self
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
-        """(B, 3, H, W) normalised images -> feature maps by name, without graph."""
+        """(B, 3, H, W) normalised images -> feature maps by name, without graph.
+
+        Raises:
+            ValueError: images of another rank.
+            TypeError: ``inner`` gives no dict of tensors, or its weights are not those of the precision.
+        """
         device = images.device.type
         outer = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else torch.float32
         with torch.no_grad(), torch.autocast(device, enabled=False):
@@ -162,7 +170,17 @@ class FrozenBackbone(_TransparentWrapper):
 
     def _compute(self, images: Tensor, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
         """Maps in ``dtype``, or in that of the network."""
-        maps = self._network(images.device)(images.float())
+        if images.dim() != 4:
+            raise ValueError(f"a backbone takes images of shape (B, 3, H, W), not {tuple(images.shape)}.")
+        # Recorders cannot follow what makes the fast network, nor need they: what they give is made fast elsewhere.
+        network = self.inner if _is_recorded() else self._network(images.device)
+        maps = network(images.float())
+        if not isinstance(maps, Mapping) or not all(isinstance(one, Tensor) for one in maps.values()):
+            raise TypeError(
+                f"{self.name} gives {_described(maps)}; a backbone gives maps by name, "
+                '{"res2": (B, C, H/4, W/4), ...}. Wrap it in a Detectron2 Backbone whose forward does '
+                "(docs/library.md has an example)."
+            )
         return {name: _contiguous(feature, dtype or feature.dtype) for name, feature in maps.items()}
 
     def _network(self, device: torch.device) -> nn.Module:
@@ -172,11 +190,22 @@ class FrozenBackbone(_TransparentWrapper):
             return ready
         with _MAKING:
             if state != self._runner_state:
+                self._require_float32()
                 self._runner = None  # before the next one takes its memory
                 self._runner = fast_network(self.inner, self.precision, device, self.compile_forward)
                 self._runner_state = state
             assert self._runner is not None
             return self._runner
+
+    def _require_float32(self) -> None:
+        dtypes = {p.dtype for p in self.inner.parameters() if p.is_floating_point()}
+        if self.precision == "fp32" and dtypes and torch.float32 not in dtypes:
+            raise TypeError(
+                f"the weights of {self.name} are {', '.join(map(str, dtypes))}, but precision 'fp32' computes in "
+                "float32. half(), bfloat16() and to(dtype) of a model round its frozen weights too: build it again, "
+                "and choose the frozen arithmetic by MODEL.FROZEN.PRECISION (FrozenBackbone's precision), that of "
+                "heads by torch.autocast."
+            )
 
 
 class PartlyFrozenBackbone(_TransparentWrapper):
@@ -284,6 +313,22 @@ def exclude_frozen_from_ddp(model: nn.Module) -> nn.Module:
         present = getattr(model, "_ddp_params_and_buffers_to_ignore", ())
         object.__setattr__(model, "_ddp_params_and_buffers_to_ignore", sorted({*present, *ignored}))
     return model
+
+
+def _is_recorded() -> bool:
+    """By torch.jit.trace (and torch.onnx by it), or torch.export?"""
+    exporting = getattr(torch.compiler, "is_exporting", None)  # of torch 2.7 and later
+    if exporting is None:
+        compiling, by_dynamo = torch.compiler.is_compiling(), torch.compiler.is_dynamo_compiling()
+        return torch.jit.is_tracing() or (compiling and not by_dynamo)
+    return torch.jit.is_tracing() or exporting()
+
+
+def _described(result: Any) -> str:
+    if isinstance(result, Mapping):
+        kinds = ", ".join(f"{key!r}: {type(value).__name__}" for key, value in result.items())
+        return f"a {type(result).__name__} of {{{kinds}}}"
+    return f"a {type(result).__name__}"
 
 
 def _contiguous(feature: Tensor, dtype: torch.dtype) -> Tensor:

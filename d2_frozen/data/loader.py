@@ -60,7 +60,8 @@ def build_train_loader(
             ``build_augmentations`` if None. May draw from random, numpy and torch.
         dataset: records in Detectron2's format; ``training_records`` if None.
     Raises:
-        ValueError: negative seed, unknown sampler, or a batch size that the ranks cannot share.
+        ValueError: negative seed, unknown sampler, a batch size that the ranks cannot share, or records without
+            "width" and "height" where DATALOADER.ASPECT_RATIO_GROUPING needs them.
     """
     if cfg.SEED < 0:
         raise ValueError("SEED is negative, but data draws are functions of it; set SEED >= 0.")
@@ -73,11 +74,7 @@ def build_train_loader(
     if dataset is None:
         dataset = training_records(cfg)
     mapper = _default_mapper(cfg, is_train=True) if mapper is None else mapper
-    wide = (
-        [record["width"] > record["height"] for record in dataset]
-        if cfg.DATALOADER.ASPECT_RATIO_GROUPING
-        else None
-    )
+    wide = _wide(dataset) if cfg.DATALOADER.ASPECT_RATIO_GROUPING else None
     settings = cfg.MODEL.FROZEN.CACHE
     return TrainLoader(
         DrawnDataset(
@@ -94,6 +91,17 @@ def build_train_loader(
         num_workers=cfg.DATALOADER.NUM_WORKERS,
         pin_memory=torch.device(cfg.MODEL.DEVICE).type == "cuda" and torch.cuda.is_available(),
     )
+
+
+def _wide(records: Sequence[Record]) -> list[bool]:
+    """Of each record, whether its image is wider than high."""
+    for record in records:
+        if "width" not in record or "height" not in record:
+            raise ValueError(
+                f"the record of {record.get('file_name', record)} has no 'width' and 'height', by which images are "
+                "grouped before they are read. Add them, or set DATALOADER.ASPECT_RATIO_GROUPING False."
+            )
+    return [record["width"] > record["height"] for record in records]
 
 
 def build_test_loader(

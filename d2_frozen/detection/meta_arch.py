@@ -33,7 +33,7 @@ class FrozenRCNN(GeneralizedRCNN):
         square: images are padded, right and below, to this many pixels on both sides; larger ones stay.
         kwargs: those of GeneralizedRCNN.
     Raises:
-        ValueError: the backbone of the config does not freeze what FREEZE says.
+        ValueError: the backbone of the config does not freeze what FREEZE says, or its class count is still -1.
     """
 
     @configurable
@@ -48,6 +48,12 @@ class FrozenRCNN(GeneralizedRCNN):
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict:
+        if cfg.MODEL.ROI_HEADS.NUM_CLASSES < 0:
+            raise ValueError(
+                "MODEL.ROI_HEADS.NUM_CLASSES is -1 (take it from the data). train_net.py does that; in code of your "
+                "own, call d2_frozen.data.prepare_datasets(cfg) before the model is built (where the datasets are "
+                "registered, resolve_num_classes(cfg) is enough), or set the number."
+            )
         own = {"freeze": cfg.MODEL.BACKBONE.FREEZE, "square": padded_square(cfg)}
         heads = heads_for_nms_type(cfg)
         if heads != cfg.MODEL.ROI_HEADS.NAME:

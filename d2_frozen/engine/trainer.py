@@ -6,6 +6,7 @@ uninterrupted one; checkpoints hold the trained part; SIGTERM saves and leaves; 
 
 from __future__ import annotations
 
+import inspect
 import logging
 import os
 import weakref
@@ -88,12 +89,25 @@ class FrozenTrainer(DefaultTrainer):
         self.register_hooks(self.build_hooks())
 
     def _batches(self, start_iteration: int) -> Iterable[Any]:
-        loader = self.build_train_loader(self.cfg, start_iteration=start_iteration)
+        loader = self._train_loader(start_iteration)
         # Only now, as a checkpoint may bring the weights of the frozen part.
         require_equal_frozen_parts(self.model_without_ddp)
         service = serve_features(self.cfg, self.model_without_ddp, loader)
         self.feature_cache = service.cache if service is not None else None
         return loader
+
+    def _train_loader(self, start_iteration: int) -> Iterable[Any]:
+        parameters = inspect.signature(self.build_train_loader).parameters.values()
+        if any(p.name == "start_iteration" or p.kind is p.VAR_KEYWORD for p in parameters):
+            return self.build_train_loader(self.cfg, start_iteration=start_iteration)
+        if start_iteration:  # overridden as in Detectron2, (cls, cfg)
+            logger.warning(
+                "The data begins anew, as in Detectron2: %s.build_train_loader has no argument start_iteration. With "
+                "one, and d2_frozen.data.build_train_loader(cfg, start_iteration, mapper=...) in it, a resumed run "
+                "goes on where it was.",
+                type(self).__name__,
+            )
+        return self.build_train_loader(self.cfg)
 
     @property
     def model_without_ddp(self) -> nn.Module:
@@ -199,12 +213,13 @@ class FrozenTrainer(DefaultTrainer):
 
     @classmethod
     def build_model(cls, cfg: CfgNode) -> Any:
-        """Detectron2's, with the same start values in every process.
+        """Detectron2's, with start values that are a function of SEED alone, whoever drew before, in every process.
 
-        Detectron2 seeds each process with SEED + rank, and DDP hands on rank 0's values of what it knows. A frozen
-        part it does not know: without pretrained weights it would be another one in each process.
+        Detectron2 seeds each process with SEED + rank (in default_setup, which a notebook leaves out), and DDP hands on
+        rank 0's values of what it knows. A frozen part it does not know: without pretrained weights it would be another
+        one in each process, and in each session that goes on with a run.
         """
-        if comm.get_world_size() == 1:
+        if cfg.SEED < 0 and comm.get_world_size() == 1:
             model = super().build_model(cfg)
         else:
             seed = cfg.SEED if cfg.SEED >= 0 else comm.shared_random_seed()
@@ -227,7 +242,12 @@ class FrozenTrainer(DefaultTrainer):
 
     @classmethod
     def build_train_loader(cls, cfg: CfgNode, start_iteration: int = 0) -> Iterable[list[dict[str, Any]]]:
-        """Batches from iteration ``start_iteration`` on."""
+        """Batches from iteration ``start_iteration`` on.
+
+        To override it for a mapper of your own, keep ``start_iteration`` and give both to
+        :func:`d2_frozen.data.build_train_loader`; Detectron2's ``(cls, cfg)`` works too, but a resumed run then begins
+        its data anew.
+        """
         return build_train_loader(cfg, start_iteration=start_iteration)
 
     @classmethod

@@ -29,12 +29,25 @@ def folded_copy(inner: nn.Module) -> nn.Module | None:
     """
     if any(t.dtype != torch.float32 for t in inner.parameters()):
         return None
-    copy = with_shared_tensors(inner)
-    trial = _small_image(inner)
-    count = _fold_inside(copy) + _fold_traced(copy, trial)
-    if not count:
+    try:
+        copy = with_shared_tensors(inner)
+        trial = _small_image(inner)
+        count = _fold_inside(copy) + _fold_traced(copy, trial)
+        if not count:
+            return None
+        difference = _largest_difference(copy(trial), inner(trial))
+    except torch.cuda.OutOfMemoryError:
+        raise
+    except (
+        Exception
+    ) as reason:  # somebody's own network: one that takes a single image size, say, or no copies
+        logger.info(
+            "%s runs as it is, with nothing folded: it could not be tried on a small image (%s: %s).",
+            getattr(inner, "name", type(inner).__name__),
+            type(reason).__name__,
+            reason,
+        )
         return None
-    difference = _largest_difference(copy(trial), inner(trial))
     if not difference < _TOLERANCE:
         logger.warning(
             "%s: folding its norms and scales would change the maps by %.1e; they are left as they are.",

@@ -178,6 +178,63 @@ def test_fingerprint_ignores_what_timm_computes_for_itself():
     assert wrapped.fingerprint()["sha256"] == before
 
 
+def test_export_and_trace_record_the_backbone_itself(images):
+    """What runs is made of the weights at the first forward, which no recorder follows."""
+    wrapped = FrozenBackbone(create_timm_backbone("resnet18"), "bf16")
+    truth = wrapped.inner(images)
+    for recorded in (
+        torch.export.export(wrapped, (images,)).module(),
+        torch.jit.trace(wrapped, images, strict=False),
+    ):
+        maps = recorded(images)
+        assert all(torch.allclose(maps[name], truth[name], atol=1e-5) for name in truth)
+        assert not any(one.requires_grad for one in maps.values())
+
+
+class OneSize(nn.Module):
+    """Somebody's own network, as vision transformers can be."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patches, self.norm = nn.Conv2d(3, 4, 16, stride=16), nn.BatchNorm2d(4)
+
+    def forward(self, x):
+        if x.shape[-2:] != (32, 32):
+            raise ValueError(f"images are 32x32, not {tuple(x.shape[-2:])}")
+        return {"last": self.norm(self.patches(x))}
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_network_of_one_image_size_is_not_tried_on_another(images, precision):
+    inner = OneSize().eval()
+    exact = inner(images)["last"]
+    found = FrozenBackbone(inner, precision)(images)["last"]
+    assert (found - exact).norm() <= (0.02 if precision == "bf16" else 0) * exact.norm()
+
+
+def test_what_is_no_backbone_and_what_are_no_images_are_named(images):
+    for inner, seen in [
+        (nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)), "Sequential gives a Tensor"),
+        (nn.Identity(), "Identity gives a Tensor"),
+    ]:
+        with pytest.raises(TypeError, match=f"{seen}; a backbone gives maps by name"):
+            FrozenBackbone(inner)(images)
+    inner = TinyBackbone()
+    inner.forward = lambda x: {"res2": (x, x)}
+    with pytest.raises(TypeError, match=r"TinyBackbone gives a dict of \{'res2': tuple\}"):
+        FrozenBackbone(inner)(images)
+    with pytest.raises(ValueError, match=r"\(B, 3, H, W\), not \(3, 32, 32\)"):
+        FrozenBackbone(TinyBackbone())(images[0])
+
+
+@pytest.mark.parametrize("change", ["half", "bfloat16", "double"])
+def test_weights_that_somebody_rounded_are_refused(images, change):
+    wrapped = FrozenBackbone(TinyBackbone())
+    getattr(wrapped, change)()
+    with pytest.raises(TypeError, match=r"weights of TinyBackbone are torch\.\w+.*MODEL.FROZEN.PRECISION"):
+        wrapped(images)
+
+
 @pytest.mark.parametrize("count", [1, 2, 3])
 def test_stages_count_from_the_stem(images, count):
     parts = ["stem", "res2", "res3"]

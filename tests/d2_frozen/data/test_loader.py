@@ -61,6 +61,16 @@ def shapes(tmp_path_factory, make_cfg):
     return make
 
 
+def test_records_without_a_size_are_refused_where_images_are_grouped_by_it(shapes):
+    records = [{"file_name": "a.jpg", "width": 3, "height": 2}, {"file_name": "b.jpg", "annotations": []}]
+    with pytest.raises(ValueError, match=r"b\.jpg has no 'width' and 'height'.*ASPECT_RATIO_GROUPING False"):
+        build_train_loader(shapes(), dataset=records)
+    loader = build_train_loader(
+        shapes("DATALOADER.ASPECT_RATIO_GROUPING", False), dataset=records, mapper=dict
+    )
+    assert {sample["file_name"] for batch in islice(loader, 2) for sample in batch} == {"a.jpg", "b.jpg"}
+
+
 def take(cfg, count, **options):
     """Batches as plain comparable values: file, pixels, boxes, classes, masks."""
     return [

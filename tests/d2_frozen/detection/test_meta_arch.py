@@ -134,3 +134,8 @@ def test_levels_that_the_backbone_does_not_give(
 ) -> None:
     with pytest.raises(ValueError, match=f"ROI_HEADS.IN_FEATURES is .*the backbone gives no '{missing}'"):
         build_model(small_config(key, value))
+
+
+def test_a_class_count_that_nobody_has_taken_from_the_data_is_refused(small_config: Config) -> None:
+    with pytest.raises(ValueError, match=r"MODEL\.ROI_HEADS\.NUM_CLASSES is -1.*prepare_datasets"):
+        build_model(small_config("MODEL.ROI_HEADS.NUM_CLASSES", -1))

@@ -20,7 +20,8 @@ from d2_frozen.engine.hooks import StoppedBySignal
 from d2_frozen.engine.trainer import _CPUAutocastTrainer, loop_kind
 from d2_frozen.train_net import main, setup
 from detectron2.config import CfgNode
-from detectron2.engine import AMPTrainer, HookBase
+from detectron2.data import DatasetMapper, build_detection_train_loader
+from detectron2.engine import AMPTrainer, DefaultTrainer, HookBase
 
 Flags = Callable[..., Namespace]
 
@@ -66,6 +67,37 @@ def test_backbone_is_bit_identical_after_training_and_not_in_the_checkpoint(
     assert saved["frozen"][0]["sha256"] == backbone.fingerprint()["sha256"]
     assert saved["classes"] == ["disk", "square", "triangle", "star", "ring", "cross"]
     assert saved["class_ids"] == [1, 2, 3, 4, 5, 6] and "FrozenRCNN" in saved["config"]
+
+
+def test_start_values_follow_the_seed_where_nobody_seeded_the_process(flags: Flags) -> None:
+    """As in a notebook, which calls no default_setup; prediction would else find another random backbone."""
+    cfg = setup(flags())
+    torch.manual_seed(cfg.SEED)
+    expected = DefaultTrainer.build_model(cfg).state_dict()
+    torch.manual_seed(5)
+    trainer = FrozenTrainer(cfg)
+    assert all(torch.equal(value, expected[key]) for key, value in trainer.model.state_dict().items())
+
+
+def test_a_loader_overridden_as_in_detectron2_trains_and_says_that_a_resumed_run_begins_its_data_anew(
+    flags: Flags, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Trainer(FrozenTrainer):
+        @classmethod
+        def build_train_loader(cls, cfg: CfgNode) -> Any:  # type: ignore[override]
+            return build_detection_train_loader(cfg, mapper=DatasetMapper(cfg, is_train=True))
+
+    cfg = setup(flags("SOLVER.MAX_ITER", "2"))
+    for iterations in (2, 3):
+        cfg = cfg.clone()
+        cfg.defrost()
+        cfg.SOLVER.MAX_ITER = iterations
+        caplog.clear()
+        trainer = Trainer(cfg)
+        trainer.resume_or_load(resume=True)
+        trainer.train()
+        assert trainer.iter == iterations
+        assert ("data begins anew" in caplog.text) == (iterations == 3)
 
 
 def test_eval_only_repeats_the_result_to_the_last_digit(flags: Flags, tmp_path: Path) -> None:
