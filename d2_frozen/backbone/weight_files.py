@@ -20,8 +20,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from d2_frozen.provider import embedded_part
 from detectron2.utils.file_io import PathManager
 
+_reading = embedded_part("checkpoint.reading")
 # Where files keep their tensors beside other things. EsViT and DINO hold two networks; the teacher is the released one.
 _WRAPPERS = ("model", "state_dict", "model_ema", "teacher", "student")
 # Objects that training scripts store beside the weights. They are read as empty dictionaries.
@@ -118,7 +120,7 @@ class _TorchFile:
 
 def _open(path: str) -> _SafetensorsFile | _TorchFile:
     try:
-        local = PathManager.get_local_path(path)
+        local = _reading.local_copy(path, PathManager)
     except OSError as err:
         raise FileNotFoundError(f"no backbone weights at {path} (MODEL.TIMM.PRETRAINED): {err}") from err
     if not os.path.isfile(local):

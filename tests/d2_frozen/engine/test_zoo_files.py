@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import http.server
 import os
 import pickle
+import tempfile
 import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -249,3 +252,31 @@ def test_offline_error_resolves_detectron2_names(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(file_io.Detectron2Handler, "S3_DETECTRON2_PREFIX", "http://127.0.0.1:9/")
     with pytest.raises(FileNotFoundError, match=r"detectron2://a/b\.pkl \(http://127\.0\.0\.1:9/a/b\.pkl\)"):
         FrozenCheckpointer(torch.nn.Linear(1, 1)).load("detectron2://a/b.pkl")
+
+
+def test_a_cache_on_a_file_system_without_locks_does_not_stop_a_download(
+    web: tuple[Path, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Home folders on Lustre: the download goes elsewhere; what was put into the cache by hand is read where it is."""
+    fcntl = pytest.importorskip("fcntl")
+    flock = fcntl.flock
+
+    def without_locks(file: Any, operation: int) -> None:
+        handle = file if isinstance(file, int) else file.fileno()
+        if str(tmp_path / "cache") in os.readlink(f"/proc/self/fd/{handle}"):
+            raise OSError(errno.ENOSYS, "Function not implemented")
+        flock(file, operation)
+
+    monkeypatch.setattr(fcntl, "flock", without_locks)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+    (tmp_path / "temporary").mkdir()
+    folder, address = web
+    source, model = torch.nn.Linear(2, 3), torch.nn.Linear(2, 3)
+    write_pickle(folder / "linear.pkl", weights_of(source), __author__="test")
+    FrozenCheckpointer(model).load(f"{address}/linear.pkl")
+    assert torch.equal(model.weight, source.weight)
+    assert (tmp_path / "temporary" / "iopath_cache" / "linear.pkl").is_file()
+    assert f"{tmp_path}/cache, where downloads are kept, is on a file system without locks" in caplog.text
+    monkeypatch.setenv("FVCORE_CACHE", str(tmp_path / "cache"))
+    write_pickle(tmp_path / "cache" / "by_hand.pkl", weights_of(source), __author__="test")
+    FrozenCheckpointer(torch.nn.Linear(2, 3)).load(f"{address}/by_hand.pkl")
