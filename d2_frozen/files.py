@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import secrets
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
+
+logger = logging.getLogger(__name__)
 
 
 @contextmanager
@@ -61,3 +64,34 @@ def write_bytes(path: str | Path, content: bytes, *, durable: bool = True) -> Pa
 def write_text(path: str | Path, text: str, *, durable: bool = True) -> Path:
     """The same in UTF-8."""
     return write_bytes(path, text.encode(), durable=durable)
+
+
+@contextmanager
+def by_the_way(what: str) -> Iterator[None]:
+    """For files that a run does not live by, such as pictures: where the block cannot write, the log says so.
+
+    Args:
+        what: it is about, e.g. "Pictures of the predictions".
+    """
+    try:
+        yield
+    except OSError as err:
+        logger.error("%s: not written (%s). The run goes on.", what, err)
+
+
+def drop_half_line(path: str | Path) -> None:
+    """Cut off the end of a file of lines that a kill or a full disk left without line break: the next one is whole."""
+    path = Path(path)
+    if not path.is_file() or not path.stat().st_size:
+        return
+    with open(path, "r+b") as file:
+        end = keep = file.seek(0, os.SEEK_END)
+        while keep:
+            start = max(0, keep - 2**16)
+            file.seek(start)
+            found = file.read(keep - start).rfind(b"\n")
+            keep = start + found + 1 if found >= 0 else start
+            if found >= 0:
+                break
+        if keep != end:
+            file.truncate(keep)

@@ -18,6 +18,7 @@ from tabulate import tabulate
 from torch import nn
 
 from d2_frozen import tasks
+from d2_frozen.files import by_the_way
 from d2_frozen.processes import run_processes
 from detectron2.config import CfgNode
 from detectron2.engine import default_argument_parser, default_setup
@@ -145,9 +146,10 @@ def finish(cfg: CfgNode, model: nn.Module, results: dict[str, Any] | None, train
     if results:
         lines.append(results_table(cfg, results))
     for name in dict.fromkeys(cfg.DATASETS.TEST):
-        sheet = tasks.task_of(cfg).write_pictures(cfg, model, name)
-        if sheet:
-            lines.append(f"pictures:   {sheet}")
+        with by_the_way(f"Pictures of predictions on {name}"):
+            sheet = tasks.task_of(cfg).write_pictures(cfg, model, name)
+            if sheet:
+                lines.append(f"pictures:   {sheet}")
     for label, file in (
         ("metrics", "metrics.json"),
         ("weights", "model_final.pth"),

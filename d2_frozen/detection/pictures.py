@@ -14,6 +14,7 @@ from torch import nn
 
 from d2_frozen.data import build_test_loader
 from d2_frozen.data.written import file_name_of
+from d2_frozen.files import write_bytes
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, Metadata, MetadataCatalog
 from detectron2.data import detection_utils as utils
@@ -84,9 +85,8 @@ def write_sheet(cfg: CfgNode, dataset_name: str, pairs: list[np.ndarray]) -> Pat
         return None
     folder = Path(cfg.OUTPUT_DIR, "inference")
     os.makedirs(folder, exist_ok=True)
-    path = folder / f"predictions_{file_name_of(dataset_name)}.jpg"
-    cv2.imwrite(str(path), _grid(pairs)[:, :, ::-1], [cv2.IMWRITE_JPEG_QUALITY, 90])
-    return path
+    code = cv2.imencode(".jpg", _grid(pairs)[:, :, ::-1], [cv2.IMWRITE_JPEG_QUALITY, 90])[1]
+    return write_bytes(folder / f"predictions_{file_name_of(dataset_name)}.jpg", code.tobytes())
 
 
 def _pair(record: dict, instances: Instances, metadata: Metadata) -> np.ndarray:

@@ -21,6 +21,8 @@ from detectron2.utils.events import EventWriter, get_event_storage
 logger = logging.getLogger(__name__)
 
 
+# Iterations until a checkpoint that could not be written is tried again.
+_TRY_AGAIN = 100
 # Seconds of one iteration of every head together, where several train (joint.py).
 ROUND_TIME = "round_time"
 
@@ -68,6 +70,78 @@ class KeepNewestCheckpoints(HookBase):
             written = sorted(self.folder.glob("model_" + "[0-9]" * 7 + ".pth"))
             for path in written[: -self.kept]:
                 path.unlink(missing_ok=True)
+
+
+class SavesWhenItCan(HookBase):
+    """A hook that writes checkpoints; where one cannot be written, training goes on and tries again.
+
+    A full disk is emptied, or a file server comes back, while what was trained is still in memory. Only the last
+    checkpoint, and one that a signal asks for, raise.
+
+    Args:
+        saving: the hook.
+    """
+
+    def __init__(self, saving: HookBase) -> None:
+        self.saving = saving
+        self._failed_at: int | None = None
+
+    def before_train(self) -> None:
+        self.saving.trainer = self.trainer
+        self.saving.before_train()
+
+    def after_step(self) -> None:
+        iteration, last = self.trainer.iter, self.trainer.iter + 1 >= self.trainer.max_iter
+        try:
+            if self._failed_at is None or last or (iteration - self._failed_at) % _TRY_AGAIN:
+                self.saving.after_step()
+            else:
+                self.trainer.checkpointer.save(f"model_{iteration:07d}", iteration=iteration)
+                self._failed_at = None
+        except OSError as err:
+            if last:
+                raise
+            self._failed_at = iteration
+            logger.error(
+                "No checkpoint after iteration %d: %s. Training goes on, and tries again in %d iterations; what was "
+                "trained since the last checkpoint is in memory only. Make room: SOLVER.CHECKPOINTS_KEPT keeps fewer.",
+                iteration,
+                err,
+                _TRY_AGAIN,
+            )
+
+    def after_train(self) -> None:
+        self.saving.after_train()
+
+
+class WritesWhenItCan(EventWriter):
+    """A writer of metrics; where its file cannot be written, that is said once, and training goes on.
+
+    Args:
+        writer: it gets what came meanwhile when it can be written again, as far as it remembers.
+    """
+
+    def __init__(self, writer: EventWriter) -> None:
+        self.writer = writer
+        self._told = False
+
+    def write(self) -> None:
+        self._try(self.writer.write)
+
+    def close(self) -> None:
+        self._try(self.writer.close)
+
+    def _try(self, work: Callable[[], None]) -> None:
+        try:
+            work()
+        except OSError as err:
+            if not self._told:
+                logger.error(
+                    "%s cannot write: %s. Training goes on without.", type(self.writer).__name__, err
+                )
+            self._told = True
+        else:
+            self._told = False
 
 
 class SignalWatch:

@@ -181,8 +181,8 @@ class JointTraining:
                 self._leave_if_asked(iteration)
             return {head.name: head.results() for head in self._heads}
         except Exception:
-            for head in self._heads:
-                head.save()
+            with contextlib.suppress(OSError):  # told; the error that ends the run is another one
+                self._save_all()
             raise
         finally:
             self._watch.stop()
@@ -215,15 +215,25 @@ class JointTraining:
     def _save_while_evaluating(self, evaluated: JointHead) -> None:
         # Its step of this iteration is over, and so are the hooks that change what is saved.
         evaluated.done = evaluated.trainer.iter
+        self._save_all()
+
+    def _save_all(self) -> None:
+        """Every head that can be; then OSError, if one could not."""
+        failed: OSError | None = None
         for head in self._heads:
-            head.save()
+            try:
+                head.save()
+            except OSError as err:
+                logger.error("%s is not saved: %s", head.name, err)
+                failed = failed or err
+        if failed is not None:
+            raise failed
 
     def _leave_if_asked(self, iteration: int) -> None:
         received = self._watch.received()
         if not received:
             return
-        for head in self._heads:
-            head.save()
+        self._save_all()
         name = signal.Signals(received).name
         logger.warning("%s: all heads saved after iteration %d; continue with --resume.", name, iteration)
         raise StoppedBySignal(received)

@@ -32,15 +32,18 @@ from d2_frozen.engine.hooks import (
     KeepNewestCheckpoints,
     ProgressPrinter,
     SaveAndLeaveOnSignal,
+    SavesWhenItCan,
     SeedEachIteration,
+    WritesWhenItCan,
 )
 from d2_frozen.engine.optimizer import build_lr_scheduler, build_optimizer
 from d2_frozen.engine.resuming import config_changes, require_fitting_optimizer, tell_of_other_classes
+from d2_frozen.files import drop_half_line
 from d2_frozen.summary import parts_table
 from detectron2.config import CfgNode
 from detectron2.engine import AMPTrainer, DefaultTrainer, HookBase, SimpleTrainer, TrainerBase
 from detectron2.engine.defaults import create_ddp_model
-from detectron2.engine.hooks import EvalHook, PeriodicWriter
+from detectron2.engine.hooks import EvalHook, PeriodicCheckpointer, PeriodicWriter
 from detectron2.evaluation import COCOEvaluator, DatasetEvaluator
 from detectron2.utils import comm
 from detectron2.utils.events import EventWriter, JSONWriter, TensorboardXWriter
@@ -170,6 +173,7 @@ class FrozenTrainer(DefaultTrainer):
             hooks.insert(writers[0] if writers else len(hooks), EvalHook(0, self._test_with_augmentation))
         if self.cfg.SOLVER.CHECKPOINTS_KEPT:
             hooks.append(KeepNewestCheckpoints(self.cfg.OUTPUT_DIR, self.cfg.SOLVER.CHECKPOINTS_KEPT))
+        hooks = [SavesWhenItCan(hook) if isinstance(hook, PeriodicCheckpointer) else hook for hook in hooks]
         leaving = SaveAndLeaveOnSignal()
         hooks = [leaving.saving_during(hook) if isinstance(hook, EvalHook) else hook for hook in hooks]
         report = CacheReport(lambda: self.feature_cache)
@@ -179,10 +183,12 @@ class FrozenTrainer(DefaultTrainer):
         """Terminal, ``metrics.json`` and TensorBoard."""
         folder = self.cfg.OUTPUT_DIR
         os.makedirs(folder, exist_ok=True)
+        metrics = os.path.join(folder, "metrics.json")
+        drop_half_line(metrics)
         return [
             ProgressPrinter(self.max_iter, self.cfg.SOLVER.IMS_PER_BATCH),
-            JSONWriter(os.path.join(folder, "metrics.json")),
-            TensorboardXWriter(folder),
+            WritesWhenItCan(JSONWriter(metrics)),
+            WritesWhenItCan(TensorboardXWriter(folder)),
         ]
 
     @classmethod

@@ -19,7 +19,7 @@ from PIL import Image
 from tabulate import tabulate
 
 from d2_frozen.confusion import confusion_picture, mostly_taken_for
-from d2_frozen.files import write_bytes
+from d2_frozen.files import by_the_way, write_bytes
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.evaluation import SemSegEvaluator
 from seg_app.data.label_maps import read_label_map
@@ -80,7 +80,8 @@ class LabelMapEvaluator(SemSegEvaluator):
         logger.info("%s, per class:\n%s", self._name, class_table(self._classes, counts))
         if self._output_dir:
             picture = cv2.imencode(".png", confusion_picture(self._classes, counts)[..., ::-1])[1]
-            write_bytes(Path(self._output_dir, f"confusion_{self._name}.png"), picture.tobytes())
+            with by_the_way(f"The picture of {self._name}'s confusions"):
+                write_bytes(Path(self._output_dir, f"confusion_{self._name}.png"), picture.tobytes())
         return results
 
 

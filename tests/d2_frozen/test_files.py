@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from d2_frozen.files import whole_file, write_atomically, write_bytes
+from d2_frozen.files import drop_half_line, whole_file, write_atomically, write_bytes
 
 
 def test_a_failing_write_leaves_the_old_file(tmp_path: Path) -> None:
@@ -68,3 +68,17 @@ def test_a_writer_that_makes_files_for_their_owner_alone(tmp_path: Path) -> None
     finally:
         os.umask(before)
     assert (tmp_path / "w.safetensors").stat().st_mode & 0o777 == 0o640
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [(b"", b""), (b"a\n", b"a\n"), (b"a\nb", b"a\n"), (b"half", b""), (b"a\n" + b"b" * 200_000, b"a\n")],
+)
+def test_half_a_line_at_the_end_is_cut_off(tmp_path: Path, before: bytes, after: bytes) -> None:
+    """Or the next line would be glued to it, and both be lost."""
+    path = tmp_path / "metrics.json"
+    drop_half_line(path)
+    assert not path.exists()
+    path.write_bytes(before)
+    drop_half_line(path)
+    assert path.read_bytes() == after

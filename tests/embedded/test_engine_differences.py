@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from torch import nn
 import detectron2
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.engine import AMPTrainer, HookBase, hooks, launch
+from detectron2.utils.logger import setup_logger
 
 if not hasattr(detectron2, "EMBEDDED_IN"):
     pytest.skip("about the embedded engine", allow_module_level=True)
@@ -119,3 +121,16 @@ def test_default_trainer_returns_the_last_results(tmp_path: Path):
 def test_launch_says_what_is_missing(options: dict, message: str):
     with pytest.raises(ValueError, match=message):
         launch(print, 1 if "num_machines" in options else 2, **options)
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a device that is always full")
+def test_a_log_on_a_full_disk_is_told_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "log.txt").symlink_to("/dev/full")
+    log = setup_logger(str(tmp_path), name="full_disk", configure_stdout=False)
+    for number in range(3):
+        log.info("line %d", number)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert (
+        line
+        == f"{tmp_path}/log.txt cannot be written, and misses lines from now on: [Errno 28] No space left on device"
+    )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import logging
 import math
+import os
 from pathlib import Path
 
 import numpy as np
@@ -183,3 +184,23 @@ def test_sem_seg_names_the_file_with_wrong_size_or_labels(tmp_path: Path):
     with pytest.raises(ValueError, match=r"labels\.png.*labels 9.*2 classes"):
         evaluator = _sem_seg(tmp_path, np.full((8, 8), 9), "sem_seg_labels")
         evaluator.process([{"file_name": "a.jpg"}], [{"sem_seg": scores}])
+
+
+def test_a_full_disk_costs_files_but_no_metrics(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    """What an earlier evaluation wrote stays whole."""
+    name = facts.registered(tmp_path)
+    outputs = {i: facts.perfect(i, masks=True) for i in facts.TRUTH}
+    out = tmp_path / "out"
+    results = facts.evaluated(name, outputs, output_dir=str(out))
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+
+    def full(handle: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    again = facts.evaluated(name, {1: facts.perfect(1, masks=True)} | outputs, output_dir=str(out))
+    assert str(again) == str(results)
+    assert f"Results are not in {out}/coco_instances_results.json: [Errno 28] No space left" in caplog.text
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before

@@ -19,7 +19,7 @@ import torch
 from tabulate import tabulate
 
 from d2_frozen.confusion import confusion_picture, mostly_taken_for
-from d2_frozen.files import write_bytes
+from d2_frozen.files import by_the_way, write_bytes
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.evaluation import DatasetEvaluator
 from detectron2.utils import comm
@@ -132,16 +132,18 @@ class TopKEvaluator(DatasetEvaluator):
 
     def _write(self, numbers: Sequence[int], videos: Sequence[_Seen], counts: np.ndarray) -> None:
         assert self._output_dir is not None
-        os.makedirs(self._output_dir, exist_ok=True)
         lines = [json.dumps(self._document(number, video)) + "\n" for number, video in zip(numbers, videos)]
-        write_bytes(
-            Path(self._output_dir, f"predictions_{self._name}.jsonl"),
-            "".join(lines).encode(),
-        )
         picture = confusion_picture(self._classes, counts)[..., ::-1]
-        write_bytes(
-            Path(self._output_dir, f"confusion_{self._name}.png"), cv2.imencode(".png", picture)[1].tobytes()
-        )
+        with by_the_way(f"Predictions and confusions of {self._name}"):
+            os.makedirs(self._output_dir, exist_ok=True)
+            write_bytes(
+                Path(self._output_dir, f"predictions_{self._name}.jsonl"),
+                "".join(lines).encode(),
+            )
+            write_bytes(
+                Path(self._output_dir, f"confusion_{self._name}.png"),
+                cv2.imencode(".png", picture)[1].tobytes(),
+            )
 
     def _document(self, number: int, video: _Seen) -> dict[str, Any]:
         best = [

@@ -9,7 +9,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from d2_frozen.engine.hooks import SaveAndLeaveOnSignal, StoppedBySignal, peak_memory_mib
+from d2_frozen.engine.hooks import SaveAndLeaveOnSignal, StoppedBySignal, WritesWhenItCan, peak_memory_mib
+from detectron2.utils.events import EventStorage, JSONWriter
 
 
 def test_peak_memory_is_that_of_this_process_not_of_its_parent() -> None:
@@ -41,3 +42,18 @@ def test_a_signal_is_waited_with_up_to_the_last_iteration_only() -> None:
         assert signal.getsignal(signal.SIGTERM) == before
     finally:
         hook.after_train()
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a device that is always full")
+def test_metrics_that_cannot_be_written_are_told_once_and_end_nothing(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    writer = WritesWhenItCan(JSONWriter("/dev/full"))
+    with EventStorage(0) as storage:
+        for iteration in range(3):
+            storage.iter = iteration
+            storage.put_scalar("loss", 1.0)
+            writer.write()
+    writer.close()
+    told = [record.getMessage() for record in caplog.records]
+    assert told == ["JSONWriter cannot write: [Errno 28] No space left on device. Training goes on without."]

@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import nn
 
-from d2_frozen.engine import FrozenTrainer
+from d2_frozen.engine import FrozenTrainer, hooks
 from d2_frozen.engine.hooks import StoppedBySignal
 from d2_frozen.engine.trainer import _CPUAutocastTrainer, loop_kind
 from d2_frozen.train_net import main, setup
@@ -157,7 +157,7 @@ def test_sigterm_during_an_evaluation_saves_at_once(flags: Flags, tmp_path: Path
 
 KILLED_RUN = """
 import os, signal, sys
-from d2_frozen.engine import FrozenTrainer
+from d2_frozen.engine import FrozenTrainer, hooks
 from d2_frozen.train_net import argument_parser, setup
 from detectron2.config import CfgNode
 from detectron2.engine import HookBase
@@ -284,3 +284,45 @@ def test_too_little_gpu_memory_is_answered_with_what_needs_less(flags: Flags, tm
     assert "SOLVER.IMS_PER_BATCH: fewer, and SOLVER.BASE_LR with them; now 2" in said
     # These are so already.
     assert "AMP" not in said and "FREEZE" not in said
+
+
+class SmallFiles(HookBase):
+    """As on a disk that is full: in iterations 1 and 2 no file becomes larger than 1 MB."""
+
+    def before_step(self) -> None:
+        resource = pytest.importorskip("resource")
+        _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        full = self.trainer.iter in (1, 2)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2**20 if full else hard, hard))
+
+
+def test_a_disk_that_is_full_for_a_while_costs_no_training(
+    flags: Flags, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The checkpoint after iteration 1 cannot be written, and follows after 3, when there is room."""
+    monkeypatch.setattr(hooks, "_TRY_AGAIN", 2)
+    out = tmp_path / "out"
+    trainer = FrozenTrainer(
+        setup(flags("SOLVER.CHECKPOINT_PERIOD", "2", "SOLVER.MAX_ITER", "5", "DATASETS.TEST", "()"))
+    )
+    trainer.register_hooks([SmallFiles()])
+    trainer.resume_or_load(resume=False)
+    trainer.train()
+    assert "No checkpoint after iteration 1: [Errno 27] File too large; not written" in caplog.text
+    assert f"{out}/model_0000001.pth" in caplog.text
+    assert sorted(path.name for path in out.glob("*model*")) == ["model_0000003.pth", "model_final.pth"]
+    assert read(out / "model_final.pth")["iteration"] == 4
+
+
+def test_a_last_checkpoint_that_cannot_be_written_is_an_error(flags: Flags, tmp_path: Path) -> None:
+    trainer = FrozenTrainer(setup(flags("SOLVER.MAX_ITER", "2", "DATASETS.TEST", "()")))
+    trainer.register_hooks([SmallFiles()])
+    trainer.resume_or_load(resume=False)
+    resource = pytest.importorskip("resource")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        with pytest.raises(OSError, match=r"not written.*model_0000001\.pth"):
+            trainer.train()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert not list((tmp_path / "out").glob("*model*"))

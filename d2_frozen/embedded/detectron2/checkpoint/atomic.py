@@ -14,7 +14,7 @@ def write_atomically(path: str, write: Callable[[IO[bytes]], Any]) -> None:
         path: a local file; its folder exists.
         write: gets the open binary stream.
     Raises:
-        OSError: the disk is full or not writable; ``path`` is as it was.
+        OSError: the disk is full or not writable; names ``path``, which is as it was.
     """
     folder, name = os.path.split(os.path.abspath(path))
     # The process id keeps two runs in one folder from writing into the same temporary file.
@@ -25,9 +25,15 @@ def write_atomically(path: str, write: Callable[[IO[bytes]], Any]) -> None:
             stream.flush()
             os.fsync(stream.fileno())
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as err:
         if os.path.exists(temporary):
             os.remove(temporary)
+        # torch.save buries a disk's error under one of its own.
+        cause = err if isinstance(err, OSError) else err.__context__
+        if isinstance(err, (OSError, RuntimeError)) and isinstance(cause, OSError):
+            raise type(cause)(
+                cause.errno, f"{cause.strerror or cause}; it is as it was before", path
+            ) from err
         raise
     _sync_folder(folder)
 

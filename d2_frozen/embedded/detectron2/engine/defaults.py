@@ -23,6 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import detectron2.data.transforms as T
 from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.checkpoint.atomic import write_atomically
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog, build_detection_test_loader, build_detection_train_loader
 from detectron2.evaluation import DatasetEvaluator, inference_on_dataset, print_csv_format, verify_results
@@ -155,8 +156,11 @@ def default_setup(cfg: CfgNode, args: argparse.Namespace) -> None:
         path = os.path.join(output_dir, "config.yaml")
         text = cfg.dump()
         log.info("Running with full config:\n%s", text)
-        with PathManager.open(path, "w") as handle:
-            handle.write(text)
+        if "://" in path:
+            with PathManager.open(path, "w") as handle:
+                handle.write(text)
+        else:
+            write_atomically(path, lambda stream: stream.write(text.encode()))
         log.info("Full config saved to %s", path)
     seed_all_rng(cfg.SEED + rank if cfg.SEED >= 0 else None)
     # Searching for the fastest convolutions pays only when the same sizes come often; in evaluation they do

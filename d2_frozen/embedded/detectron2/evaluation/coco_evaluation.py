@@ -27,13 +27,13 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets.coco import convert_to_coco_dict, convert_to_coco_json
 from detectron2.structures import BoxMode, Instances
 from detectron2.utils import comm
-from detectron2.utils.file_io import PathManager
 from detectron2.utils.logger import create_small_table
 
 from . import _coco_metrics as metrics
 from ._coco_matching import Curves
 from ._coco_truth import index_truth, read_truth, without_missing_masks
 from ._mask_coding import encode_masks
+from ._result_files import write_results
 from .evaluator import DatasetEvaluator
 
 __all__ = ["COCOEvaluator", "instances_to_coco_json"]
@@ -180,11 +180,8 @@ class COCOEvaluator(DatasetEvaluator):
             )
             return self._results
         if self._output_dir:
-            PathManager.mkdirs(self._output_dir)
-            with PathManager.open(
-                os.path.join(self._output_dir, "instances_predictions.pth"), "wb"
-            ) as handle:
-                _save_predictions(predictions, handle)
+            path = os.path.join(self._output_dir, "instances_predictions.pth")
+            write_results(path, lambda stream: _save_predictions(predictions, stream))
         predictions = self._one_per_image(predictions)
         if any("proposals" in p for p in predictions):
             self._eval_box_proposals([p for p in predictions if "proposals" in p])
@@ -241,8 +238,11 @@ class COCOEvaluator(DatasetEvaluator):
         if self._output_dir:
             path = os.path.join(self._output_dir, "coco_instances_results.json")
             self._logger.info("Writing %d detections to %s", len(rows), path)
-            with PathManager.open(path, "w") as handle:
-                handle.write(json.dumps(rows))
+            write_results(
+                path,
+                lambda stream: stream.write(json.dumps(rows).encode()),
+                needed=not self._do_evaluation,
+            )
         if not self._do_evaluation:
             self._logger.info(
                 "%s has no annotations: predictions are written, not evaluated.", self._truth_source
@@ -380,8 +380,11 @@ class COCOEvaluator(DatasetEvaluator):
                 "ids": [p["image_id"] for p in predictions],
                 "bbox_mode": BoxMode.XYXY_ABS.value,
             }
-            with PathManager.open(os.path.join(self._output_dir, "box_proposals.pkl"), "wb") as handle:
-                pickle.dump(content, handle)
+            write_results(
+                os.path.join(self._output_dir, "box_proposals.pkl"),
+                lambda stream: pickle.dump(content, stream),
+                needed=not self._do_evaluation,
+            )
         if not self._do_evaluation:
             self._logger.info(
                 "%s has no annotations: proposals are written, not evaluated.", self._truth_source

@@ -26,6 +26,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.utils import comm
 from detectron2.utils.file_io import PathManager
 
+from ._result_files import write_results
 from .evaluator import DatasetEvaluator
 
 __all__ = ["SemSegEvaluator", "load_image_into_numpy_array"]
@@ -142,10 +143,8 @@ class SemSegEvaluator(DatasetEvaluator):
         if not self._gather():
             return None
         if self._output_dir:
-            PathManager.mkdirs(self._output_dir)
             path = os.path.join(self._output_dir, "sem_seg_predictions.json")
-            with PathManager.open(path, "w") as handle:
-                handle.write(json.dumps(self._predictions))
+            write_results(path, lambda stream: stream.write(json.dumps(self._predictions).encode()))
         scores = _Scores(self._conf_matrix)
         edges = _Scores(self._b_conf_matrix) if self._with_boundary else None
         result = {"mIoU": scores.mean_iou, "fwIoU": scores.weighted_iou}
@@ -159,8 +158,7 @@ class SemSegEvaluator(DatasetEvaluator):
         result = {name: 100 * float(value) for name, value in result.items()}
         if self._output_dir:
             path = os.path.join(self._output_dir, "sem_seg_evaluation.pth")
-            with PathManager.open(path, "wb") as handle:
-                torch.save(result, handle)
+            write_results(path, lambda stream: torch.save(result, stream))
         results = OrderedDict(sem_seg=result)
         self._logger.info(results)
         return results

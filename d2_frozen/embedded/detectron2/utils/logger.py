@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import functools
 import logging
 import os
@@ -50,6 +51,21 @@ class _ColorfulFormatter(logging.Formatter):
         return line if look is None else f"{colored(record.levelname, **look)} {line}"
 
 
+class _FileHandler(logging.StreamHandler):
+    """On a full disk: one line on stderr, where logging has a traceback for every record. Nothing else happens."""
+
+    _told = False
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        err = sys.exc_info()[1]
+        if not isinstance(err, OSError):
+            super().handleError(record)
+        elif not self._told and sys.stderr is not None:
+            name = getattr(self.stream, "name", "the log")
+            print(f"{name} cannot be written, and misses lines from now on: {err}", file=sys.stderr)
+            self._told = True
+
+
 @functools.lru_cache
 def setup_logger(
     output: str | None = None,
@@ -93,7 +109,7 @@ def setup_logger(
     if output is not None:
         file = _log_file(output, distributed_rank)
         PathManager.mkdirs(os.path.dirname(file))
-        _add_handler(logger, logging.StreamHandler(_open_log_stream(file)), plain)
+        _add_handler(logger, _FileHandler(_open_log_stream(file)), plain)
     return logger
 
 
@@ -115,8 +131,13 @@ def _open_log_stream(filename: str) -> IO[str]:
         stream = PathManager.open(filename, "a", buffering=1 << 20)
     else:
         stream = PathManager.open(filename, "a", buffering=1, encoding="utf-8", errors="backslashreplace")
-    atexit.register(stream.close)
+    atexit.register(_close, stream)
     return stream
+
+
+def _close(stream: IO[str]) -> None:
+    with contextlib.suppress(OSError):  # a full disk: told already
+        stream.close()
 
 
 # ---- limits on repetition: counted per place in the caller's code, or per message, or both
