@@ -13,7 +13,7 @@ provide_detectron2()
 # filters, so that -W and PYTHONWARNINGS decide before it.
 warnings.filterwarnings("ignore", r"`torch\.jit\.script` is deprecated", FutureWarning, append=True)
 
-from d2_frozen.config import add_frozen_config  # noqa: E402  (needs detectron2)
+from d2_frozen.config import add_frozen_config, register_config  # noqa: E402  (needs detectron2)
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "add_frozen_config", "engine_name"]
+__all__ = ["__version__", "add_frozen_config", "engine_name", "register_config"]

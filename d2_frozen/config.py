@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable
+from typing import Any
 
 from detectron2.config import CfgNode
 
 # Imported by add_frozen_config: these modules register themselves in Detectron2's registries.
 _REGISTERING = ("d2_frozen.backbone", "d2_frozen.neck", "d2_frozen.detection")
+AddKeys = Callable[[CfgNode], Any]
+# Of code outside of this project, by name.
+_keys_of_others: dict[tuple[str, str], AddKeys] = {}
 
 
 def add_frozen_config(cfg: CfgNode) -> CfgNode:
@@ -24,6 +29,26 @@ def add_frozen_config(cfg: CfgNode) -> CfgNode:
     _add_training_keys(cfg)
     for name in _REGISTERING:
         importlib.import_module(name)
+    return cfg
+
+
+def register_config(add_keys: AddKeys) -> AddKeys:
+    """Keys of your own for every config that a command reads (train_net, predict, joint, ...); usable as a decorator.
+
+    Registries are for classes; this is the same for keys: the module that registers a head also registers its keys.
+
+    Args:
+        add_keys: a function of the module that sets keys in the cfg it is given, in place, after this project's are
+            there. Registered again (a notebook's cell), it takes the place of the one of that name.
+    """
+    _keys_of_others[add_keys.__module__, add_keys.__qualname__] = add_keys
+    return add_keys
+
+
+def add_keys_of_others(cfg: CfgNode) -> CfgNode:
+    """What was given to :func:`register_config`, in place; returns ``cfg``."""
+    for add_keys in _keys_of_others.values():
+        add_keys(cfg)
     return cfg
 
 
@@ -93,7 +118,8 @@ def _add_model_keys(cfg: CfgNode) -> None:
     cfg.MODEL.NECK = CfgNode()
     # Neck on top of the bottom-up network: "FPN" | "ResidualFPN" | "BiFPN" | "SimpleFeaturePyramid" (ViTDet's, for
     # plain ViTs; the other necks on a plain ViT get res2..res5 from the same trained branches).
-    # "none" gives the head res2..res5 (seg_app's heads have a neck inside).
+    # "none" gives the head res2..res5 (seg_app's heads have a neck inside). One of your own: its name in NECK_REGISTRY
+    # of d2_frozen.neck (docs/library.md).
     # MODEL.BACKBONE.NAME: build_frozen_bottom_up reads none of it: the network's own maps, a plain ViT's "plain" too.
     # MODEL.FPN.{IN_FEATURES, OUT_CHANNELS, NORM} hold for each neck, FUSE_TYPE for the two FPNs.
     # BiFPN needs a norm (GN, BN, SyncBN): without one, the signal fades from layer to layer.

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 from torch import nn
 
+from d2_frozen.config import add_keys_of_others
 from detectron2.config import CfgNode, get_cfg
 
 # Meta-architecture -> package of the app. All others are detection's (R-CNNs, Detectron2's own models).
@@ -162,6 +163,8 @@ def task_of(cfg: CfgNode) -> Task:
 def read_config(config_file: str | Path, options: Iterable[str] = ()) -> CfgNode:
     """A yaml file ("" for none) and KEY VALUE options over the defaults of their task; ~ is the home folder.
 
+    Defaults include those of :func:`d2_frozen.register_config`.
+
     Raises:
         KeyError, AssertionError: unknown key in the file / in the options, or options that are no pairs.
         ValueError: a value of another type than the default.
@@ -171,7 +174,7 @@ def read_config(config_file: str | Path, options: Iterable[str] = ()) -> CfgNode
     _check_pairs(options)
     try:
         task = _load(APPS.get(_meta_architecture(config_file, options) or "", DETECTION))
-        cfg = task.add_config(get_cfg())
+        cfg = add_keys_of_others(task.add_config(get_cfg()))
         if config_file:
             cfg.merge_from_file(str(config_file))
         cfg.merge_from_list(options)

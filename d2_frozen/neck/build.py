@@ -14,8 +14,12 @@ from detectron2.layers import ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY
 from detectron2.modeling.backbone import FPN, Backbone
 from detectron2.modeling.backbone.fpn import LastLevelMaxPool
+from detectron2.utils.registry import Registry
 
 NECK_NAMES = ("FPN", "ResidualFPN", "BiFPN", "SimpleFeaturePyramid", "none")
+# Necks of others, under other names: called with (cfg, bottom_up), they give a Detectron2 Backbone that trains and has
+# bottom_up as its attribute of that name.
+NECK_REGISTRY = Registry("NECK")
 
 
 @BACKBONE_REGISTRY.register()
@@ -54,9 +58,12 @@ def build_neck(cfg: CfgNode, bottom_up: Backbone) -> Backbone:
     have a neck of their own.
 
     Raises:
-        ValueError: no such neck, OUT_CHANNELS that its norm cannot divide, or IN_FEATURES that ``bottom_up`` lacks.
+        ValueError: no such neck, here or in NECK_REGISTRY, OUT_CHANNELS that its norm cannot divide, or IN_FEATURES
+            that ``bottom_up`` lacks.
     """
     name, fpn = cfg.MODEL.NECK.NAME, cfg.MODEL.FPN
+    if name not in NECK_NAMES and name in NECK_REGISTRY:
+        return NECK_REGISTRY.get(name)(cfg, bottom_up)
     if name != "none" and fpn.NORM == "GN" and fpn.OUT_CHANNELS % 32:
         raise ValueError(
             f"MODEL.FPN.OUT_CHANNELS is {fpn.OUT_CHANNELS}, but MODEL.FPN.NORM GN has 32 groups of equal size: take a "
@@ -103,7 +110,11 @@ def build_neck(cfg: CfgNode, bottom_up: Backbone) -> Backbone:
             separable=cfg.MODEL.BIFPN.SEPARABLE_CONV,
             fuse_type=cfg.MODEL.BIFPN.FUSE_TYPE,
         )
-    raise ValueError(f"MODEL.NECK.NAME is {name!r}; choose one of {', '.join(NECK_NAMES)}.")
+    known = ", ".join([*NECK_NAMES, *(other for other, _ in NECK_REGISTRY)])
+    raise ValueError(
+        f"MODEL.NECK.NAME is {name!r}; choose one of {known}. One of your own registers itself in "
+        "d2_frozen.neck.NECK_REGISTRY when its module is imported."
+    )
 
 
 class PlainFPN(PadsForBottomUp, FPN):

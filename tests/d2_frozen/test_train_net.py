@@ -22,9 +22,11 @@ from tiny_runs import (
     write_config,
 )
 
-from d2_frozen import tasks
+import d2_frozen
+from d2_frozen import config, tasks
 from d2_frozen.engine.checkpoint import CheckpointMismatchError
 from d2_frozen.train_net import argument_parser, evaluation_model, main, read_config, results_table, setup
+from detectron2.config import CfgNode
 from detectron2.engine import default_argument_parser
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -138,6 +140,27 @@ def test_a_value_of_another_type(key: str, value: str, advice: str, tmp_path: Pa
             continue
         with pytest.raises(ValueError, match=re.escape(f"{key}. {advice}")):
             read_config(*arguments)
+
+
+def test_keys_of_your_own_are_known_to_every_command_that_reads_a_config(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "mine.yaml").write_text("MODEL: {MY_HEAD: {WIDTH: 24}}\n")
+    monkeypatch.setattr(config, "_keys_of_others", {})
+    with pytest.raises(KeyError, match="MODEL.MY_HEAD"):
+        read_config(str(tmp_path / "mine.yaml"), [])
+
+    for default in (8, 16):  # as a notebook's cell that is run again
+
+        @d2_frozen.register_config
+        def add_my_keys(cfg: CfgNode, default: int = default) -> None:
+            assert "FROZEN" in cfg.MODEL, "this project's keys are there already"
+            cfg.MODEL.MY_HEAD = CfgNode({"WIDTH": default})
+
+    for task in ("FrozenRCNN", "FrozenSegmentor", "FrozenVideoClassifier"):
+        assert read_config("", ["MODEL.META_ARCHITECTURE", task]).MODEL.MY_HEAD.WIDTH == 16
+    assert read_config(str(tmp_path / "mine.yaml"), ["MODEL.MY_HEAD.WIDTH", "32"]).MODEL.MY_HEAD.WIDTH == 32
+    assert read_config(str(tmp_path / "mine.yaml"), []).MODEL.MY_HEAD.WIDTH == 24
 
 
 def test_home_folder_in_values(monkeypatch: pytest.MonkeyPatch) -> None:

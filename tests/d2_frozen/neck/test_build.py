@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import nn
 
 from d2_frozen import add_frozen_config
-from d2_frozen.neck import BiFPN, ResidualFPN, build_neck
+from d2_frozen.backbone import FrozenBackbone
+from d2_frozen.neck import NECK_REGISTRY, BiFPN, ResidualFPN, build_neck
 from detectron2.config import get_cfg
 from detectron2.layers import ShapeSpec
-from detectron2.modeling import BACKBONE_REGISTRY
+from detectron2.modeling import BACKBONE_REGISTRY, Backbone
 from detectron2.modeling.backbone import FPN
 
 NECKS = {"FPN": FPN, "ResidualFPN": ResidualFPN, "BiFPN": BiFPN}
@@ -110,3 +112,38 @@ def test_channels_that_group_norm_cannot_divide(make_bottom_up, name):
     cfg = config("MODEL.NECK.NAME", name, "MODEL.FPN.NORM", "GN", "MODEL.FPN.OUT_CHANNELS", 48)
     with pytest.raises(ValueError, match="MODEL.FPN.OUT_CHANNELS is 48, but MODEL.FPN.NORM GN has 32 groups"):
         build_neck(cfg, make_bottom_up())
+
+
+def test_a_neck_of_your_own_is_found_by_its_name(registered_bottom_up):
+    class Lateral(Backbone):
+        """One 1x1 convolution per level."""
+
+        def __init__(self, cfg, bottom_up):
+            super().__init__()
+            self.bottom_up, self.width = bottom_up, cfg.MODEL.FPN.OUT_CHANNELS
+            self.shapes = bottom_up.output_shape()
+            self.lateral = nn.ModuleDict(
+                {name: nn.Conv2d(spec.channels, self.width, 1) for name, spec in self.shapes.items()}
+            )
+
+        def forward(self, images):
+            return {f"p{name[3:]}": self.lateral[name](x) for name, x in self.bottom_up(images).items()}
+
+        def output_shape(self):
+            return {
+                f"p{k[3:]}": ShapeSpec(channels=self.width, stride=s.stride) for k, s in self.shapes.items()
+            }
+
+    cfg = config("MODEL.NECK.NAME", "LateralOfTestBuild", "MODEL.FROZEN.BOTTOM_UP", registered_bottom_up)
+    with pytest.raises(
+        ValueError, match="LateralOfTestBuild.*registers itself in d2_frozen.neck.NECK_REGISTRY"
+    ):
+        BACKBONE_REGISTRY.get("build_frozen_backbone")(cfg, ShapeSpec(channels=3))
+    Lateral.__name__ = "LateralOfTestBuild"
+    NECK_REGISTRY.register(Lateral)
+    neck = BACKBONE_REGISTRY.get("build_frozen_backbone")(cfg, ShapeSpec(channels=3))
+    assert isinstance(neck.bottom_up, FrozenBackbone)
+    assert {name: x.shape[1:] for name, x in neck(torch.zeros(1, 3, 64, 64)).items()} == {
+        "p2": (8, 16, 16), "p3": (8, 8, 8), "p4": (8, 4, 4), "p5": (8, 2, 2),
+    }  # fmt: skip
+    assert {name.split(".")[0] for name, p in neck.named_parameters() if p.requires_grad} == {"lateral"}
