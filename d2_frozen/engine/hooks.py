@@ -7,6 +7,7 @@ import logging
 import random
 import signal
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
@@ -147,6 +148,8 @@ class WritesWhenItCan(EventWriter):
 class SignalWatch:
     """Between ``start`` and ``stop``, signals are noted instead of ending the process.
 
+    Python lets the main thread alone do that: a training in another one is left to whoever started it.
+
     Attributes:
         at_once: called as a signal comes, in the middle of whatever is done then.
     """
@@ -158,6 +161,8 @@ class SignalWatch:
         self._before: dict[int, object] = {}
 
     def start(self) -> None:
+        if threading.current_thread() is not threading.main_thread():
+            return
         for number in self.signals:
             self._before[number] = signal.signal(number, self._receive)
 

@@ -22,6 +22,7 @@ from d2_frozen.backbone import exclude_frozen_from_ddp, frozen_parts
 from d2_frozen.caching import FeatureCache
 from d2_frozen.data import build_test_loader, build_train_loader
 from d2_frozen.data.device import on_device
+from d2_frozen.data.prepare import class_names
 from d2_frozen.data.transforms import build_augmentations
 from d2_frozen.data.written import file_name_of
 from d2_frozen.detection import FrozenRCNNWithTTA, evaluate_with_tta
@@ -196,9 +197,16 @@ class FrozenTrainer(DefaultTrainer):
         """Settings of the evaluation, before a training that would end with their error.
 
         Raises:
-            ValueError: names the key.
+            ValueError: names the key, or the dataset that COCO's protocol has no class names of.
         """
         build_augmentations(cfg, is_train=False)
+        if getattr(cls.build_evaluator, "__func__", None) is FrozenTrainer.build_evaluator.__func__:  # type: ignore[attr-defined]
+            for name in cfg.DATASETS.TEST:
+                if class_names(name) is None:
+                    raise ValueError(
+                        f"dataset {name} of DATASETS.TEST does not name its classes, which its evaluation needs. Give "
+                        f'them: MetadataCatalog.get("{name}").thing_classes = [...]; or set DATASETS.TEST to ().'
+                    )
         if cfg.TEST.AUG.ENABLED:
             FrozenRCNNWithTTA(cfg, model)
 

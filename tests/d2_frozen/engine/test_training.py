@@ -8,6 +8,7 @@ import subprocess
 import sys
 from argparse import Namespace
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from d2_frozen.engine.hooks import StoppedBySignal
 from d2_frozen.engine.trainer import _CPUAutocastTrainer, loop_kind
 from d2_frozen.train_net import main, setup
 from detectron2.config import CfgNode
-from detectron2.data import DatasetMapper, build_detection_train_loader
+from detectron2.data import DatasetCatalog, DatasetMapper, build_detection_train_loader
 from detectron2.engine import AMPTrainer, DefaultTrainer, HookBase
 
 Flags = Callable[..., Namespace]
@@ -77,6 +78,29 @@ def test_start_values_follow_the_seed_where_nobody_seeded_the_process(flags: Fla
     torch.manual_seed(5)
     trainer = FrozenTrainer(cfg)
     assert all(torch.equal(value, expected[key]) for key, value in trainer.model.state_dict().items())
+
+
+def test_training_in_a_thread_of_a_larger_program(flags: Flags) -> None:
+    cfg = setup(flags("SOLVER.MAX_ITER", "2"))
+    with ThreadPoolExecutor(1) as threads:
+        assert "bbox" in threads.submit(lambda: FrozenTrainer(cfg).train()).result()
+
+
+def test_a_test_set_without_class_names_is_told_before_training(flags: Flags) -> None:
+    cfg = setup(flags()).clone()
+    cfg.defrost()
+    records = [{"file_name": "a.jpg", "image_id": 0, "height": 2, "width": 2, "annotations": []}]
+    DatasetCatalog.register("without_names_of_test_training", lambda: records)
+    cfg.DATASETS.TEST = ("without_names_of_test_training",)
+    with pytest.raises(ValueError, match=r"without_names_of_test_training.*thing_classes = \[\.\.\.\]"):
+        FrozenTrainer(cfg)
+
+    class Counting(FrozenTrainer):
+        @classmethod
+        def build_evaluator(cls, cfg: CfgNode, name: str, output_folder: str | None = None) -> Any:
+            return None
+
+    assert Counting(cfg).max_iter == 6
 
 
 def test_a_loader_overridden_as_in_detectron2_trains_and_says_that_a_resumed_run_begins_its_data_anew(
