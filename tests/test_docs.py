@@ -28,7 +28,7 @@ EVERY_DOCUMENT = pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path:
 @EVERY_DOCUMENT
 def test_links_lead_somewhere(document: Path) -> None:
     broken = []
-    for target in re.findall(r"\]\(([^)\s]+)\)", document.read_text()):
+    for target in re.findall(r"\]\(([^)\s]+)\)", without_blocks(document.read_text())):
         if re.match(r"https?:", target):
             continue
         name, _, anchor = target.partition("#")
@@ -40,9 +40,13 @@ def test_links_lead_somewhere(document: Path) -> None:
 
 def anchors(path: Path) -> set[str]:
     """Of the headings of a markdown file, as GitHub makes them."""
-    text = re.sub(r"^```.*?^```", "", path.read_text(), flags=re.DOTALL | re.MULTILINE)
-    headings = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
+    headings = re.findall(r"^#+ (.+)$", without_blocks(path.read_text()), re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def without_blocks(text: str) -> str:
+    """A markdown text without its blocks of code."""
+    return re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE)
 
 
 @EVERY_DOCUMENT
