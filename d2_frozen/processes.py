@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any
 
+from d2_frozen.data.workers import NOTICES
 from detectron2.engine import launch
 
 
@@ -20,14 +21,14 @@ def run_processes(
 ) -> None:
     """``function(args, *more)`` in as many processes as ``--num-gpus`` and ``--num-machines`` say.
 
-    With one process it is called here. With several, SIGTERM to this process reaches all, as does its death; trainings
-    save and leave then (``SaveAndLeaveOnSignal``), and this one leaves as a single one would.
+    With one process it is called here. With several, SIGTERM, SIGUSR1 or SIGUSR2 to this process reach all as SIGTERM,
+    as does its death; trainings save and leave then (``SaveAndLeaveOnSignal``), and this one as a single one would.
 
     Args:
         dist_url: where the processes meet, instead of ``args.dist_url``.
     """
     several = args.num_gpus * args.num_machines > 1
-    with _passing_on_sigterm() if several else contextlib.nullcontext():
+    with _passing_on_notices() if several else contextlib.nullcontext():
         launch(
             _in_process,
             args.num_gpus,
@@ -45,25 +46,30 @@ def _in_process(function: Callable[..., Any], parent: int, *arguments: Any) -> N
 
 
 @contextlib.contextmanager
-def _passing_on_sigterm() -> Iterator[None]:
-    told = False
+def _passing_on_notices() -> Iterator[None]:
+    told = 0
 
     def tell(number: int, frame: FrameType | None) -> None:
         nonlocal told
-        told = True
+        told = number
         for process in multiprocessing.active_children():
             if process.pid:
-                os.kill(process.pid, number)
+                os.kill(process.pid, signal.SIGTERM)
 
-    before = signal.signal(signal.SIGTERM, tell)
+    # Those that somebody else has a handler for (submitit) are left to him.
+    free = [
+        number for number in NOTICES if number == signal.SIGTERM or signal.getsignal(number) is signal.SIG_DFL
+    ]
+    before = {number: signal.signal(number, tell) for number in free}
     try:
         yield
     except Exception:
         if told:
-            sys.exit(128 + signal.SIGTERM)
+            sys.exit(128 + told)
         raise
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _leave_with(parent: int) -> None:

@@ -24,7 +24,13 @@ from d2_frozen.data.device import Pinnable
 from d2_frozen.data.draws import draw_index, image_number, seeded
 from d2_frozen.data.subset import training_records
 from d2_frozen.data.transforms import build_augmentations, changes_frame
-from d2_frozen.data.workers import SharedMemoryError, allow_open_files, hand_on, workers_cannot_start
+from d2_frozen.data.workers import (
+    SharedMemoryError,
+    allow_open_files,
+    hand_on,
+    outlive_signals,
+    workers_cannot_start,
+)
 from detectron2.config import CfgNode
 from detectron2.data import (
     DatasetFromList,
@@ -278,7 +284,7 @@ class TrainLoader:
             collate_fn=_handed_on,
             # Without workers there is no thread for it, and the copy to the GPU would not be faster.
             pin_memory=self.pin_memory and self.num_workers > 0,
-            worker_init_fn=_one_thread,
+            worker_init_fn=_begin,
             # Its own: otherwise starting the workers would draw from the global generator.
             generator=torch.Generator(),
         )
@@ -345,8 +351,9 @@ def _handed_on(drawn: list[Drawn]) -> Pinnable:
         return Pinnable([Drawn(error=str(err))])
 
 
-def _one_thread(worker: int) -> None:
-    """In a worker: torch does the same for itself; OpenCV's threads, one per core in each worker, would only queue."""
+def _begin(worker: int) -> None:
+    """In a worker. OpenCV's threads, one per core in each worker, would only queue; torch starts none there."""
+    outlive_signals()
     cv2.setNumThreads(0)
 
 

@@ -6,7 +6,11 @@ In a container shared memory may be small: Docker gives 64 MiB, less than a few 
 from __future__ import annotations
 
 import contextlib
+import multiprocessing
+import os
 import shutil
+import signal
+import threading
 from collections.abc import Sequence
 from typing import Any, TypeVar
 
@@ -20,6 +24,9 @@ Batch = TypeVar("Batch", bound=Sequence[Any])
 
 _SHARED_MEMORY = "/dev/shm"
 _OPEN_FILES = 2**16
+# How clusters announce the end of a job.
+NOTICES = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGUSR1", "SIGUSR2") if hasattr(signal, name))
+_outlives = 0  # the worker that does
 _ADVICE = (
     "Give the container more (Docker: --shm-size=8g or --ipc=host; Kubernetes: an emptyDir of medium Memory at "
     f"{_SHARED_MEMORY}), or use fewer workers: DATALOADER.NUM_WORKERS, 0 for none. --resume continues a training."
@@ -41,12 +48,35 @@ def hand_on(samples: Batch) -> Batch:
         SharedMemoryError: see there.
     """
     if torch.utils.data.get_worker_info() is not None:
+        outlive_signals()
         try:
             for one in samples:
                 with_tensors(getattr(one, "sample", one), Tensor.share_memory_)
         except (RuntimeError, OSError) as err:
             raise SharedMemoryError(_told(str(err))) from err
     return samples
+
+
+def outlive_signals() -> None:
+    """In a worker: only its parent ends it. Clusters send SIGTERM, or another notice, to all processes of a job.
+
+    The parent finishes its iteration then, and saves, for which it needs the worker.
+    """
+    global _outlives
+    if _outlives == os.getpid() or not hasattr(signal, "sigwaitinfo"):  # not on macOS
+        return
+    creator = multiprocessing.parent_process()
+    _outlives, parent = os.getpid(), creator.pid if creator is not None else os.getppid()
+    # Programs that the worker starts have them blocked, too.
+    signal.pthread_sigmask(signal.SIG_BLOCK, NOTICES)
+
+    def answer() -> None:
+        while True:
+            told = signal.sigwaitinfo(NOTICES)
+            if told.si_signo == signal.SIGTERM and told.si_pid in (parent, os.getpid()):
+                os._exit(0)
+
+    threading.Thread(target=answer, name="signals", daemon=True).start()
 
 
 def allow_open_files() -> None:

@@ -11,10 +11,12 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 import numpy as np
 import torch
 
+from d2_frozen.data.workers import NOTICES
 from detectron2.engine import HookBase
 from detectron2.utils import comm
 from detectron2.utils.events import EventWriter, get_event_storage
@@ -150,39 +152,59 @@ class SignalWatch:
 
     Python lets the main thread alone do that: a training in another one is left to whoever started it.
 
+    Who had a handler of its own for one (submitit, which asks its cluster for a successor) gets it after the saving,
+    and decides what happens then.
+
     Attributes:
         at_once: called as a signal comes, in the middle of whatever is done then.
     """
 
-    def __init__(self, signals: tuple[int, ...] = (signal.SIGTERM,)) -> None:
+    def __init__(self, signals: tuple[int, ...] = NOTICES) -> None:
         self.signals = signals
         self.at_once: Callable[[], None] | None = None
-        self._received = 0
-        self._before: dict[int, object] = {}
+        self._received: list[int] = []
+        self._before: dict[int, Any] = {}
 
     def start(self) -> None:
         if threading.current_thread() is not threading.main_thread():
             return
         for number in self.signals:
-            self._before[number] = signal.signal(number, self._receive)
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                self._before[number] = signal.signal(number, self._receive)
 
     def stop(self) -> None:
         for number, handler in self._before.items():
-            signal.signal(number, handler)  # type: ignore[arg-type]
+            signal.signal(number, handler)
         self._before.clear()
 
     def received(self) -> int:
         """The signal's number, 0 for none. All ranks must ask; they get the same answer, whichever was signalled."""
-        return max(comm.all_gather(self._received)) if comm.get_world_size() > 1 else self._received
+        own = self._received[0] if self._received else 0
+        return max(comm.all_gather(own)) if comm.get_world_size() > 1 else own
+
+    def hand_on(self) -> bool:
+        """After saving, call the handlers that were there before; False if one of the signals had none."""
+        numbers, self._received = self._received, []
+        handlers = [(number, self._before.get(number)) for number in numbers]
+        for number, handler in handlers:
+            if callable(handler):
+                handler(number, None)
+        return bool(handlers) and all(callable(handler) for _, handler in handlers)
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
-        again, self._received = bool(self._received), number
+        again = bool(self._received)
+        if number not in self._received:
+            self._received.append(number)
         name = signal.Signals(number).name
         if self.at_once is None:
             logger.warning("%s received: saving after this iteration.", name)
-        elif not again:
+            return
+        if not again:
             logger.warning("%s received: saving now, and leaving after this evaluation.", name)
             self.at_once()
+        if callable(self._before.get(number)):
+            self._received.remove(number)
+            self._before[number](number, frame)
 
 
 class SavesIfStopped(HookBase):
@@ -213,12 +235,12 @@ class SavesIfStopped(HookBase):
 
 
 class SaveAndLeaveOnSignal(HookBase):
-    """On SIGTERM (a cluster's notice) finish the iteration, save, and leave; ``--resume`` goes on from there.
+    """On SIGTERM, SIGUSR1 or SIGUSR2 (a cluster's notice) finish the iteration, save, and leave.
 
-    Must come after the hooks that change saved state (learning-rate scheduler).
+    ``--resume`` goes on from there. Must come after the hooks that change saved state (learning-rate scheduler).
     """
 
-    def __init__(self, signals: tuple[int, ...] = (signal.SIGTERM,)) -> None:
+    def __init__(self, signals: tuple[int, ...] = NOTICES) -> None:
         self._watch = SignalWatch(signals)
 
     def saving_during(self, evaluation: HookBase) -> HookBase:
@@ -244,6 +266,8 @@ class SaveAndLeaveOnSignal(HookBase):
                 self._watch.stop()  # all is saved; the last evaluation need not be waited for
             return
         self._save()
+        if self._watch.hand_on():
+            return
         name = signal.Signals(received).name
         logger.warning("%s: saved after iteration %d; continue with --resume.", name, done)
         raise StoppedBySignal(received)

@@ -234,6 +234,8 @@ class JointTraining:
         if not received:
             return
         self._save_all()
+        if self._watch.hand_on():
+            return
         name = signal.Signals(received).name
         logger.warning("%s: all heads saved after iteration %d; continue with --resume.", name, iteration)
         raise StoppedBySignal(received)

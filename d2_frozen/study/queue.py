@@ -17,6 +17,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from types import FrameType
 
+from d2_frozen.files import by_the_way
 from d2_frozen.study.jobs import FAILURE_FILE, Job, write_json
 from d2_frozen.study.worker import run_job_in_process
 
@@ -105,7 +106,8 @@ class LocalQueue:
         failure = job.failure(self.root)
         if failure is None:
             failure = killed(process.exitcode)
-            write_json(job.folder(self.root) / FAILURE_FILE, failure)
+            with by_the_way(f"Why {job.name} failed"):  # on a full disk others may still end
+                write_json(job.folder(self.root) / FAILURE_FILE, failure)
         reason = failure["error"]
         logger.error("%s failed: %s (%s)", job.name, reason, job.folder(self.root) / "output.txt")
         return False

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from d2_frozen.claims import claimed
+from d2_frozen.files import by_the_way
 from d2_frozen.study.jobs import FAILURE_FILE, Job, write_json
 
 
@@ -44,10 +45,9 @@ def run_job(
             job.write_settings(root)
             _run(job, Path(root), threads, num_gpus)
         except Exception as err:
-            write_json(
-                folder / FAILURE_FILE,
-                {"error": f"{type(err).__name__}: {err}", "traceback": traceback.format_exc()},
-            )
+            failure = {"error": f"{type(err).__name__}: {err}", "traceback": traceback.format_exc()}
+            with by_the_way(f"Why {job.name} failed"):
+                write_json(folder / FAILURE_FILE, failure)
             return False
         return True
 
@@ -71,6 +71,7 @@ def run_job_in_process(job: Job, root: str, threads: int, gpus: Sequence[int], n
     signal.signal(
         signal.SIGINT, signal.SIG_IGN
     )  # Ctrl-C reaches the queue, which asks its jobs to save and leave
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # not that of preloaded.py
     folder = job.folder(root)
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "output.txt", "ab", buffering=0) as file:

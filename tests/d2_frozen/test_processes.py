@@ -56,3 +56,35 @@ def test_stopping_the_parent_saves_and_leaves_no_process(
     name = (out / "last_checkpoint").read_text()
     assert torch.load(out / name, weights_only=True)["iteration"] == int(name[6:-4])
     assert "continue with --resume" in (out / "log.txt").read_text()
+
+
+@pytest.mark.skipif(not hasattr(signal, "sigwaitinfo"), reason="needs to know who sends a signal")
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGUSR1, 138)])
+def test_a_notice_to_all_processes_of_a_job_does_not_end_its_workers(
+    tiny_config: Path, tmp_path: Path, number: signal.Signals, code: int
+) -> None:
+    """Slurm's way. The loader's workers ended before the iteration did, and all since the last checkpoint was lost."""
+    out = tmp_path / "out"
+    command = [sys.executable, "-m", "d2_frozen.train_net", "--config-file", str(tiny_config)]
+    command += ["SOLVER.MAX_ITER", "100000", "SOLVER.CHECKPOINT_PERIOD", "100000", "DATASETS.TEST", "()"]
+    with open(tmp_path / "output.txt", "wb") as output:
+        run = subprocess.Popen(
+            [*command, "DATALOADER.NUM_WORKERS", "2"],
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+    try:
+        _until(
+            lambda: (out / "metrics.json").exists() and (out / "metrics.json").stat().st_size > 0, "metrics"
+        )
+        os.killpg(run.pid, number)
+        assert run.wait(60) == code
+        _until(lambda: _is_empty(run.pid), "end of the other processes", 60)
+    finally:
+        if not _is_empty(run.pid):
+            os.killpg(run.pid, signal.SIGKILL)
+    name = (out / "last_checkpoint").read_text()
+    assert torch.load(out / name, weights_only=True)["iteration"] == int(name[6:-4])
+    assert "continue with --resume" in (out / "log.txt").read_text()

@@ -31,7 +31,10 @@ def main() -> None:
     # Libraries that print would break the protocol.
     os.dup2(2, 1)
     cv2.setNumThreads(0)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which closes our stdin
+    # Ctrl-C, and what a cluster sends to all processes of a job, are for the parent, which closes our stdin.
+    for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGUSR2"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
     while header := requests.read(HEADER.size):
         length, _ = HEADER.unpack(header)
         request = json.loads(requests.read(length))

@@ -36,7 +36,7 @@ def test_a_signal_is_waited_with_up_to_the_last_iteration_only() -> None:
         with pytest.raises(StoppedBySignal):
             hook.after_step()
         assert saved == ["model_0000000"]
-        hook._watch._received = 0
+        hook._watch._received.clear()
         hook.trainer.iter = 1
         hook.after_step()
         assert signal.getsignal(signal.SIGTERM) == before
@@ -57,3 +57,35 @@ def test_metrics_that_cannot_be_written_are_told_once_and_end_nothing(
     writer.close()
     told = [record.getMessage() for record in caplog.records]
     assert told == ["JSONWriter cannot write: [Errno 28] No space left on device. Training goes on without."]
+
+
+def test_who_had_a_handler_before_decides_after_the_saving() -> None:
+    """submitit asks its cluster for a successor on SIGUSR2, and does not want to end on SIGTERM."""
+    done: list[str] = []
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR2)}
+    for number in before:
+        signal.signal(number, lambda number, frame: done.append(signal.Signals(number).name))
+    hook = SaveAndLeaveOnSignal()
+    checkpointer = SimpleNamespace(save=lambda name, iteration: done.append(name))
+    hook.trainer = SimpleNamespace(iter=0, max_iter=9, checkpointer=checkpointer)
+    hook.before_train()
+    try:
+        os.kill(os.getpid(), signal.SIGUSR2)
+        os.kill(os.getpid(), signal.SIGTERM)
+        hook.after_step()
+        assert done == ["model_0000000", "SIGUSR2", "SIGTERM"]
+        # In an evaluation, which may take longer than the cluster waits, at once.
+        hook._watch.at_once = hook._save
+        os.kill(os.getpid(), signal.SIGUSR2)
+        assert done[3:] == ["model_0000000", "SIGUSR2"]
+        hook.after_step()
+        assert len(done) == 5
+        # Nobody had one for SIGUSR1.
+        hook._watch.at_once = None
+        os.kill(os.getpid(), signal.SIGUSR1)
+        with pytest.raises(StoppedBySignal):
+            hook.after_step()
+    finally:
+        hook.after_train()
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -67,6 +67,28 @@ def test_killed_at_three_points_it_ends_with_the_table_of_an_uninterrupted_one(
     assert (broken / "percent_10_frozen/seed1/result.json").stat().st_mtime_ns == first
 
 
+_SIGTERM_TO_THE_FORKSERVER = """
+import os, signal, time
+from multiprocessing.forkserver import _forkserver
+from d2_frozen.study.queue import job_context
+
+if __name__ == "__main__":
+    run = job_context().Process(target=time.sleep, args=(3,))
+    run.start()
+    os.kill(_forkserver._forkserver_pid, signal.SIGTERM)
+    begun = time.monotonic()
+    run.join()
+    assert run.exitcode == 0 and time.monotonic() - begun > 1, run.exitcode
+"""
+
+
+def test_a_notice_to_all_its_processes_lets_the_queue_wait_for_its_runs(tmp_path: Path) -> None:
+    """Slurm's way. The process that runs are forked from ended, and with it, for the queue, runs that still saved."""
+    script = tmp_path / "queue_of_one.py"
+    script.write_text(_SIGTERM_TO_THE_FORKSERVER)
+    subprocess.run([sys.executable, str(script)], check=True)
+
+
 def test_a_failed_cell_is_reported_and_the_others_run(
     configs: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
