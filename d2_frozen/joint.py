@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from d2_frozen import tasks, train_net
+from d2_frozen.cpus import fit_threads
 from d2_frozen.data.own_names import OwnNames
 from d2_frozen.engine.allocator import keep_freed_memory
 from d2_frozen.engine.joint import HeadLogs, JointHead, JointTraining, speaking
@@ -83,6 +84,7 @@ def build_heads(args: argparse.Namespace, claims: contextlib.ExitStack | None = 
             cfg = train_net.setup(flags, claims)
             if cfg.MODEL.DEVICE == "cpu":
                 keep_freed_memory()
+                fit_threads()
             trainer = tasks.task_of(cfg).trainer()(cfg)
             trainer.resume_or_load(resume=args.resume)
         heads.append(JointHead(name, trainer, own, backbone_settings(cfg)))

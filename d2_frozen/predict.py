@@ -21,6 +21,7 @@ from types import FrameType
 import torch
 
 from d2_frozen.claims import InUseError
+from d2_frozen.cpus import fit_threads
 from d2_frozen.engine.allocator import keep_freed_memory
 from d2_frozen.prediction.inputs import find_items
 from d2_frozen.prediction.outputs import OutputFolder
@@ -44,6 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> Summary:
     setup_logger(name="d2_frozen")
     if not torch.cuda.is_available():
         keep_freed_memory()
+        fit_threads()
     items = find_items(args.inputs, args.output)
     options = [part for line in args.options for part in line.split("=", 1)]
     predictor = Predictor(args.heads, args.config_files, device=args.device, size=args.size, options=options)

@@ -18,6 +18,7 @@ from tabulate import tabulate
 from torch import nn
 
 from d2_frozen import tasks
+from d2_frozen.cpus import fit_threads
 from d2_frozen.files import by_the_way
 from d2_frozen.processes import run_processes
 from detectron2.config import CfgNode
@@ -91,6 +92,7 @@ def _run(args: argparse.Namespace, cfg: CfgNode) -> dict[str, Any] | None:
 
     if cfg.MODEL.DEVICE == "cpu":
         keep_freed_memory()
+        fit_threads()
     if args.eval_only:
         model = evaluation_model(cfg, resume=args.resume)
         measured = evaluate(cfg, model)

@@ -9,7 +9,6 @@ file is written beside its place and renamed, so there are no halves.
 from __future__ import annotations
 
 import argparse
-import os
 import shutil
 import sys
 import zipfile
@@ -20,6 +19,7 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 from PIL import Image
 
+from d2_frozen.cpus import usable_cpus
 from d2_frozen.files import whole_file
 from seg_app.data.ade20k import FOLDER, IMAGES, class_names, datasets_root
 
@@ -61,7 +61,7 @@ def prepare_ade20k(
         target = folder / "annotations_detectron2" / split
         target.mkdir(parents=True, exist_ok=True)
         todo = [path for path in labels if not (target / path.name).exists()]
-        with ThreadPoolExecutor(max_workers=min(16, os.cpu_count() or 1)) as pool:
+        with ThreadPoolExecutor(max_workers=min(16, usable_cpus())) as pool:
             list(pool.map(lambda path: _convert(path, target / path.name), todo))  # noqa: B023
         written[split] = len(todo)
     return written

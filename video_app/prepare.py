@@ -23,6 +23,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from d2_frozen.cpus import usable_cpus
 from d2_frozen.data.register import read_class_list
 from video_app.clips.decoder import BadClip, ClipDecoder, VideoReading
 from video_app.clips.sampling import SamplingPlan
@@ -263,7 +264,7 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument(
             "--name", default="", help="name of the split (default: of the csv or list; else videos)"
         )
-        command.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="decoding processes")
+        command.add_argument("--workers", type=int, default=usable_cpus(), help="decoding processes")
         command.add_argument("--reader", default="auto", help="as VIDEO.READER")
         command.add_argument(
             "--timeout", type=float, default=30.0, help="seconds for one file and one reader"

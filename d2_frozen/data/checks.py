@@ -20,6 +20,7 @@ from urllib.parse import unquote
 
 from PIL import Image, UnidentifiedImageError
 
+from d2_frozen.cpus import usable_cpus
 from d2_frozen.data.problems import Problem
 from detectron2.utils.file_io import PathManager
 
@@ -292,7 +293,7 @@ def _check_image_files(report: CocoReport, image_root: str, level: str) -> None:
         return Problem(found[0], _where(report, image), found[1]) if found else None
 
     # Opening a file and decoding it release the interpreter lock.
-    with ThreadPoolExecutor(max_workers=min(32, 4 * (os.cpu_count() or 1))) as pool:
+    with ThreadPoolExecutor(max_workers=min(32, 4 * usable_cpus())) as pool:
         for position, problem in zip(to_check, pool.map(look, to_check, chunksize=64)):
             if problem:
                 report.problems.append(problem)

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from d2_frozen.cpus import usable_cpus
 from d2_frozen.data.checks import AUTO_FULL_UP_TO, IMAGE_CHECKS, ImageFileError, image_size
 from d2_frozen.data.problems import Problem
 from detectron2.data import DatasetCatalog, MetadataCatalog
@@ -119,7 +120,7 @@ def _check_files(
             return (err.kind, err.seen), None
 
     # Opening a file and decoding it release the interpreter lock.
-    with ThreadPoolExecutor(max_workers=min(32, 4 * (os.cpu_count() or 1))) as pool:
+    with ThreadPoolExecutor(max_workers=min(32, 4 * usable_cpus())) as pool:
         results = list(pool.map(look, records))
     for record, (fault, _) in zip(records, results):
         if fault:
