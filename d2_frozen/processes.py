@@ -7,13 +7,15 @@ import contextlib
 import multiprocessing
 import os
 import signal
+import socket
 import sys
 from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any
+from urllib.parse import urlsplit
 
 from d2_frozen.data.workers import NOTICES
-from detectron2.engine import launch
+from detectron2.engine import default_argument_parser, launch
 
 
 def run_processes(
@@ -34,9 +36,24 @@ def run_processes(
             args.num_gpus,
             num_machines=args.num_machines,
             machine_rank=args.machine_rank,
-            dist_url=dist_url or args.dist_url,
+            dist_url=dist_url or _free_address(args.dist_url, args.num_machines),
             args=(function, os.getpid(), args, *more),
         )
+
+
+def _free_address(dist_url: str, num_machines: int) -> str:
+    """``--dist-url``; where that is the user's default port, and another run of his has it, one that is free."""
+    if num_machines > 1 or dist_url != default_argument_parser().get_default("dist_url"):
+        return dist_url
+    address = urlsplit(dist_url)
+    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
+        # As torch's store does, which may listen where connections of an earlier run still close.
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((address.hostname, address.port))
+        except OSError:
+            return "auto"
+    return dist_url
 
 
 def _in_process(function: Callable[..., Any], parent: int, *arguments: Any) -> None:

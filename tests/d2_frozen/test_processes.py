@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -12,6 +13,9 @@ from pathlib import Path
 
 import pytest
 import torch
+
+from d2_frozen import processes
+from d2_frozen.train_net import argument_parser
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="two processes on CPU")
 
@@ -88,3 +92,21 @@ def test_a_notice_to_all_processes_of_a_job_does_not_end_its_workers(
     name = (out / "last_checkpoint").read_text()
     assert torch.load(out / name, weights_only=True)["iteration"] == int(name[6:-4])
     assert "continue with --resume" in (out / "log.txt").read_text()
+
+
+def test_a_second_run_of_a_user_on_one_machine_meets_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its first process could not listen where the first run does, and its others would have met those of that one."""
+    asked: list[str] = []
+    monkeypatch.setattr(processes, "launch", lambda *_, dist_url, **__: asked.append(dist_url))
+    args = argument_parser().parse_args(["--num-gpus", "2"])
+    port = int(args.dist_url.rpartition(":")[2])
+    processes.run_processes(print, args)
+    with socket.socket() as first:
+        first.bind(("127.0.0.1", port))
+        first.listen()
+        processes.run_processes(print, args)
+        chosen = argument_parser().parse_args(["--num-gpus", "2", "--dist-url", f"tcp://localhost:{port}"])
+        processes.run_processes(print, chosen)
+        args.num_machines = 2
+        processes.run_processes(print, args)
+    assert asked == [args.dist_url, "auto", f"tcp://localhost:{port}", args.dist_url]
