@@ -200,7 +200,13 @@ def read_config(config_file: str | Path, options: Iterable[str] = ()) -> CfgNode
         (cfg.MODEL.TIMM, "PRETRAINED"),
         (cfg.MODEL.FROZEN.CACHE, "DIR"),
     ):
-        node[key] = os.path.expanduser(node[key])
+        path = os.path.expanduser(node[key])
+        if path == "~" or path.startswith("~/"):
+            raise ValueError(
+                f"{key} is {path!r}, but this user has no home folder, as in some containers. Set HOME, or write the "
+                "path from / on."
+            )
+        node[key] = path
     return cfg
 
 

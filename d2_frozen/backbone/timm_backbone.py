@@ -193,10 +193,12 @@ def create_timm_backbone(
         if pretrained != "hub":
             raise
         cause = next(iter(str(err).splitlines()), "")
+        homeless = isinstance(err, PermissionError) or "home directory" in cause  # a container's user, say
+        place = "Set HF_HOME to a folder that can be written to. " if homeless else ""
         raise FileNotFoundError(
             f"MODEL.TIMM.PRETRAINED is 'hub', but timm has got no weights of {name}: {type(err).__name__}: {cause} "
-            "Without internet, give a file of them (docs/own_data.md, 'Backbones without internet'); '' is random "
-            "weights. What ships with d2_frozen: NAME swinv2_pico_window8_256, PRETRAINED "
+            f"{place}Without internet, give a file of them (docs/own_data.md, 'Backbones without internet'); '' is "
+            "random weights. What ships with d2_frozen: NAME swinv2_pico_window8_256, PRETRAINED "
             "d2_frozen://swinv2_pico_fdsl.safetensors."
         ) from err
     plain = is_plain(network)

@@ -251,3 +251,12 @@ def test_config_yaml_in_the_output_repeats_the_run(flags: Flags, tmp_path: Path)
     first = setup(flags("SOLVER.MAX_ITER", "5"))
     again = setup(argument_parser().parse_args(["--config-file", str(tmp_path / "out" / "config.yaml")]))
     assert yaml.safe_load(again.dump()) == yaml.safe_load(first.dump())
+
+
+def test_home_of_a_user_who_has_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The number that a container gives its user is often in no list; a folder with the name ~ was made."""
+    monkeypatch.setattr("os.path.expanduser", lambda path: path)
+    with pytest.raises(
+        ValueError, match="OUTPUT_DIR is '~/runs', but this user has no home folder.*Set HOME"
+    ):
+        read_config("", ["OUTPUT_DIR", "~/runs"])

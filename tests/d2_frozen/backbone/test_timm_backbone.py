@@ -308,3 +308,14 @@ def test_weights_that_cannot_be_downloaded(error: Exception, monkeypatch: pytest
         create_timm_backbone("swinv2_tiny_window8_256", "hub")
     with pytest.raises(type(error), match=str(error).splitlines()[0]):
         create_timm_backbone("swinv2_tiny_window8_256", "")
+
+
+def test_a_user_without_home_is_told_where_weights_may_go(monkeypatch):
+    """Containers: it is not the internet that is missing."""
+
+    def fail(*_, **__):
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(timm, "create_model", fail)
+    with pytest.raises(FileNotFoundError, match="home directory. Set HF_HOME to a folder"):
+        create_timm_backbone("swinv2_tiny_window8_256", pretrained="hub")
