@@ -218,7 +218,16 @@ def _read_text(file: str, text: str, options: list[str]) -> CfgNode:
     if not isinstance(content, dict) or "_BASE_" in content:
         raise ValueError(f"{file} holds a config that is not complete. Give another with --config-files.")
     with tempfile.TemporaryDirectory() as folder:
-        return tasks.read_config(write_text(Path(folder, "config.yaml"), text), options)
+        beside = write_text(Path(folder, "config.yaml"), text)
+        try:
+            return tasks.read_config(beside, options)
+        except KeyError as err:
+            what = str(err.args[0]).removeprefix(f"{beside}: ")
+            raise ValueError(
+                f"the config in {file} has a key that is not known here: {what.rstrip('.')}. Keys of a project's own "
+                "are known once the module that registers them is imported (docs/library.md, parts of your own); a "
+                "newer d2_frozen may have others too."
+            ) from err
 
 
 def _classes_in(facts: dict[str, Any]) -> Classes | None:

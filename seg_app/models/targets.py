@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from d2_frozen.data.label_values import values_in
+from detectron2.structures import PolygonMasks
 
 
 def padded_labels(
@@ -41,7 +42,7 @@ def mask_targets(
     instance is one.
 
     Raises:
-        ValueError: as for :func:`padded_labels`.
+        ValueError: as for :func:`padded_labels`; instances with polygons.
     """
     return [
         _of_instances(one, size, num_classes, device)
@@ -68,6 +69,11 @@ def _of_instances(
 ) -> dict[str, Tensor]:
     instances = one["instances"]
     given = instances.gt_masks
+    if isinstance(given, PolygonMasks):
+        raise ValueError(
+            f"{_name(one)}: gt_masks are polygons, but a mask head takes bitmaps. With Detectron2's DatasetMapper, set "
+            "INPUT.MASK_FORMAT to bitmask."
+        )
     given = given if isinstance(given, Tensor) else given.tensor  # BitMasks
     labels = instances.gt_classes.long()
     # Both together: one wait for the device.

@@ -12,7 +12,7 @@ from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import get_cfg
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY, Backbone, build_model
-from detectron2.structures import Instances
+from detectron2.structures import Instances, PolygonMasks
 from seg_app.models import add_mask_former_config
 
 HEADS = ["Mask2FormerHead", "UPerNetHead", "LinearSegHead", "SemSegFPNHead"]
@@ -186,6 +186,9 @@ def test_instances_as_targets_equal_a_label_map() -> None:
         torch.manual_seed(6)
         results.append(model([{**sample(40, 48), **more}]))
     assert all(torch.equal(results[0][name], results[1][name]) for name in results[0])
+    instances.gt_masks = PolygonMasks([[[0, 0, 9, 0, 9, 9]], [[0, 0, 5, 0, 5, 5]]])
+    with pytest.raises(ValueError, match="gt_masks are polygons.*INPUT.MASK_FORMAT to bitmask"):
+        model([{**sample(40, 48), "instances": instances}])
 
 
 def test_instances_come_with_the_scores() -> None:

@@ -196,6 +196,17 @@ def test_names_of_heads_are_distinct(save_head: SaveHead, tmp_path: Path) -> Non
         load_heads([final, final], ["a.yaml"])
 
 
+def test_a_config_inside_a_file_with_keys_of_somebody_elses_project(save_head: SaveHead) -> None:
+    file = save_head("det")
+    content = torch.load(file, weights_only=True)
+    content["config"] = content["config"].replace("MODEL:", "MODEL:\n  MY_HEAD: {WIDTH: 8}", 1)
+    torch.save(content, file)
+    with pytest.raises(
+        ValueError, match=rf"{file} has a key that is not known here: (?!/).*MY_HEAD.*imported"
+    ):
+        load_heads([file])
+
+
 def test_large_pictures_get_smaller_scores_and_labels_of_full_size(save_head: SaveHead) -> None:
     (head,) = load_heads([save_head("seg")])
     assert head.prediction.output_size(4000, 6000) == (4000, 6000)  # 3 classes: 72 M scores
