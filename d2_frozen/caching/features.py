@@ -118,7 +118,10 @@ class FeatureCache:
         return Slot(key, note=note)
 
     def fetch(self, slot: Slot) -> dict[str, Tensor] | None:
-        """Stored maps by name, (rows, C, h, w) on CPU, in memory that is mapped; None if they are not there."""
+        """Stored maps by name, (rows, C, h, w) on CPU; None if they are not there.
+
+        Their memory is mapped: what is written into them is seen by later calls in this process, and by no other.
+        """
         self._tell(slot)
         if not slot.key:
             self.statistics.not_keyable += 1
