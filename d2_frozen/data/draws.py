@@ -40,6 +40,22 @@ def seeded(seed: int, *position: int) -> Iterator[None]:
         restore()
 
 
+@contextlib.contextmanager
+def start_values(seed: int) -> Iterator[None]:
+    """Within, the generators (as above) draw as right after Detectron2's ``seed_all_rng(seed)``: for building a model.
+
+    Afterwards they are as they were: whoever builds a model in a larger program does not find its own draws repeated.
+    """
+    restore = remember_generators()
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.default_generator.manual_seed(seed)
+    try:
+        yield
+    finally:
+        restore()
+
+
 def remember_generators() -> Callable[[], None]:
     """A function that puts the global generators of random, numpy and torch (CPU) back to where they are now."""
     python, numpy, torch_cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()

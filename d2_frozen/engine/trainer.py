@@ -22,6 +22,7 @@ from d2_frozen.backbone import exclude_frozen_from_ddp, frozen_parts
 from d2_frozen.caching import FeatureCache
 from d2_frozen.data import build_test_loader, build_train_loader
 from d2_frozen.data.device import on_device
+from d2_frozen.data.draws import start_values
 from d2_frozen.data.prepare import class_names
 from d2_frozen.data.transforms import build_augmentations
 from d2_frozen.data.written import file_name_of
@@ -237,8 +238,7 @@ class FrozenTrainer(DefaultTrainer):
             model = super().build_model(cfg)
         else:
             seed = cfg.SEED if cfg.SEED >= 0 else comm.shared_random_seed()
-            with torch.random.fork_rng(devices=[]):
-                torch.default_generator.manual_seed(seed)
+            with start_values(seed):
                 model = super().build_model(cfg)
         if cfg.MODEL.USE_ACT_CHECKPOINT:
             use_act_checkpoint(model)

@@ -17,9 +17,11 @@ from detectron2.modeling.backbone.fpn import LastLevelMaxPool
 from detectron2.utils.registry import Registry
 
 NECK_NAMES = ("FPN", "ResidualFPN", "BiFPN", "SimpleFeaturePyramid", "none")
-# Necks of others, under other names: called with (cfg, bottom_up), they give a Detectron2 Backbone that trains and has
-# bottom_up as its attribute of that name.
 NECK_REGISTRY = Registry("NECK")
+NECK_REGISTRY.__doc__ = """
+Necks of others by MODEL.NECK.NAME, under names of their own. Called with ``(cfg, bottom_up)``, they give a Detectron2
+Backbone that trains, with ``bottom_up`` as its attribute of that name. Detectron2 has no registry for them.
+"""
 
 
 @BACKBONE_REGISTRY.register()

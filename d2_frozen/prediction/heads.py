@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import logging
 import re
@@ -17,12 +18,12 @@ from torch import nn
 
 from d2_frozen import tasks
 from d2_frozen.backbone import share_equal_backbones
+from d2_frozen.data.draws import start_values
 from d2_frozen.engine import FrozenCheckpointer, read_checkpoint
 from d2_frozen.files import write_text
 from d2_frozen.tasks import Classes, ClipPrediction, Prediction
 from detectron2.config import CfgNode
 from detectron2.modeling import build_model
-from detectron2.utils.env import seed_all_rng
 
 logger = logging.getLogger(__name__)
 
@@ -153,9 +154,9 @@ def build_head(
         raise ValueError(f"{name}: INPUT.FORMAT is {cfg.INPUT.FORMAT!r}; prediction has RGB and BGR.")
     cfg.MODEL.WEIGHTS = file
     cfg.freeze()
-    if cfg.SEED >= 0:
-        seed_all_rng(cfg.SEED)  # a backbone of random weights is that of training again
-    model = build_model(cfg)
+    # A backbone of random weights is that of training again.
+    with start_values(cfg.SEED) if cfg.SEED >= 0 else contextlib.nullcontext():
+        model = build_model(cfg)
     if file:
         if classes is None:
             logger.warning("%s does not name its classes; they are called by number.", file)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import random
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -240,6 +241,19 @@ def test_exif_orientation_is_followed(tmp_path: Path) -> None:
     exif[0x0112] = 6  # turn by 90 degrees
     image.save(tmp_path / "lying.jpg", exif=exif)
     assert read_picture(tmp_path / "lying.jpg").shape == (20, 10, 3)
+
+
+def test_who_builds_a_predictor_keeps_the_draws_of_its_own_program(save_head: SaveHead) -> None:
+    file = save_head("det")
+
+    def draws() -> tuple[float, float, float]:
+        return random.random(), np.random.random_sample(), torch.rand(1).item()
+
+    random.seed(4), np.random.seed(4), torch.manual_seed(4)
+    expected = draws()
+    random.seed(4), np.random.seed(4), torch.manual_seed(4)
+    Predictor([file])
+    assert draws() == expected
 
 
 def test_threads_take_turns_and_get_their_own_results(save_head: SaveHead) -> None:
