@@ -68,15 +68,15 @@ def write_text(path: str | Path, text: str, *, durable: bool = True) -> Path:
 
 @contextmanager
 def by_the_way(what: str) -> Iterator[None]:
-    """For files that a run does not live by, such as pictures: where the block cannot write, the log says so.
+    """For files that a run does not live by, such as pictures: where the block fails, the log says so.
 
     Args:
-        what: it is about, e.g. "Pictures of the predictions".
+        what: has not happened then, e.g. "Pictures are not written".
     """
     try:
         yield
     except OSError as err:
-        logger.error("%s: not written (%s). The run goes on.", what, err)
+        logger.error("%s: %s. The run goes on.", what, err)
 
 
 def drop_half_line(path: str | Path) -> None:

@@ -148,7 +148,7 @@ def finish(cfg: CfgNode, model: nn.Module, results: dict[str, Any] | None, train
     if results:
         lines.append(results_table(cfg, results))
     for name in dict.fromkeys(cfg.DATASETS.TEST):
-        with by_the_way(f"Pictures of predictions on {name}"):
+        with by_the_way(f"Pictures of predictions on {name} are not written"):
             sheet = tasks.task_of(cfg).write_pictures(cfg, model, name)
             if sheet:
                 lines.append(f"pictures:   {sheet}")

@@ -7,7 +7,9 @@ so a resumed run replays the stream without reading images.
 
 from __future__ import annotations
 
+import errno
 import logging
+import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
@@ -49,6 +51,22 @@ logger = logging.getLogger(__name__)
 Record = dict[str, Any]
 Mapper = Callable[[Record], Any]
 _MAX_REDRAWS = 20
+# What network file systems say while their server is away, and how long it is waited for.
+_PASSING = {
+    getattr(errno, name)
+    for name in (
+        "EIO",
+        "ESTALE",
+        "ETIMEDOUT",
+        "ENOTCONN",
+        "EHOSTDOWN",
+        "EHOSTUNREACH",
+        "ECONNRESET",
+        "EREMOTEIO",
+    )
+    if hasattr(errno, name)
+}
+_WAITS_S = (1, 5, 20)
 
 
 def build_train_loader(
@@ -197,8 +215,7 @@ class DrawnDataset(Dataset):
         for redraw in range(_MAX_REDRAWS + 1):
             record = self.records[index]
             try:
-                with self._draws(record, position, redraw):
-                    sample = self.mapper(record)
+                sample = self._mapped(record, position, redraw)
                 if sample is not None:
                     return Drawn(sample, faults, place=place)
             except Exception as err:
@@ -219,6 +236,18 @@ class DrawnDataset(Dataset):
             why_none(record) if why_none else "the mapper returned None for each of them"
         )
         return Drawn(error=f"no sample at position {position} after {_MAX_REDRAWS} redraws: {told}")
+
+    def _mapped(self, record: Record, position: int, redraw: int) -> Any:
+        for seconds in (*_WAITS_S, None):
+            try:
+                with self._draws(record, position, redraw):
+                    return self.mapper(record)
+            except Exception as err:
+                if seconds is None or not _may_pass(err):
+                    raise
+                logger.warning("%s: %s. Tried again in %d s.", record.get("file_name"), err, seconds)
+                time.sleep(seconds)
+        return None
 
     def _draws(self, record: Record, position: int, redraw: int) -> AbstractContextManager[None]:
         if self.views is None:
@@ -342,6 +371,17 @@ class TrainLoader:
         rank, world_size = comm.get_rank(), comm.get_world_size()
         for count, index in enumerate(self.sampler):
             yield Place(rank + count * world_size, int(index))
+
+
+def _may_pass(err: BaseException | None) -> bool:
+    """Is it the file system that failed for now, a server that starts anew, say, and not the file that is bad?"""
+    seen: set[int] = set()
+    while err is not None and id(err) not in seen:
+        seen.add(id(err))
+        if isinstance(err, OSError) and err.errno in _PASSING:
+            return True
+        err = err.__cause__ or err.__context__
+    return False
 
 
 def _handed_on(drawn: list[Drawn]) -> Pinnable:

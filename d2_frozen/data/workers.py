@@ -24,8 +24,10 @@ Batch = TypeVar("Batch", bound=Sequence[Any])
 
 _SHARED_MEMORY = "/dev/shm"
 _OPEN_FILES = 2**16
-# How clusters announce the end of a job.
-NOTICES = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGUSR1", "SIGUSR2") if hasattr(signal, name))
+# How clusters announce the end of a job, and a terminal its own.
+NOTICES = tuple(
+    getattr(signal, name) for name in ("SIGTERM", "SIGUSR1", "SIGUSR2", "SIGHUP") if hasattr(signal, name)
+)
 _outlives = 0  # the worker that does
 _ADVICE = (
     "Give the container more (Docker: --shm-size=8g or --ipc=host; Kubernetes: an emptyDir of medium Memory at "

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from d2_frozen.data.workers import NOTICES
+from d2_frozen.files import by_the_way
 from detectron2.engine import HookBase
 from detectron2.utils import comm
 from detectron2.utils.events import EventWriter, get_event_storage
@@ -71,8 +72,9 @@ class KeepNewestCheckpoints(HookBase):
     def after_step(self) -> None:
         if comm.is_main_process() and (self.folder / f"model_{self.trainer.iter:07d}.pth").exists():
             written = sorted(self.folder.glob("model_" + "[0-9]" * 7 + ".pth"))
-            for path in written[: -self.kept]:
-                path.unlink(missing_ok=True)
+            with by_the_way("An older checkpoint is not removed"):
+                for path in written[: -self.kept]:
+                    path.unlink(missing_ok=True)
 
 
 class SavesWhenItCan(HookBase):
@@ -235,9 +237,9 @@ class SavesIfStopped(HookBase):
 
 
 class SaveAndLeaveOnSignal(HookBase):
-    """On SIGTERM, SIGUSR1 or SIGUSR2 (a cluster's notice) finish the iteration, save, and leave.
+    """On a signal (``NOTICES``) finish the iteration, save, and leave; ``--resume`` goes on from there.
 
-    ``--resume`` goes on from there. Must come after the hooks that change saved state (learning-rate scheduler).
+    Must come after the hooks that change saved state (learning-rate scheduler).
     """
 
     def __init__(self, signals: tuple[int, ...] = NOTICES) -> None:

@@ -106,7 +106,7 @@ class LocalQueue:
         failure = job.failure(self.root)
         if failure is None:
             failure = killed(process.exitcode)
-            with by_the_way(f"Why {job.name} failed"):  # on a full disk others may still end
+            with by_the_way(f"Why {job.name} failed is not written"):  # on a full disk others may still end
                 write_json(job.folder(self.root) / FAILURE_FILE, failure)
         reason = failure["error"]
         logger.error("%s failed: %s (%s)", job.name, reason, job.folder(self.root) / "output.txt")

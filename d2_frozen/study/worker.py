@@ -46,7 +46,7 @@ def run_job(
             _run(job, Path(root), threads, num_gpus)
         except Exception as err:
             failure = {"error": f"{type(err).__name__}: {err}", "traceback": traceback.format_exc()}
-            with by_the_way(f"Why {job.name} failed"):
+            with by_the_way(f"Why {job.name} failed is not written"):
                 write_json(folder / FAILURE_FILE, failure)
             return False
         return True

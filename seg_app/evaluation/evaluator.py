@@ -80,7 +80,7 @@ class LabelMapEvaluator(SemSegEvaluator):
         logger.info("%s, per class:\n%s", self._name, class_table(self._classes, counts))
         if self._output_dir:
             picture = cv2.imencode(".png", confusion_picture(self._classes, counts)[..., ::-1])[1]
-            with by_the_way(f"The picture of {self._name}'s confusions"):
+            with by_the_way(f"The picture of {self._name}'s confusions is not written"):
                 write_bytes(Path(self._output_dir, f"confusion_{self._name}.png"), picture.tobytes())
         return results
 

@@ -63,7 +63,9 @@ def test_stopping_the_parent_saves_and_leaves_no_process(
 
 
 @pytest.mark.skipif(not hasattr(signal, "sigwaitinfo"), reason="needs to know who sends a signal")
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGUSR1, 138)])
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGTERM, 143), (signal.SIGUSR1, 138), (signal.SIGHUP, 129)]
+)
 def test_a_notice_to_all_processes_of_a_job_does_not_end_its_workers(
     tiny_config: Path, tmp_path: Path, number: signal.Signals, code: int
 ) -> None:

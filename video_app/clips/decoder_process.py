@@ -32,7 +32,7 @@ def main() -> None:
     os.dup2(2, 1)
     cv2.setNumThreads(0)
     # Ctrl-C, and what a cluster sends to all processes of a job, are for the parent, which closes our stdin.
-    for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGUSR2"):
+    for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGUSR2", "SIGHUP"):
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.SIG_IGN)
     while header := requests.read(HEADER.size):

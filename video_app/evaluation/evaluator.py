@@ -134,7 +134,7 @@ class TopKEvaluator(DatasetEvaluator):
         assert self._output_dir is not None
         lines = [json.dumps(self._document(number, video)) + "\n" for number, video in zip(numbers, videos)]
         picture = confusion_picture(self._classes, counts)[..., ::-1]
-        with by_the_way(f"Predictions and confusions of {self._name}"):
+        with by_the_way(f"Predictions and confusions of {self._name} are not written"):
             os.makedirs(self._output_dir, exist_ok=True)
             write_bytes(
                 Path(self._output_dir, f"predictions_{self._name}.jsonl"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import random
 from itertools import islice
 
@@ -11,7 +12,7 @@ import torch
 
 from d2_frozen.data import build_test_loader, build_train_loader, prepare_datasets
 from d2_frozen.data.draws import draw_index, seeded
-from d2_frozen.data.loader import SampleError
+from d2_frozen.data.loader import DrawnDataset, Place, SampleError
 from d2_frozen.data.shapes import generate
 from detectron2.data.samplers import TrainingSampler
 from detectron2.utils import comm
@@ -257,3 +258,41 @@ def test_fast_reading_changes_pixels_a_little_and_nothing_else(shapes):
         assert torch.equal(a["instances"].gt_boxes.tensor, b["instances"].gt_boxes.tensor)
         assert a["image"].shape == b["image"].shape
         assert (a["image"].float() - b["image"].float()).abs().mean() < 4
+
+
+@pytest.mark.parametrize("code", [errno.EIO, errno.ESTALE])
+def test_a_file_server_that_is_away_for_a_moment_costs_no_run(code: int, monkeypatch, caplog) -> None:
+    """And changes nothing: the sample is drawn as it would have been."""
+    waits: list[float] = []
+    monkeypatch.setattr("d2_frozen.data.loader.time.sleep", waits.append)
+
+    def mapper(record: dict) -> float:
+        draw = random.random()
+        if len(waits) < 2:
+            try:
+                raise OSError(code, "server away", record["file_name"])
+            except OSError as err:
+                raise OSError(f"cannot read the image {record['file_name']}") from err
+        return draw
+
+    records = [{"file_name": "a.jpg", "image_id": 1}]
+    sample = DrawnDataset(records, mapper, seed=3, skip_bad=False)[Place(0, 0)].sample
+    assert waits == [1, 5] and "a.jpg: cannot read the image a.jpg. Tried again in 1 s." in caplog.text
+    assert sample == DrawnDataset(records, mapper, seed=3, skip_bad=False)[Place(0, 0)].sample
+    assert len(waits) == 2
+
+
+def test_a_file_server_that_stays_away_and_a_bad_file_are_errors(monkeypatch) -> None:
+    waits: list[float] = []
+    monkeypatch.setattr("d2_frozen.data.loader.time.sleep", waits.append)
+    records = [{"file_name": "a.jpg", "image_id": 1}]
+
+    def fails(err: Exception) -> str:
+        def mapper(record: dict) -> None:
+            raise err
+
+        return DrawnDataset(records, mapper, seed=3, skip_bad=False)[Place(0, 0)].error
+
+    assert "Input/output error" in fails(OSError(errno.EIO, "Input/output error")) and waits == [1, 5, 20]
+    assert "truncated" in fails(OSError("image file is truncated")) and len(waits) == 3
+    assert "gone" in fails(FileNotFoundError(errno.ENOENT, "gone")) and len(waits) == 3
