@@ -5,12 +5,15 @@ In: a network whose work depends on the size of the images only.  Out: the same 
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections import Counter
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+
+logger = logging.getLogger(__name__)
 
 # A graph keeps its maps and a copy of its images; what lies between is shared by all.
 _KEPT_GRAPHS = 8
@@ -29,7 +32,8 @@ class GraphPerSize(nn.Module):
     """Records the network at the second batch of a size, and replays it from then on.
 
     Of the first sizes for which there is room: where more of them take turns, each would push out the one that comes
-    next, and recording takes longer than running.
+    next, and recording takes longer than running. Where recording fails, for want of memory perhaps, no further size is
+    recorded, and the log says so.
 
     Args:
         network: has ``prepare(images)``, everything that depends on the size alone, and ``run(images, prepared)``.
@@ -44,6 +48,7 @@ class GraphPerSize(nn.Module):
         self._stream: Any = None
         # A graph reads and writes the same memory for everybody: threads take turns.
         self._lock = threading.Lock()
+        self._records = True
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         """(B, 3, H, W) on CUDA -> {name: (B, C, h, w)}."""
@@ -54,9 +59,23 @@ class GraphPerSize(nn.Module):
         key = (images.shape, images.dtype, images.device)
         if key not in self._graphs:
             self._seen[key] += 1
-            if self._seen[key] == 1 or len(self._graphs) == _KEPT_GRAPHS:
+            if self._seen[key] == 1 or len(self._graphs) == _KEPT_GRAPHS or not self._records:
                 return self.network(images)
-            self._graphs[key] = self._record(images)
+            before = torch.cuda.current_stream(images.device) if images.is_cuda else None
+            try:
+                self._graphs[key] = self._record(images)
+            except RuntimeError as err:
+                if before is not None:
+                    torch.cuda.set_stream(before)  # a recording that breaks off stays on its own
+                self._records = False
+                logger.warning(
+                    "MODEL.FROZEN.COMPILE: images of %s run unrecorded, and further sizes too, as recording them "
+                    "failed (%s: %s).",
+                    tuple(images.shape),
+                    type(err).__name__,
+                    (str(err).strip().splitlines() or [""])[0][:200],
+                )
+                return self.network(images)
         recorded = self._graphs[key]
         recorded.images.copy_(images)
         recorded.graph.replay()

@@ -465,6 +465,26 @@ def test_threads_that_begin_at_once_make_one_network(monkeypatch):
     assert all(torch.equal(maps["res5"], results[0]["res5"]) for maps in results)
 
 
+def test_a_size_that_cannot_be_recorded_runs_as_it_is(monkeypatch, caplog):
+    """It ended the run; the recording may lack memory that the forward does not need."""
+    network = nn.Module()
+    network.forward = lambda images: {"res2": 2 * images}
+    tried = []
+
+    def record(self, images):
+        tried.append(images.shape[-1])
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+
+    monkeypatch.setattr(graphs.GraphPerSize, "_record", record)
+    fast = graphs.GraphPerSize(network)
+    for width in (2, 2, 2, 3, 3):
+        batch = torch.full((1, 3, 2, width), float(width))
+        assert torch.equal(fast(batch)["res2"], 2 * batch)
+    assert tried == [2]
+    (warning,) = [line.getMessage() for line in caplog.records]
+    assert "(1, 3, 2, 2) run unrecorded" in warning and "Tried to allocate" in warning
+
+
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 GPU_TOLERANCE = {"fp32": 1e-3, "bf16": 0.05, "fp16": 0.01, "int8": 0.1, "fp8": 0.2}
 
