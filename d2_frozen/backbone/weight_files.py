@@ -182,11 +182,8 @@ def _read_index(path: str) -> tuple[list[str], set[str]]:
 
 def _harmless_classes() -> contextlib.AbstractContextManager:
     """Lets weights_only reading pass over what it would refuse though it is no code: settings of the training."""
-    allow = getattr(torch.serialization, "safe_globals", None)  # torch 2.5
-    if allow is None:
-        return contextlib.nullcontext()
     stands_for = [type(n, (), {"__module__": m, "__new__": _empty}) for m, n in _HARMLESS]
-    return allow(stands_for)
+    return torch.serialization.safe_globals(stands_for)
 
 
 def _empty(cls: type, *args: Any) -> OrderedDict:

@@ -13,11 +13,11 @@ from PIL import Image
 
 from d2_frozen.cpus import usable_cpus
 from d2_frozen.data.checks import AUTO_FULL_UP_TO, IMAGE_CHECKS, ImageFileError, image_size
+from d2_frozen.data.label_maps import LabelMapError, check_id_mode, read_label_map
 from d2_frozen.data.problems import Problem
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.utils.file_io import PathManager
 from seg_app.data.ade20k import SPLITS as ADE20K
-from seg_app.data.label_maps import LabelMapError, check_id_mode, read_label_map
 from seg_app.data.register import find_pairs
 
 

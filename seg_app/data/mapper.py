@@ -10,13 +10,13 @@ import torch
 
 from d2_frozen.caching import SLOT, FeatureCache
 from d2_frozen.data.cached_mapper import augment
+from d2_frozen.data.label_maps import LabelMapError, read_label_map
 from d2_frozen.data.label_values import LABEL_VALUES, values_of
 from d2_frozen.data.reading import channels_first
 from detectron2.config import CfgNode
 from detectron2.data import detection_utils
 from detectron2.data import transforms as T
 from seg_app.data.colours import ColorJitter
-from seg_app.data.label_maps import LabelMapError, read_label_map
 
 # Of the label maps that augmentations see: they are uint8, whatever the data's ids and ignore label are.
 _IGNORED = 255

@@ -19,10 +19,10 @@ from PIL import Image
 from tabulate import tabulate
 
 from d2_frozen.confusion import confusion_picture, mostly_taken_for
+from d2_frozen.data.label_maps import read_label_map
 from d2_frozen.files import by_the_way, write_bytes
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.evaluation import SemSegEvaluator
-from seg_app.data.label_maps import read_label_map
 
 logger = logging.getLogger("d2_frozen.seg_app.evaluation")
 

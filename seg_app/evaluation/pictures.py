@@ -12,11 +12,11 @@ import numpy as np
 from torch import nn
 
 from d2_frozen.data import build_test_loader
+from d2_frozen.data.label_maps import read_label_map
 from d2_frozen.detection.pictures import beside, predicted_pairs, write_sheet
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data import detection_utils as utils
-from seg_app.data.label_maps import read_label_map
 from seg_app.data.mapper import SegmentationMapper
 from seg_app.evaluation.inference import LabelModel, sliding_window_of
 

@@ -9,6 +9,7 @@ from PIL import Image
 
 from d2_frozen.data.cached_mapper import FrozenDatasetMapper
 from d2_frozen.data.draws import seeded
+from d2_frozen.data.label_maps import LabelMapError
 from d2_frozen.data.label_values import LABEL_VALUES
 from d2_frozen.data.transforms import SquareCrop
 from detectron2.data import DatasetMapper
@@ -54,6 +55,19 @@ def record(tmp_path) -> dict:
         "image_id": 1,
         "annotations": [{**annotation, "segmentation": [polygon], "iscrowd": 0}],
     }
+
+
+def test_label_maps_with_a_palette_give_their_numbers_and_colours_are_refused(record: dict) -> None:
+    """Detectron2 takes the brightness of the colours, which is no class."""
+    ids = np.asarray(Image.open(record["sem_seg_file_name"]))
+    image = Image.fromarray(ids, mode="P")
+    image.putpalette([0, 0, 0, 200, 0, 0, 0, 0, 255, 90, 90, 90])
+    image.save(record["sem_seg_file_name"])
+    mapper = FrozenDatasetMapper(True, augmentations=[], image_format="RGB")
+    assert torch.equal(mapper(record)["sem_seg"], torch.tensor(ids).long())
+    image.convert("RGB").save(record["sem_seg_file_name"])
+    with pytest.raises(LabelMapError, match=r"colours instead of class ids.*labels.png is RGB"):
+        mapper(record)
 
 
 @pytest.mark.parametrize("image_format", ["RGB", "BGR"])

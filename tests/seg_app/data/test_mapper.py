@@ -11,10 +11,10 @@ from PIL import Image
 
 from d2_frozen import tasks
 from d2_frozen.data import build_train_loader
+from d2_frozen.data.label_maps import LabelMapError
 from d2_frozen.data.label_values import LABEL_VALUES
 from detectron2.config import CfgNode
 from seg_app.data import SegmentationMapper
-from seg_app.data.label_maps import LabelMapError
 
 
 def config(*pairs: object) -> CfgNode:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from seg_app.data.label_maps import LabelMapError, read_label_map
+from d2_frozen.data.label_maps import LabelMapError, read_label_map
 
 
 @pytest.mark.parametrize("numbers", [np.uint8([[0, 7], [255, 1]]), np.uint16([[0, 300], [65535, 1]])])
