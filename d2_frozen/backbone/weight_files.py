@@ -182,7 +182,7 @@ def _read_index(path: str) -> tuple[list[str], set[str]]:
 
 def _harmless_classes() -> contextlib.AbstractContextManager:
     """Lets weights_only reading pass over what it would refuse though it is no code: settings of the training."""
-    stands_for = [type(n, (), {"__module__": m, "__new__": _empty}) for m, n in _HARMLESS]
+    stands_for: list[Any] = [type(n, (), {"__module__": m, "__new__": _empty}) for m, n in _HARMLESS]
     return torch.serialization.safe_globals(stands_for)
 
 
