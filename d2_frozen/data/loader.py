@@ -24,6 +24,7 @@ from d2_frozen.caching import FEATURES, SLOT, FeatureCache
 from d2_frozen.data.cached_mapper import FrozenDatasetMapper
 from d2_frozen.data.device import Pinnable
 from d2_frozen.data.draws import draw_index, image_number, seeded
+from d2_frozen.data.frames import image_size
 from d2_frozen.data.subset import training_records
 from d2_frozen.data.transforms import build_augmentations, changes_frame
 from d2_frozen.data.workers import (
@@ -39,6 +40,7 @@ from detectron2.data import (
     build_detection_test_loader,
     get_detection_dataset_dicts,
 )
+from detectron2.data.detection_utils import create_keypoint_hflip_indices
 from detectron2.data.samplers import (
     RandomSubsetTrainingSampler,
     RepeatFactorTrainingSampler,
@@ -85,7 +87,7 @@ def build_train_loader(
         dataset: records in Detectron2's format; ``training_records`` if None.
     Raises:
         ValueError: negative seed, unknown sampler, a batch size that the ranks cannot share, or records without
-            "width" and "height" where DATALOADER.ASPECT_RATIO_GROUPING needs them.
+            "width" and "height", or a file, where DATALOADER.ASPECT_RATIO_GROUPING needs them.
     """
     if cfg.SEED < 0:
         raise ValueError("SEED is negative, but data draws are functions of it; set SEED >= 0.")
@@ -118,14 +120,20 @@ def build_train_loader(
 
 
 def _wide(records: Sequence[Record]) -> list[bool]:
-    """Of each record, whether its image is wider than high."""
+    """Of each record, whether its image is wider than high; where it does not tell, by the header of the file."""
+    wide = []
     for record in records:
-        if "width" not in record or "height" not in record:
+        if "width" in record and "height" in record:
+            height, width = record["height"], record["width"]
+        elif "file_name" in record:
+            height, width = image_size(record["file_name"])
+        else:
             raise ValueError(
-                f"the record of {record.get('file_name', record)} has no 'width' and 'height', by which images are "
-                "grouped before they are read. Add them, or set DATALOADER.ASPECT_RATIO_GROUPING False."
+                f"a record has no 'width' and 'height', by which images are grouped (it has {', '.join(record)}). Add "
+                "them, or set DATALOADER.ASPECT_RATIO_GROUPING False."
             )
-    return [record["width"] > record["height"] for record in records]
+        wide.append(width > height)
+    return wide
 
 
 def build_test_loader(
@@ -424,6 +432,7 @@ def _batches_by_group(stream: Iterator[Place], size: int, group_of: Sequence[boo
 
 
 def _default_mapper(cfg: CfgNode, is_train: bool) -> FrozenDatasetMapper:
+    keypoints = is_train and cfg.MODEL.KEYPOINT_ON  # an installed Detectron2 has heads for them
     mapper = FrozenDatasetMapper(
         is_train,
         augmentations=build_augmentations(cfg, is_train),
@@ -431,6 +440,8 @@ def _default_mapper(cfg: CfgNode, is_train: bool) -> FrozenDatasetMapper:
         use_instance_mask=cfg.MODEL.MASK_ON,
         instance_mask_format=cfg.INPUT.MASK_FORMAT,
         recompute_boxes=is_train and cfg.MODEL.MASK_ON and changes_frame(cfg),
+        use_keypoint=keypoints,
+        keypoint_hflip_indices=create_keypoint_hflip_indices(cfg.DATASETS.TRAIN) if keypoints else None,
     )
     mapper.fast_reading = cfg.INPUT.FAST_READING
     return mapper

@@ -39,12 +39,15 @@ def training_records(cfg: CfgNode) -> Sequence[Record]:
         ValueError: see ``check_subset``.
     """
     check_subset(cfg)
-    names, filter_empty = list(cfg.DATASETS.TRAIN), cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS
+    names = list(cfg.DATASETS.TRAIN)
+    kept: dict[str, Any] = {"filter_empty": cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS}
+    if cfg.MODEL.KEYPOINT_ON:
+        kept["min_keypoints"] = cfg.MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE
     if cfg.DATASETS.SUBSET.PERCENT == 100:
-        return get_detection_dataset_dicts(names, filter_empty=filter_empty)
+        return get_detection_dataset_dicts(names, **kept)
     records: list[Record] = []
     for name in names:
-        whole = get_detection_dataset_dicts([name], filter_empty=filter_empty, check_consistency=False)
+        whole = get_detection_dataset_dicts([name], check_consistency=False, **kept)
         part = take_subset(whole, cfg.DATASETS.SUBSET.PERCENT, cfg.DATASETS.SUBSET.SEED)
         _report(cfg, name, part, len(whole))
         records += part

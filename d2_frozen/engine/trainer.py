@@ -277,8 +277,11 @@ class FrozenTrainer(DefaultTrainer):
         folder = output_folder or os.path.join(cfg.OUTPUT_DIR, "inference")
         if len(set(cfg.DATASETS.TEST)) > 1:
             folder = os.path.join(folder, file_name_of(dataset_name))
-        tasks = ("bbox", "segm") if cfg.MODEL.MASK_ON else ("bbox",)
-        return COCOEvaluator(dataset_name, tasks=tasks, distributed=True, output_dir=folder)
+        found = ("bbox", "segm") if cfg.MODEL.MASK_ON else ("bbox",)
+        keypoints: dict[str, Any] = {}
+        if cfg.MODEL.KEYPOINT_ON:  # an installed Detectron2 has heads for them
+            found, keypoints = (*found, "keypoints"), {"kpt_oks_sigmas": cfg.TEST.KEYPOINT_OKS_SIGMAS}
+        return COCOEvaluator(dataset_name, tasks=found, distributed=True, output_dir=folder, **keypoints)
 
 
 def facts_for_prediction(cfg: CfgNode) -> dict[str, Any]:

@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 import torch
 
-from d2_frozen.data import build_test_loader, build_train_loader, prepare_datasets
+from d2_frozen.data import build_test_loader, build_train_loader, prepare_datasets, training_records
 from d2_frozen.data.draws import draw_index, seeded
 from d2_frozen.data.loader import DrawnDataset, Place, SampleError
 from d2_frozen.data.shapes import generate
+from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.samplers import TrainingSampler
 from detectron2.utils import comm
 
@@ -62,16 +63,6 @@ def shapes(tmp_path_factory, make_cfg):
     return make
 
 
-def test_records_without_a_size_are_refused_where_images_are_grouped_by_it(shapes):
-    records = [{"file_name": "a.jpg", "width": 3, "height": 2}, {"file_name": "b.jpg", "annotations": []}]
-    with pytest.raises(ValueError, match=r"b\.jpg has no 'width' and 'height'.*ASPECT_RATIO_GROUPING False"):
-        build_train_loader(shapes(), dataset=records)
-    loader = build_train_loader(
-        shapes("DATALOADER.ASPECT_RATIO_GROUPING", False), dataset=records, mapper=dict
-    )
-    assert {sample["file_name"] for batch in islice(loader, 2) for sample in batch} == {"a.jpg", "b.jpg"}
-
-
 def take(cfg, count, **options):
     """Batches as plain comparable values: file, pixels, boxes, classes, masks."""
     return [
@@ -87,6 +78,45 @@ def take(cfg, count, **options):
         ]
         for batch in islice(build_train_loader(cfg, **options), count)
     ]
+
+
+def test_records_without_a_size_are_grouped_by_that_of_their_files(shapes):
+    """As Detectron2 has it, which reads images before it groups them."""
+    cfg = shapes()
+    bare = [
+        {key: value for key, value in record.items() if key not in ("width", "height")}
+        for record in training_records(cfg)
+    ]
+    assert take(cfg, 5, dataset=bare) == take(cfg, 5)
+    with pytest.raises(
+        ValueError, match=r"has no 'width' and 'height'.*\(it has pixels\).*ASPECT_RATIO_GROUPING"
+    ):
+        build_train_loader(cfg, dataset=[{"pixels": None}])
+
+
+def test_keypoints_come_along_for_heads_of_an_installed_detectron2(shapes):
+    cfg = shapes("MODEL.KEYPOINT_ON", True, "MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE", 2)
+    cfg.DATASETS.TRAIN = ("keypoints_of_test_loader",)
+    records = [
+        {
+            **r,
+            "annotations": [{**a, "keypoints": [9.0, 9.0, 2, 30.0, 9.0, seen]} for a in r["annotations"][:1]],
+        }
+        for r, seen in zip(DatasetCatalog.get("train_test_loader"), [2, 0] * 5)
+    ]
+    DatasetCatalog.register("keypoints_of_test_loader", lambda: records)
+    MetadataCatalog.get("keypoints_of_test_loader").set(
+        keypoint_names=["left", "right"], keypoint_flip_map=[("left", "right")]
+    )
+    assert [r["annotations"][0]["keypoints"][-1] for r in training_records(cfg)] == [2] * 5
+    seen = 0
+    for batch in islice(build_train_loader(cfg), 6):
+        for sample in batch:
+            for left, right in sample["instances"].gt_keypoints.tensor:
+                if left[2] and right[2]:  # both inside the crop
+                    seen += 1
+                    assert left[0] < right[0], "a mirrored left is called right"
+    assert seen > 4
 
 
 @pytest.mark.parametrize("grouping", [True, False])

@@ -16,12 +16,13 @@ import pytest
 import torch
 from torch import nn
 
+from d2_frozen import engine_name
 from d2_frozen.engine import FrozenTrainer, hooks
 from d2_frozen.engine.hooks import StoppedBySignal
 from d2_frozen.engine.trainer import _CPUAutocastTrainer, loop_kind
 from d2_frozen.train_net import main, setup
 from detectron2.config import CfgNode
-from detectron2.data import DatasetCatalog, DatasetMapper, build_detection_train_loader
+from detectron2.data import DatasetCatalog, DatasetMapper, MetadataCatalog, build_detection_train_loader
 from detectron2.engine import AMPTrainer, DefaultTrainer, HookBase
 
 Flags = Callable[..., Namespace]
@@ -350,3 +351,25 @@ def test_a_last_checkpoint_that_cannot_be_written_is_an_error(flags: Flags, tmp_
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert not list((tmp_path / "out").glob("*model*"))
+
+
+@pytest.mark.skipif(engine_name() == "embedded", reason="needs an installed Detectron2")
+def test_keypoint_heads_of_an_installed_detectron2(flags: Flags) -> None:
+    cfg = setup(flags("SOLVER.MAX_ITER", "2")).clone()
+    cfg.defrost()
+    records = DatasetCatalog.get(cfg.DATASETS.TRAIN[0])
+    for record in records:
+        for annotation in record["annotations"]:
+            x, y, w, h = annotation["bbox"]
+            annotation.update(keypoints=[x + 1.0, y + 1.0, 2, x + w - 1.0, y + h - 1.0, 2], num_keypoints=2)
+    DatasetCatalog.register("keypoints_of_test_training", lambda: records)
+    MetadataCatalog.get("keypoints_of_test_training").set(
+        thing_classes=MetadataCatalog.get(cfg.DATASETS.TRAIN[0]).thing_classes,
+        keypoint_names=["left", "right"],
+        keypoint_flip_map=[("left", "right")],
+    )
+    cfg.DATASETS.TRAIN = cfg.DATASETS.TEST = ("keypoints_of_test_training",)
+    cfg.MODEL.KEYPOINT_ON = True
+    cfg.MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS, cfg.MODEL.ROI_KEYPOINT_HEAD.CONV_DIMS = 2, [8]
+    cfg.TEST.KEYPOINT_OKS_SIGMAS = [0.1, 0.1]
+    assert set(FrozenTrainer(cfg).train()) == {"bbox", "segm", "keypoints"}
