@@ -147,7 +147,7 @@ def _take(path: Path, wait: bool, advice: str) -> None:
 
 
 def _give_back(path: Path) -> None:
-    if _held.pid != os.getpid():
+    if _held.pid != os.getpid() or path not in _held.counts:  # given back at the end of the process
         return
     _held.counts[path] -= 1
     if _held.counts[path]:

@@ -155,9 +155,10 @@ class OutputFolder:
         self._held.close()
 
     def _close_files(self) -> None:
-        for file in self._files.values():
-            file.close()
-        self._files.clear()
+        while self._files:
+            # What is finished was flushed. Other lines, which a full disk may not take, are removed when a run goes on.
+            with contextlib.suppress(OSError):
+                self._files.popitem()[1].close()
 
     def _finished(self, name: str) -> bool:
         return name in self._done and "error" not in self._done[name]

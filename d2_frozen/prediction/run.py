@@ -110,8 +110,12 @@ class PredictionRun:
         finally:
             self._progress.close()
             self._writer.shutdown(wait=True)
-            self.summary.collected = self.output.collect()
-            self.output.close()
+            try:
+                self.summary.collected = self.output.collect()
+            except OSError as err:
+                raise _not_written(err) from err
+            finally:
+                self.output.close()
         return self.summary
 
     def _predict(self, items: list[Item]) -> None:
@@ -289,7 +293,7 @@ class PredictionRun:
             try:
                 future.result()
             except OSError as err:
-                raise OutputError(f"results cannot be written: {err}. What is finished is kept.") from err
+                raise _not_written(err) from err
             except Exception as err:
                 if item is None:
                     raise
@@ -332,6 +336,12 @@ class PredictionRun:
     def _count(self) -> None:
         self.summary.pictures += 1
         self._progress.update()
+
+
+def _not_written(err: OSError) -> OutputError:
+    return OutputError(
+        f"results cannot be written: {err}. What is finished is kept; start again to go on, when there is room."
+    )
 
 
 def _batches(reader: VideoReader, size: int) -> Iterator[list[tuple[float, np.ndarray]]]:

@@ -44,10 +44,11 @@ def compiled_network(network: Any, device: torch.device) -> nn.Module:
     if device.type == "cuda":
         return GraphPerSize(network)
     loops: dict[tuple, _Loops] = {}
+    any_rows = AnyRows()
     for block in network.blocks():
         key = (block.heads, block.width, block.cosine)
         if key not in loops:
-            loops[key] = _Loops(*key)
+            loops[key] = _Loops(any_rows, *key)
         block.loops = loops[key]
     return network
 
@@ -81,10 +82,9 @@ class _CompiledWhole(nn.Module):
             self._broken = True
             logger.warning(
                 "MODEL.FROZEN.COMPILE: from here on the network runs uncompiled, as torch.compile failed on images of "
-                "%s (%s: %s).",
+                "%s (%s).",
                 tuple(images.shape),
-                type(reason).__name__,
-                (str(reason).strip().splitlines() or [""])[0][:200],
+                _in_words(reason),
             )
         return self.network(images)
 
@@ -92,7 +92,7 @@ class _CompiledWhole(nn.Module):
 class _Loops:
     """The loops of blocks of one width."""
 
-    def __init__(self, heads: int, width: int, cosine: bool) -> None:
+    def __init__(self, any_rows: AnyRows, heads: int, width: int, cosine: bool) -> None:
         def queries_keys_values(
             qkv: Tensor, into: Tensor, padding: Tensor | None, bias: Tensor | None, scale: Tensor
         ) -> tuple[Tensor, Tensor, Tensor]:
@@ -109,8 +109,8 @@ class _Loops:
         def add_normalised(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
             return x + F.layer_norm(y, (heads * width,), weight, bias, eps)
 
-        self._queries_keys_values = compiled_for_any_rows(queries_keys_values)
-        self._add_normalised = compiled_for_any_rows(add_normalised)
+        self._queries_keys_values = any_rows.compiled(queries_keys_values)
+        self._add_normalised = any_rows.compiled(add_normalised)
 
     def queries_keys_values(self, block: Block, qkv: Tensor, layout: WindowLayout) -> tuple[Tensor, ...]:
         """(B * h * w, 3 C) -> three of (windows, heads, N, d)."""
@@ -129,15 +129,47 @@ class _Loops:
         return self._add_normalised(mark_any_rows(x), mark_any_rows(y), norm.weight, norm.bias, norm.eps)
 
 
-def compiled_for_any_rows(function: Callable) -> Callable:
-    """torch.compile with a code object of its own: what is compiled for one width does not count for another.
+class AnyRows:
+    """torch.compile for functions of one network whose tensors vary in their number of rows.
 
-    Tensors whose number of rows varies go through :func:`mark_any_rows` at each call.
+    Such tensors go through :func:`mark_any_rows` at each call. Where one of the functions cannot be compiled, all run as
+    they are.
     """
-    own: Any = types.FunctionType(
-        function.__code__.replace(), function.__globals__, function.__name__, None, function.__closure__
-    )
-    return torch.compile(own)
+
+    def __init__(self) -> None:
+        self._broken = False
+
+    def compiled(self, function: Callable) -> Callable:
+        """With a code object of its own: what is compiled for one width does not count for another."""
+        own: Any = types.FunctionType(
+            function.__code__.replace(), function.__globals__, function.__name__, None, function.__closure__
+        )
+        compiled = torch.compile(own)
+
+        def call(*arguments: Any) -> Any:
+            if not self._broken:
+                try:
+                    return compiled(*arguments)
+                except torch.cuda.OutOfMemoryError:
+                    raise
+                except Exception as reason:
+                    # Seen: no room for its files, or a TMPDIR that allows no code (noexec).
+                    self._broken = True
+                    logger.warning(
+                        "MODEL.FROZEN.COMPILE: from here on the network runs uncompiled, as torch.compile failed (%s). "
+                        "It keeps its files in TORCHINDUCTOR_CACHE_DIR, or under TMPDIR.",
+                        _in_words(reason),
+                    )
+            return function(*arguments)
+
+        return call
+
+
+def _in_words(reason: Exception) -> str:
+    """Class and first line; and of a compiler that was started, the line that says error."""
+    lines = str(reason).strip().splitlines() or [""]
+    errors = [line.strip() for line in lines[1:] if "error:" in line]
+    return ": ".join([type(reason).__name__, lines[0][:200], *[line[-200:] for line in errors[:1]]])
 
 
 def mark_any_rows(tensor: Any) -> Any:

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from d2_frozen.backbone.fast.compiled import compiled_for_any_rows, mark_any_rows
+from d2_frozen.backbone.fast.compiled import AnyRows, mark_any_rows
 
 # Ada and Hopper: the first GPUs that multiply 8-bit floats.
 _FIRST_WITH_FP8 = (8, 9)
@@ -114,12 +114,13 @@ class _Fused(nn.Module):
 
 def _fuse_quantisation(network: nn.Module) -> None:
     made: dict[tuple, Any] = {}
+    any_rows = AnyRows()
     for parent in list(network.modules()):
         for name, child in list(parent.named_children()):
             if type(child) is nn.Linear:
                 key = (child.in_features, child.out_features, child.bias is None)
                 if key not in made:
-                    made[key] = compiled_for_any_rows(_linear)
+                    made[key] = any_rows.compiled(_linear)
                 setattr(parent, name, _Fused(child, made[key]))
 
 

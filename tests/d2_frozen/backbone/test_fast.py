@@ -268,7 +268,7 @@ def test_low_precision_is_close(name, precision, relative):
 )
 @pytest.mark.parametrize(("precision", "relative"), [("fp32", 1e-5), ("bf16", 0.05)])
 @pytest.mark.parametrize("name", ["swinv2_tiny_window8_256", "swin_tiny_patch4_window7_224"])
-def test_compiled_swin_compiles_nothing_at_a_new_size(name, precision, relative):
+def test_compiled_swin_compiles_nothing_at_a_new_size(name, precision, relative, caplog):
     """Whole windows first, then padded ones, then only sizes of those kinds."""
     backbone = network(name, out_features=["res2"], **SMALL, window_size=5)
     wrapped = FrozenBackbone(backbone, precision, compile=True)
@@ -277,6 +277,7 @@ def test_compiled_swin_compiles_nothing_at_a_new_size(name, precision, relative)
         batch = images(*size)
         with torch._dynamo.config.patch(error_on_recompile=number > 1):
             assert_same_maps(wrapped(batch), backbone(batch), relative)
+    assert "uncompiled" not in caplog.text  # as an error from recompiling would have it
 
 
 @pytest.mark.skipif(
@@ -310,6 +311,26 @@ def test_where_torch_cannot_compile_the_network_runs_as_it_is(monkeypatch, caplo
     for size in [(64, 64), (64, 96)]:
         assert_same_maps(wrapped(images(*size)), backbone(images(*size)))
     assert caplog.text.count("runs uncompiled") == 1 and "(AssertionError: expected stride 1)" in caplog.text
+
+
+def test_loops_that_cannot_be_compiled_run_as_they_are(monkeypatch, caplog):
+    """A temporary folder that is full, or that allows no code."""
+
+    def fails(function):
+        def call(*arguments):
+            raise RuntimeError(
+                "C++ compile error\n...\na.h:7:2: fatal error: cannot write: No space left on device"
+            )
+
+        return call
+
+    monkeypatch.setattr(torch, "compile", fails)
+    monkeypatch.setattr(shutil, "which", lambda name: name)
+    backbone = network("swinv2_pico_window8_256")
+    wrapped = FrozenBackbone(backbone, compile=True)
+    for size in [(64, 64), (64, 96)]:
+        assert_same_maps(wrapped(images(*size)), backbone(images(*size)))
+    assert caplog.text.count("runs uncompiled") == 1 and "No space left on device)" in caplog.text
 
 
 @pytest.mark.parametrize("name", ["resnet18", "convnext_atto", "vit_tiny_patch16_224"])

@@ -22,7 +22,7 @@ from d2_frozen.predict import main, parse
 from d2_frozen.prediction.heads import load_heads
 from d2_frozen.prediction.inputs import Item, find_items
 from d2_frozen.prediction.outputs import OutputFolder, read_lines
-from d2_frozen.prediction.run import BadInputError, PredictionRun, Settings
+from d2_frozen.prediction.run import BadInputError, OutputError, PredictionRun, Settings
 from d2_frozen.prediction.video_file import VideoReader, VideoWriter
 
 SaveHead = Callable[..., Path]
@@ -393,3 +393,29 @@ def test_one_run_at_a_time_writes_into_a_folder(tmp_path: Path) -> None:
     (tmp_path / CLAIM_FILE).unlink()
     OutputFolder(tmp_path, [], {}).close()
     assert [path.name for path in tmp_path.iterdir()] == ["run.json"]
+
+
+def test_a_full_disk_ends_the_run_which_goes_on_when_there_is_room(
+    heads: list[str], pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where nothing can be tidied up then."""
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    command = [*heads, str(pictures), "--output", str(tmp_path / "out")]
+    with monkeypatch.context() as patch:
+        patch.setattr(OutputFolder, "finish", full)
+        patch.setattr(OutputFolder, "collect", full)
+        with pytest.raises(
+            OutputError, match="results cannot be written: .*No space left.*start again to go on"
+        ):
+            main(command)
+    assert not (tmp_path / "out" / CLAIM_FILE).exists()
+    whole = [*heads, str(pictures), "--output", str(tmp_path / "whole")]
+    assert not main(command).failed and not main(whole).failed
+    for head in ("det", "seg"):
+        found, expected = (
+            lines(tmp_path / folder / head / "predictions.jsonl") for folder in ("out", "whole")
+        )
+        assert sorted(map(str, found)) == sorted(map(str, expected))
