@@ -132,8 +132,8 @@ class _Loops:
 class AnyRows:
     """torch.compile for functions of one network whose tensors vary in their number of rows.
 
-    Such tensors go through :func:`mark_any_rows` at each call. Where one of the functions cannot be compiled, all run as
-    they are.
+    Such tensors go through :func:`mark_any_rows` at each call. Where one of the functions cannot be compiled, all run
+    as they are.
     """
 
     def __init__(self) -> None:
