@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import secrets
@@ -35,7 +36,7 @@ def whole_file(path: str | Path, *, durable: bool = True) -> Iterator[Path]:
             partial.chmod(mode)  # some writers make files for their owner alone
         if durable:
             with open(partial, "rb") as written:
-                os.fsync(written.fileno())
+                sync(written.fileno())
         os.replace(partial, path)
     except (OSError, RuntimeError) as err:
         # torch.save, which cannot end its file on a full disk either, buries the disk's error under one of its own.
@@ -46,6 +47,15 @@ def whole_file(path: str | Path, *, durable: bool = True) -> Iterator[Path]:
         raise type(cause)(cause.errno, seen, str(path)) from err
     finally:
         partial.unlink(missing_ok=True)
+
+
+def sync(handle: int) -> None:
+    """Flush an open file to the disk, where its file system can do that; some that lie over a network cannot."""
+    try:
+        os.fsync(handle)
+    except OSError as err:
+        if err.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS):
+            raise
 
 
 def write_atomically(path: str | Path, write: Callable[[BinaryIO], Any]) -> None:

@@ -24,6 +24,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+from d2_frozen.files import sync
+
 logger = logging.getLogger(__name__)
 
 # A shard is what is mapped, and what `verify --repair` drops if a blob in it is damaged.
@@ -305,8 +307,8 @@ class _ShardWriter:
             if keep is not None:
                 os.truncate(self._blobs, keep)
                 os.truncate(self._rows, self.rows_end)
-            os.fsync(self._blobs)
-            os.fsync(self._rows)
+            sync(self._blobs)
+            sync(self._rows)
         finally:
             os.close(self._blobs)
             os.close(self._rows)

@@ -381,6 +381,20 @@ class TrainLoader:
             yield Place(rank + count * world_size, int(index))
 
 
+def require_reachable(path: str) -> None:
+    """For mappers that note files as bad for good.
+
+    Raises:
+        OSError: it is the file system that fails; the loader tries the record again.
+    """
+    try:
+        with open(path, "rb") as file:
+            file.read(1)
+    except OSError as err:  # also of a folder, and of a file that is not there
+        if err.errno in _PASSING:
+            raise
+
+
 def _may_pass(err: BaseException | None) -> bool:
     """Is it the file system that failed for now, a server that starts anew, say, and not the file that is bad?"""
     seen: set[int] = set()

@@ -1,13 +1,16 @@
 """A file is whole or not there, and as readable as any other of the user's."""
 
 import errno
+import importlib
 import os
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
+from d2_frozen import engine_name
 from d2_frozen.files import drop_half_line, whole_file, write_atomically, write_bytes
 
 
@@ -82,3 +85,23 @@ def test_half_a_line_at_the_end_is_cut_off(tmp_path: Path, before: bytes, after:
     path.write_bytes(before)
     drop_half_line(path)
     assert path.read_bytes() == after
+
+
+@pytest.mark.parametrize(
+    ("code", "written"), [(errno.EINVAL, True), (errno.ENOTSUP, True), (errno.EIO, False)]
+)
+def test_a_file_system_that_cannot_flush_is_written_to_and_one_that_fails_is_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int, written: bool
+) -> None:
+    def fail(handle: int) -> None:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(os, "fsync", fail)
+    writers = [write_atomically]
+    if engine_name() == "embedded":
+        writers.append(importlib.import_module("detectron2.checkpoint.atomic").write_atomically)
+    for number, write in enumerate(writers):
+        with nullcontext() if written else pytest.raises(OSError, match=os.strerror(code)):
+            write(str(tmp_path / str(number)), lambda stream: stream.write(b"content"))
+    found = [path.read_bytes() for path in tmp_path.iterdir()]
+    assert found == ([b"content"] * len(writers) if written else [])

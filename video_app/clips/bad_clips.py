@@ -6,10 +6,12 @@ after a resume: a hanging file would cost its time limit in every epoch. Delete 
 
 from __future__ import annotations
 
+import logging
 import os
 from pathlib import Path
 
 FILE_NAME = "bad_clips.txt"
+logger = logging.getLogger(__name__)
 
 
 class BadClips:
@@ -28,13 +30,16 @@ class BadClips:
             return
         reason = " ".join(reason.split())
         self._known[path] = reason
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        # One write to a file opened for appending stays in one piece.
-        place = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
         try:
-            os.write(place, f"{path}\t{reason}\n".encode(errors="surrogateescape"))
-        finally:
-            os.close(place)
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            # One write to a file opened for appending stays in one piece.
+            place = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+            try:
+                os.write(place, f"{path}\t{reason}\n".encode(errors="surrogateescape"))
+            finally:
+                os.close(place)
+        except OSError as err:  # a full disk, say: no reason to end a training
+            logger.error("%s (%s) is not noted in %s: %s.", path, reason, self.path, err)
 
     def __len__(self) -> int:
         return len(self._known)

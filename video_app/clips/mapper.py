@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from d2_frozen.caching import SLOT, FeatureCache, Slot
+from d2_frozen.data.loader import require_reachable
 from detectron2.config import CfgNode
 from video_app.clips.bad_clips import BadClips
 from video_app.clips.crops import TrainCrop, view_crops
@@ -107,6 +108,7 @@ class ClipMapper:
         """
         Raises:
             BadClip: with ``strict``, for a file that cannot be read.
+            OSError: for a file system that is away.
         """
         # Both are drawn before the file is read, so that a draw does not depend on what is in it.
         drawn = np.random.randint(0, 2**31, size=4)
@@ -121,6 +123,7 @@ class ClipMapper:
             try:
                 video, clip = self.views(path, plan, random)
             except BadClip as err:
+                require_reachable(path)
                 reason = str(err)
         if reason is not None:
             return self._bad(record, reason)

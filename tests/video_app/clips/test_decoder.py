@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import pickle
 import signal
@@ -15,11 +16,12 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from d2_frozen.data import loader
 from d2_frozen.data.loader import DrawnDataset, Place
 from video_app.clips import decoder as decoder_module
 from video_app.clips.bad_clips import BadClips, read_bad_clips
 from video_app.clips.crops import TrainCrop
-from video_app.clips.decoder import BadClip, ClipDecoder, VideoReading
+from video_app.clips.decoder import BadClip, ClipDecoder, DecodedClip, VideoReading
 from video_app.clips.decoder_process import HEADER
 from video_app.clips.mapper import ClipMapper
 from video_app.clips.reader import installed_readers
@@ -217,3 +219,35 @@ def test_bad_clips_are_noted_once_and_replaced(tmp_path: Path) -> None:
         Place(0, 0)
     ].error
     assert "set VIDEO.STRICT False" in error and "SKIP_BAD" not in error
+
+
+def test_a_file_server_that_is_away_makes_no_clip_a_bad_one(
+    video: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was noted, and never tried again, also in later runs."""
+    waits: list[float] = []
+    monkeypatch.setattr("d2_frozen.data.loader.time.sleep", waits.append)
+
+    def away(path: str, mode: str) -> None:
+        raise OSError(errno.ESTALE, "Stale file handle", path)
+
+    mapper = make_mapper(tmp_path)
+    read = mapper.decoder.read
+
+    def fails_once(path: str, plan: SamplingPlan) -> DecodedClip:
+        if not waits:
+            raise BadClip("pyav: Stale file handle")
+        monkeypatch.delattr(loader, "open")
+        return read(path, plan)
+
+    monkeypatch.setattr(loader, "open", away, raising=False)
+    monkeypatch.setattr(mapper.decoder, "read", fails_once)
+    sample = DrawnDataset([record(video)], mapper, 0, skip_bad=False)[Place(0, 0)].sample
+    assert sample["video"].shape[1] == 4 and waits == [1] and not mapper.bad_clips
+
+
+def test_a_list_of_bad_clips_that_cannot_be_written_ends_no_training(tmp_path: Path, caplog) -> None:
+    (tmp_path / "file").write_text("")
+    bad = BadClips(str(tmp_path / "file" / "out"))
+    bad.add("a.mp4", "broken")
+    assert bad.reason("a.mp4") == "broken" and "a.mp4 (broken) is not noted in" in caplog.text

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Callable
 from typing import IO, Any
@@ -23,7 +24,12 @@ def write_atomically(path: str, write: Callable[[IO[bytes]], Any]) -> None:
         with open(temporary, "wb") as stream:
             write(stream)
             stream.flush()
-            os.fsync(stream.fileno())
+            try:
+                os.fsync(stream.fileno())
+            except OSError as err:
+                # Some file systems over a network cannot.
+                if err.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS):
+                    raise
         os.replace(temporary, path)
     except BaseException as err:
         if os.path.exists(temporary):
