@@ -129,7 +129,7 @@ def _take(path: Path, wait: bool, advice: str) -> None:
         found = _read(path)
         if found is None:
             continue  # gone meanwhile
-        if not _lives(path, *found):
+        if not _lives(path, *found, tell=not told):
             _remove(path, found[0])
             continue
         if not wait:
@@ -225,7 +225,7 @@ def _remove(path: Path, dead: _Owner | None) -> None:
         aside.unlink(missing_ok=True)
 
 
-def _lives(path: Path, owner: _Owner | None, changed: int) -> bool:
+def _lives(path: Path, owner: _Owner | None, changed: int, tell: bool) -> bool:
     if owner is not None:
         if owner.process in _dead:
             return False
@@ -233,9 +233,12 @@ def _lives(path: Path, owner: _Owner | None, changed: int) -> bool:
             state, started = _state(owner.pid)
             if state != "unknown":
                 return state == "lives" and started == owner.started
-    logger.warning(
-        "%s. Waiting for a sign of life, for %.0f s at most.", _text(path, owner, "may be in use"), PATIENCE_S
-    )
+    if tell:
+        logger.warning(
+            "%s. Waiting for a sign of life, for %.0f s at most.",
+            _text(path, owner, "may be in use"),
+            PATIENCE_S,
+        )
     end = time.monotonic() + PATIENCE_S
     while time.monotonic() < end:
         time.sleep(min(_LOOK_S, PATIENCE_S))

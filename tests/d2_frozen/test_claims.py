@@ -128,6 +128,24 @@ def test_a_process_of_another_machine_is_watched(file: Path, clock: float) -> No
         assert json.loads(file.read_text())["pid"] == os.getpid()
 
 
+def test_who_waits_for_another_machine_is_told_once(file: Path, caplog: pytest.LogCaptureFixture) -> None:
+    left_behind(file, machine="another", host="node7")
+    beats = iter(range(8))
+
+    def live() -> None:
+        for beat in beats:
+            time.sleep(0.1)
+            os.utime(file, (0, beat))
+        file.unlink()
+
+    thread = threading.Thread(target=live)
+    thread.start()
+    with claimed(file, wait=True):
+        thread.join()
+    told = [record.getMessage() for record in caplog.records]
+    assert len(told) == 2 and "may be in use" in told[0] and "waiting for its end" in told[1]
+
+
 @pytest.mark.parametrize("content", ["", '{"host": ', '{"pid": 1}'])
 def test_a_file_that_does_not_say_whose_it_is_blocks_nobody(file: Path, content: str) -> None:
     """A disk that was full, or a machine that stopped between making and writing it."""
