@@ -36,9 +36,18 @@ class PassMemory:
 
     @contextlib.contextmanager
     def on(self, backbones: Iterable[FrozenBackbone]) -> Iterator[PassMemory]:
-        """Within, calls of these backbones are remembered; what is remembered outlives it, until :meth:`forget`."""
+        """Within, calls of these backbones are remembered; what is remembered outlives it, until :meth:`forget`.
+
+        Raises:
+            RuntimeError: a memory is on for one of them already.
+        """
         chosen = list({id(backbone): backbone for backbone in backbones}.values())
-        assert not any("forward" in backbone.__dict__ for backbone in chosen), "one memory at a time"
+        taken = next((backbone.name for backbone in chosen if "forward" in backbone.__dict__), None)
+        if taken is not None:
+            raise RuntimeError(
+                f"a PassMemory is on for the backbone {taken} already. Leave its `with` block first; threads that "
+                "share a backbone take turns (one Predictor, called from all of them, does that by itself)."
+            )
         for backbone in chosen:
             # An attribute of the object hides the class's method, as long as it is there.
             backbone.forward = self._remembering(backbone, backbone.forward)  # type: ignore[method-assign]
@@ -61,10 +70,11 @@ class PassMemory:
             for seen in kept:
                 if seen.dtype == dtype and seen.untouched() and _equal(seen.images, images):
                     self.reused += 1
-                    return dict(seen.maps)
+                    return {name: _own(feature) for name, feature in seen.maps.items()}
             maps = forward(images)
             self.passes += 1
-            kept.append(_Pass(images, dtype, maps, _versions(maps)))
+            given, remembered = _own(images), {name: _own(feature) for name, feature in maps.items()}
+            kept.append(_Pass(given, dtype, remembered, _versions([given, *remembered.values()])))
             return dict(maps)
 
         return answer
@@ -77,8 +87,8 @@ class _Pass(NamedTuple):
     versions: list[int]
 
     def untouched(self) -> bool:
-        """A head that wrote into its maps must not change those of the next."""
-        return _versions(self.maps) == self.versions
+        """A head that wrote into its maps must not change those of the next; nor may the images be others by now."""
+        return _versions([self.images, *self.maps.values()]) == self.versions
 
 
 def share_equal_backbones(models: Sequence[nn.Module], settings: Sequence[Hashable]) -> list[list[int]]:
@@ -124,5 +134,10 @@ def _equal(a: Tensor, b: Tensor) -> bool:
     return a.shape == b.shape and a.dtype == b.dtype and a.device == b.device and torch.equal(a, b)
 
 
-def _versions(maps: Maps) -> list[int]:
-    return [-1 if feature.is_inference() else feature._version for feature in maps.values()]
+def _own(tensor: Tensor) -> Tensor:
+    """The tensor, or a copy in inference mode, where nobody counts what is written into one."""
+    return tensor.clone() if tensor.is_inference() else tensor
+
+
+def _versions(tensors: Iterable[Tensor]) -> list[int]:
+    return [-1 if tensor.is_inference() else tensor._version for tensor in tensors]

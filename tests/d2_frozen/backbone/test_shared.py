@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch import nn
 
@@ -51,12 +52,15 @@ def test_equal_images_are_answered_from_memory_until_it_forgets() -> None:
     assert frozen.inner.calls == 4 and memory.passes == 3
 
 
-def test_a_map_that_was_written_into_is_not_handed_on() -> None:
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_a_map_that_was_written_into_is_not_handed_on(mode: type) -> None:
     frozen = FrozenBackbone(Trunk())
-    images = torch.ones(1, 3, 2, 2)
-    with PassMemory().on([frozen]):
-        frozen(images)["res2"].zero_()
-        assert (frozen(images)["res2"] == 3).all()
+    with mode(), PassMemory().on([frozen]):
+        images = torch.ones(1, 3, 2, 2)
+        for _ in range(3):
+            maps = frozen(images)
+            assert (maps["res2"] == 3).all()
+            maps["res2"].zero_()
 
 
 def test_autocast_has_its_own_answer() -> None:
@@ -82,3 +86,22 @@ def test_other_settings_keep_backbones_apart() -> None:
     models = [Model(), Model()]
     assert share_equal_backbones(models, ["window 8", "window 16"]) == [[0], [1]]
     assert models[0].backbone.bottom_up is not models[1].backbone.bottom_up
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_images_that_were_written_into_are_others(mode: type) -> None:
+    """A buffer that is filled anew for each picture is equal to itself, but not to what it was."""
+    frozen = FrozenBackbone(Trunk())
+    with mode(), PassMemory().on([frozen]):
+        images = torch.ones(1, 3, 2, 2)
+        frozen(images)
+        images.fill_(2)
+        assert (frozen(images)["res2"] == 6).all()
+
+
+def test_one_memory_at_a_time() -> None:
+    frozen = FrozenBackbone(Trunk())
+    with PassMemory().on([frozen]):
+        with pytest.raises(RuntimeError, match="PassMemory is on for the backbone Trunk already"):
+            PassMemory().on([frozen]).__enter__()
+        assert (frozen(torch.ones(1, 3, 2, 2))["res2"] == 3).all()
