@@ -40,13 +40,15 @@ def setup(args: argparse.Namespace, claims: contextlib.ExitStack | None = None) 
         ValueError: bad data (one error listing the problems), or settings that cannot be or contradict each other.
         OSError: OUTPUT_DIR cannot be written to, or a file is missing.
     """
-    from d2_frozen.engine import saved_seed
+    from d2_frozen.engine.checkpoint import require_same_checkpoint, saved_seed
     from d2_frozen.engine.settings import check_settings, claimed_output_dir
 
     cfg = read_config(args.config_file, args.opts)
     check_settings(cfg, train=not args.eval_only)
     if claims is not None and not args.eval_only and comm.is_main_process():
         claims.enter_context(claimed_output_dir(cfg.OUTPUT_DIR))
+    if args.resume:
+        require_same_checkpoint(cfg.OUTPUT_DIR)
     if not args.eval_only and cfg.SEED < 0:
         seed = saved_seed(cfg.OUTPUT_DIR) if args.resume else None
         cfg.SEED = comm.shared_random_seed() % 2**31 if seed is None else seed

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
+import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -19,9 +20,13 @@ from d2_frozen.backbone import FrozenBackbone, frozen_parts
 from d2_frozen.files import write_atomically, write_text
 from d2_frozen.provider import embedded_part
 from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.utils import comm
 from detectron2.utils.file_io import PathManager
 
 logger = logging.getLogger(__name__)
+
+# Seconds between looks at a folder that processes see differently.
+_SEEN_AFTER_S = (5, 20, 40)
 
 # The original's own reader of .pkl files runs whatever code is in them.
 _reading = embedded_part("checkpoint.reading")
@@ -299,6 +304,38 @@ def saved_seed(save_dir: str) -> int | None:
         except ValueError as err:
             raise ValueError(f"{err} To resume: {_other_checkpoints(path)}") from err
     return content.get("seed")
+
+
+def require_same_checkpoint(folder: str) -> None:
+    """All processes call this before they resume; nothing happens in a single one.
+
+    Each reads the folder for itself. Processes that went on from different iterations would train on, with different
+    weights.
+
+    Raises:
+        RuntimeError: another process sees another last checkpoint there, or none: a folder of its own machine, say.
+    """
+    if comm.get_world_size() == 1:
+        return
+    # A network file system may show another machine for a minute what was there before.
+    for seconds in (*_SEEN_AFTER_S, None):
+        names = comm.all_gather(_last_seen(folder))
+        if len(set(names)) == 1:
+            return
+        if seconds is not None:
+            time.sleep(seconds)
+    seen = "; ".join(f"process {rank}: {name or 'none'}" for rank, name in enumerate(names))
+    raise RuntimeError(
+        f"processes see different last checkpoints in {folder} ({seen}). To resume on several machines, OUTPUT_DIR "
+        "must be one folder that all of them see; or copy last_checkpoint and the file that it names to each."
+    )
+
+
+def _last_seen(folder: str) -> str:
+    if not os.path.isfile(os.path.join(folder, "last_checkpoint")):
+        return ""
+    name = _named_in_tag(folder)
+    return name if os.path.isfile(os.path.join(folder, name)) else f"{name}, which is not there"
 
 
 def _named_in_tag(folder: str) -> str:

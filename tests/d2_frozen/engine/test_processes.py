@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import os
+import shutil
 import subprocess
 import sys
 from argparse import Namespace
@@ -42,17 +43,15 @@ def _both(config_file: str, folder: str) -> None:
     torch.save(content, Path(folder) / f"{comm.get_rank()}.pth")
 
 
-def test_what_is_frozen_is_the_same_in_both(
-    flags: Callable[..., Namespace], tiny_config: Path, tmp_path: Path
-) -> None:
-    """The tiny config has PRETRAINED: "" and SEED 7, with which Detectron2 seeds the second process with 8."""
+def _launch_two(folder: Path, function: Callable[..., None], *arguments: str) -> None:
+    """``function(*arguments)`` in two processes."""
     # Spawned processes import the launched function by its module's name, which a file given to Python always has.
-    script = tmp_path / "both.py"
+    script = folder / "launched.py"
     script.write_text(
         Path(__file__).read_text().split("pytestmark")[0]
-        + inspect.getsource(_both)
+        + inspect.getsource(function)
         + "from detectron2.engine import launch\n"
-        + "if __name__ == '__main__':\n    launch(_both, 2, dist_url='auto', args=tuple(sys.argv[1:]))\n"
+        + f"if __name__ == '__main__':\n    launch({function.__name__}, 2, dist_url='auto', args=tuple(sys.argv[1:]))\n"
     )
     # Detectron2 itself trains in several processes on GPUs only.
     environment = {
@@ -60,9 +59,16 @@ def test_what_is_frozen_is_the_same_in_both(
         "D2_FROZEN_ENGINE": "embedded",
         "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
     }
-    command = [sys.executable, str(script), str(tiny_config), str(tmp_path)]
+    command = [sys.executable, str(script), *arguments]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
+
+
+def test_what_is_frozen_is_the_same_in_both(
+    flags: Callable[..., Namespace], tiny_config: Path, tmp_path: Path
+) -> None:
+    """The tiny config has PRETRAINED: "" and SEED 7, with which Detectron2 seeds the second process with 8."""
+    _launch_two(tmp_path, _both, str(tiny_config), str(tmp_path))
     first, second = (torch.load(tmp_path / f"{rank}.pth", weights_only=True) for rank in (0, 1))
     start, end = first["start"], first["end"]
     alone = FrozenTrainer(setup(flags())).model.state_dict()
@@ -75,3 +81,31 @@ def test_what_is_frozen_is_the_same_in_both(
     for rank, error in enumerate((first["error"], second["error"])):
         assert "frozen weights at 'backbone.bottom_up' differ between processes" in error
         assert f"(rank {rank})" in error and "MODEL.TIMM.PRETRAINED" in error
+
+
+def _resume(folder: str) -> None:
+    """Each process has an OUTPUT_DIR of its own, as on two machines without a common one."""
+    from d2_frozen.engine import checkpoint
+
+    checkpoint._SEEN_AFTER_S = (0.1,)
+    own = Path(folder) / str(comm.get_rank())
+    try:
+        checkpoint.require_same_checkpoint(str(own))
+        (own / "same").touch()
+    except RuntimeError as error:
+        (own / "error").write_text(str(error))
+
+
+def test_processes_that_see_different_checkpoints_do_not_train_on(tmp_path: Path) -> None:
+    """They began at different iterations, with different heads."""
+    for rank in "01":
+        (tmp_path / rank).mkdir()
+    (tmp_path / "0" / "last_checkpoint").write_text("model_0000001.pth")
+    (tmp_path / "0" / "model_0000001.pth").touch()
+    _launch_two(tmp_path, _resume, str(tmp_path))
+    for rank in "01":
+        assert "(process 0: model_0000001.pth; process 1: none)" in (tmp_path / rank / "error").read_text()
+    for file in ("last_checkpoint", "model_0000001.pth"):
+        shutil.copy(tmp_path / "0" / file, tmp_path / "1" / file)
+    _launch_two(tmp_path, _resume, str(tmp_path))
+    assert (tmp_path / "0" / "same").exists() and (tmp_path / "1" / "same").exists()
