@@ -7,6 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
+from d2_frozen import engine_name
 from d2_frozen.backbone import FrozenBackbone
 from d2_frozen.detection import FrozenRCNN
 from d2_frozen.summary import parts_table
@@ -139,3 +140,18 @@ def test_levels_that_the_backbone_does_not_give(
 def test_a_class_count_that_nobody_has_taken_from_the_data_is_refused(small_config: Config) -> None:
     with pytest.raises(ValueError, match=r"MODEL\.ROI_HEADS\.NUM_CLASSES is -1.*prepare_datasets"):
         build_model(small_config("MODEL.ROI_HEADS.NUM_CLASSES", -1))
+
+
+@pytest.mark.skipif(engine_name() == "embedded", reason="needs an installed Detectron2")
+def test_tracing_by_an_installed_detectron2_holds_for_other_images(small_config: Config) -> None:
+    from detectron2.export import TracingAdapter
+
+    model = build_model(small_config("MODEL.TIMM.NAME", "swinv2_pico_window8_256")).eval()
+    with torch.no_grad():
+        adapter = TracingAdapter(
+            model, [{"image": torch.rand(3, 64, 96) * 255}], lambda m, x: m.inference(x, do_postprocess=False)
+        )
+        traced = torch.jit.trace(adapter, adapter.flattened_inputs, check_trace=False)
+        for height, width in ((64, 96), (96, 64)):
+            image = torch.rand(3, height, width) * 255
+            assert all(torch.allclose(a, b, atol=1e-3) for a, b in zip(adapter(image), traced(image)))
