@@ -56,6 +56,13 @@ def claimed(path: str | Path, *, wait: bool = False, advice: str = "") -> Iterat
         _give_back(path)
 
 
+def holds_files(folder: Path) -> bool:
+    """Is something in it but a claim, and what its holder has just begun to write?"""
+    return any(
+        not path.name.startswith(CLAIM_FILE) and path.suffix != ".partial" for path in folder.iterdir()
+    )
+
+
 @dataclass(frozen=True)
 class _Owner:
     """Who holds a claim.

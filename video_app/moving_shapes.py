@@ -19,6 +19,7 @@ import av
 import numpy as np
 from av.video.stream import VideoStream
 
+from d2_frozen.claims import CLAIM_FILE, claimed, holds_files
 from d2_frozen.files import whole_file, write_text
 from video_app.moving_shapes_render import CLASSES, render
 
@@ -54,30 +55,40 @@ def generate(
         "codec": f"{_codec()}, PyAV {av.__version__}",
         **{"train": train, "val": val, "seed": seed, "size_px": size_px, "frames": frames},
     }
-    manifest = _manifest_in(root)
-    if manifest is not None and manifest["recipe"] == recipe and _is_whole(root, manifest):
+    if _is_made(root, recipe):
         return False
-    if manifest is None and root.is_dir() and any(root.iterdir()):
-        raise FileExistsError(f"{root} holds something that {GENERATOR} did not write; name an empty folder.")
     root.mkdir(parents=True, exist_ok=True)
-    write_text(root / _MANIFEST, json.dumps({"recipe": recipe, "bytes": None}))
-    write_text(root / "classes.txt", "".join(f"{name}\n" for name in CLASSES))
-    sizes: dict[str, int] = {}
-    for number, (split, count) in enumerate((("train", train), ("val", val))):
-        (root / split).mkdir(exist_ok=True)
-        lines = []
-        for index in range(count):
-            label, name = index % len(CLASSES), f"{split}/{index:06d}.mp4"
-            random = np.random.default_rng([seed, number, index])
-            encode(root / name, render(label, random, size_px, frames))
-            sizes[name] = (root / name).stat().st_size
-            lines.append(f"{name} {label}\n")
-        for leftover in sorted((root / split).glob("*.mp4*")):
-            if f"{split}/{leftover.name}" not in sizes:
-                leftover.unlink()
-        write_text(root / f"{split}.txt", "".join(lines))
-    write_text(root / _MANIFEST, json.dumps({"recipe": recipe, "bytes": sizes}, indent=1))
+    with claimed(root / CLAIM_FILE, wait=True):
+        if _is_made(root, recipe):  # by another process meanwhile
+            return False
+        write_text(root / _MANIFEST, json.dumps({"recipe": recipe, "bytes": None}))
+        write_text(root / "classes.txt", "".join(f"{name}\n" for name in CLASSES))
+        sizes: dict[str, int] = {}
+        for number, (split, count) in enumerate((("train", train), ("val", val))):
+            (root / split).mkdir(exist_ok=True)
+            lines = []
+            for index in range(count):
+                label, name = index % len(CLASSES), f"{split}/{index:06d}.mp4"
+                random = np.random.default_rng([seed, number, index])
+                encode(root / name, render(label, random, size_px, frames))
+                sizes[name] = (root / name).stat().st_size
+                lines.append(f"{name} {label}\n")
+            for leftover in sorted((root / split).glob("*.mp4*")):
+                if f"{split}/{leftover.name}" not in sizes:
+                    leftover.unlink()
+            write_text(root / f"{split}.txt", "".join(lines))
+        write_text(root / _MANIFEST, json.dumps({"recipe": recipe, "bytes": sizes}, indent=1))
     return True
+
+
+def _is_made(root: Path, recipe: dict[str, object]) -> bool:
+    """Is it there? Refuses a folder that holds other people's files."""
+    manifest = _manifest_in(root)
+    if manifest is not None:
+        return manifest["recipe"] == recipe and _is_whole(root, manifest)
+    if root.is_dir() and holds_files(root):
+        raise FileExistsError(f"{root} holds something that {GENERATOR} did not write; name an empty folder.")
+    return False
 
 
 def encode(path: Path, pictures: Sequence[np.ndarray], fps: int = FPS) -> None:

@@ -16,6 +16,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 
+from d2_frozen.claims import CLAIM_FILE, claimed, holds_files
 from d2_frozen.data.mask_outline import mask_to_polygons
 from d2_frozen.data.shapes_render import CLASSES, Scene, render
 from d2_frozen.files import write_bytes
@@ -51,14 +52,20 @@ def generate(output: str | Path, train: int = 600, val: int = 100, seed: int = 0
     parameters = {"generator": GENERATOR, "train": train, "val": val, "seed": seed, "size": size}
     if is_complete(root, parameters):
         return False
-    _claim(root, parameters)
-    sizes = _write_bytes(
-        root, root / "labels" / "classes.txt", "\n".join(("background", *CLASSES)).encode() + b"\n"
-    )
-    for split, count in (("train", train), ("val", val)):
-        sizes |= _write_split(root, split, count, seed, size)
-    _remove_leftovers(root, keep=set(sizes))
-    _write_manifest(root, parameters, complete=True, sizes=sizes)
+    root.mkdir(parents=True, exist_ok=True)
+    _require_ours(root)
+    with claimed(root / CLAIM_FILE, wait=True):
+        if is_complete(root, parameters):  # by another process meanwhile
+            return False
+        _require_ours(root)
+        _write_manifest(root, parameters, complete=False, sizes={})
+        sizes = _write_bytes(
+            root, root / "labels" / "classes.txt", "\n".join(("background", *CLASSES)).encode() + b"\n"
+        )
+        for split, count in (("train", train), ("val", val)):
+            sizes |= _write_split(root, split, count, seed, size)
+        _remove_leftovers(root, keep=set(sizes))
+        _write_manifest(root, parameters, complete=True, sizes=sizes)
     return True
 
 
@@ -134,14 +141,12 @@ def _write_bytes(root: Path, path: Path, data: bytes) -> dict[str, int]:
     return {path.relative_to(root).as_posix(): len(data)}
 
 
-def _claim(root: Path, parameters: dict[str, object]) -> None:
-    """Mark ``root`` as ours and incomplete; refuse a folder that holds other people's files."""
-    root.mkdir(parents=True, exist_ok=True)
-    if _read_manifest(root) is None and any(root.iterdir()):
+def _require_ours(root: Path) -> None:
+    """Refuse a folder that holds other people's files."""
+    if _read_manifest(root) is None and holds_files(root):
         raise FileExistsError(
             f"{root} is not empty and was not written by {GENERATOR}; give a new or empty folder."
         )
-    _write_manifest(root, parameters, complete=False, sizes={})
 
 
 def _read_manifest(root: Path) -> dict | None:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 
 import cv2
 import numpy as np
 import pytest
 from pycocotools.coco import COCO
 
+from d2_frozen.claims import CLAIM_FILE
 from d2_frozen.data import shapes
 from d2_frozen.data.shapes_render import CLASSES, render
 
@@ -95,3 +98,16 @@ def test_command_line(tmp_path, capsys):
     with pytest.raises(SystemExit):
         shapes.main(["--output", str(tmp_path / "x"), "--train", "-1"])
     assert "counts are >= 0" in capsys.readouterr().err
+
+
+def test_of_two_processes_at_once_one_makes_the_world_and_the_other_waits(tmp_path):
+    """They removed each other's unfinished files."""
+    command = [sys.executable, "-m", "d2_frozen.data.shapes", "--output", str(tmp_path / "world")]
+    command += ["--train", "60", "--val", "0", "--size", "96"]
+    both = [
+        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(2)
+    ]
+    said = [process.communicate() for process in both]
+    assert [process.returncode for process in both] == [0, 0], said
+    assert sorted("written to" in out for out, _ in said) == [False, True], said
+    assert not (tmp_path / "world" / CLAIM_FILE).exists()
