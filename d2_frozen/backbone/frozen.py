@@ -173,7 +173,7 @@ class FrozenBackbone(_TransparentWrapper):
         if images.dim() != 4:
             raise ValueError(f"a backbone takes images of shape (B, 3, H, W), not {tuple(images.shape)}.")
         # Recorders cannot follow what makes the fast network, nor need they: what they give is made fast elsewhere.
-        network = self.inner if _is_recorded() else self._network(images.device)
+        network = self._recordable(images.device) if _is_recorded() else self._network(images.device)
         maps = network(images.float())
         if not isinstance(maps, Mapping) or not all(isinstance(one, Tensor) for one in maps.values()):
             raise TypeError(
@@ -182,6 +182,16 @@ class FrozenBackbone(_TransparentWrapper):
                 "(docs/library.md has an example)."
             )
         return {name: _contiguous(feature, dtype or feature.dtype) for name, feature in maps.items()}
+
+    def _recordable(self, device: torch.device) -> nn.Module:
+        own = next((p.device for p in self.inner.parameters()), device)
+        if own != device:
+            raise RuntimeError(
+                f"torch.export and torch.jit.trace record the float32 weights of {self.name}, which are on {own}; the "
+                f"images are on {device}. In precision {self.precision} they stay there: build the model with "
+                "MODEL.FROZEN.PRECISION fp32, or record it on the CPU."
+            )
+        return self.inner
 
     def _network(self, device: torch.device) -> nn.Module:
         state = (device, _tensor_versions(self.inner))

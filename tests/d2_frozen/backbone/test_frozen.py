@@ -12,6 +12,7 @@ from d2_frozen.backbone import (
     exclude_frozen_from_ddp,
     freeze_backbone,
     freeze_stages,
+    frozen,
 )
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import Backbone
@@ -189,6 +190,15 @@ def test_export_and_trace_record_the_backbone_itself(images):
         maps = recorded(images)
         assert all(torch.allclose(maps[name], truth[name], atol=1e-5) for name in truth)
         assert not any(one.requires_grad for one in maps.values())
+
+
+def test_originals_that_stayed_elsewhere_cannot_be_recorded(images, monkeypatch):
+    monkeypatch.setattr(frozen, "_is_recorded", lambda: True)
+    low = FrozenBackbone(TinyBackbone(), "bf16").to("meta")
+    with pytest.raises(
+        RuntimeError, match="float32 weights of TinyBackbone, which are on cpu.*PRECISION fp32"
+    ):
+        low._compute(images.to("meta"))
 
 
 class OneSize(nn.Module):

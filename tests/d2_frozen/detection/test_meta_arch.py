@@ -146,7 +146,9 @@ def test_a_class_count_that_nobody_has_taken_from_the_data_is_refused(small_conf
 def test_tracing_by_an_installed_detectron2_holds_for_other_images(small_config: Config) -> None:
     from detectron2.export import TracingAdapter
 
-    model = build_model(small_config("MODEL.TIMM.NAME", "swinv2_pico_window8_256")).eval()
+    weights = "d2_frozen://swinv2_pico_fdsl.safetensors"
+    cfg = small_config("MODEL.TIMM.NAME", "swinv2_pico_window8_256", "MODEL.TIMM.PRETRAINED", weights)
+    model = build_model(cfg).eval()
     with torch.no_grad():
         adapter = TracingAdapter(
             model, [{"image": torch.rand(3, 64, 96) * 255}], lambda m, x: m.inference(x, do_postprocess=False)
