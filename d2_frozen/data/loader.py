@@ -28,9 +28,12 @@ from d2_frozen.data.frames import image_size
 from d2_frozen.data.subset import training_records
 from d2_frozen.data.transforms import build_augmentations, changes_frame
 from d2_frozen.data.workers import (
+    LOST_WORKER,
     SharedMemoryError,
     allow_open_files,
+    deaths_told_in_turn,
     hand_on,
+    is_lost_worker,
     outlive_signals,
     workers_cannot_start,
 )
@@ -69,6 +72,8 @@ _PASSING = {
     if hasattr(errno, name)
 }
 _WAITS_S = (1, 5, 20)
+# Workers that die are started anew, but for more than so many times within so many batches.
+_LOSSES, _WITHIN_BATCHES = 3, 1000
 
 
 def build_train_loader(
@@ -314,9 +319,35 @@ class TrainLoader:
         self.cache = mapper.cache = cache
 
     def __iter__(self) -> Iterator[list[Any]]:
+        done, lost_at = 0, []
+        arriving = self._arriving(done)
+        while True:
+            lost = ""
+            try:
+                batch = next(arriving)
+            except StopIteration:
+                return
+            except (RuntimeError, ConnectionError, EOFError) as err:
+                lost = f"{type(err).__name__}: {err}".strip()
+                lost_at.append(done)
+                if not is_lost_worker(err):
+                    raise
+                if len(lost_at) > _LOSSES and done - lost_at[-1 - _LOSSES] < _WITHIN_BATCHES:
+                    raise RuntimeError(f"{lost}; {len(lost_at)} times now. {LOST_WORKER}") from err
+            if lost:
+                logger.warning("%s. Workers begin anew with the batch that is missing. %s", lost, LOST_WORKER)
+                arriving = self._arriving(done)
+                continue
+            for drawn in batch.drawn:
+                self.tell(drawn)
+            done += 1
+            yield [self._with_features(drawn) for drawn in batch.drawn]
+
+    def _arriving(self, done: int) -> Iterator[Pinnable]:
+        """From workers that begin behind so many batches."""
         batches = DataLoader(
             self.dataset,
-            batch_sampler=_Places(self),
+            batch_sampler=_Places(self, done),
             num_workers=self.num_workers,
             collate_fn=_handed_on,
             # Without workers there is no thread for it, and the copy to the GPU would not be faster.
@@ -325,16 +356,14 @@ class TrainLoader:
             # Its own: otherwise starting the workers would draw from the global generator.
             generator=torch.Generator(),
         )
-        if self.num_workers > 0:
-            allow_open_files()
+        if not self.num_workers:
+            return iter(batches)
+        allow_open_files()
         try:
-            arriving = iter(batches)
+            with deaths_told_in_turn():
+                return iter(batches)
         except OSError as err:
             raise workers_cannot_start(err) from err
-        for batch in arriving:
-            for drawn in batch.drawn:
-                self.tell(drawn)
-            yield [self._with_features(drawn) for drawn in batch.drawn]
 
     def _with_features(self, drawn: Drawn) -> Any:
         """The sample; features that its worker found are mapped into the memory of this process."""
@@ -422,11 +451,11 @@ def _begin(worker: int) -> None:
 class _Places:
     """A TrainLoader's places as torch wants a batch sampler: an object to iterate, not an iterator."""
 
-    def __init__(self, loader: TrainLoader):
-        self._loader = loader
+    def __init__(self, loader: TrainLoader, done: int):
+        self._loader, self._done = loader, done
 
     def __iter__(self) -> Iterator[list[Place]]:
-        return self._loader.places()
+        return islice(self._loader.places(), self._done, None)
 
 
 def _batches_in_order(stream: Iterator[Place], size: int) -> Iterator[list[Place]]:

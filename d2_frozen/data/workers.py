@@ -11,7 +11,7 @@ import os
 import shutil
 import signal
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -24,6 +24,10 @@ Batch = TypeVar("Batch", bound=Sequence[Any])
 
 _SHARED_MEMORY = "/dev/shm"
 _OPEN_FILES = 2**16
+LOST_WORKER = (
+    "Did the system end it for too little memory? Fewer workers need less (DATALOADER.NUM_WORKERS), and the log of the "
+    "system knows (dmesg)."
+)
 # How clusters announce the end of a job, and a terminal its own.
 NOTICES = tuple(
     getattr(signal, name) for name in ("SIGTERM", "SIGUSR1", "SIGUSR2", "SIGHUP") if hasattr(signal, name)
@@ -96,6 +100,28 @@ def allow_open_files() -> None:
     if soft != resource.RLIM_INFINITY and soft < wanted:
         with contextlib.suppress(OSError, ValueError):  # macOS allows less than it says
             resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
+@contextlib.contextmanager
+def deaths_told_in_turn() -> Iterator[None]:
+    """For the start of workers: if one dies, the DataLoader says so when its batch is asked for.
+
+    torch would raise in the middle of what the main thread does then: half a step is nothing to go on from.
+    """
+    if not hasattr(signal, "SIGCHLD") or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.getsignal(signal.SIGCHLD)
+    yield
+    ours = (
+        before is not None and getattr(before, "__module__", "") != "torch.utils.data._utils.signal_handling"
+    )
+    signal.signal(signal.SIGCHLD, before if ours else signal.SIG_DFL)
+
+
+def is_lost_worker(err: Exception) -> bool:
+    """Is it what a DataLoader says where a worker has died? Or what it hands on, tensors that the worker holds."""
+    return isinstance(err, ConnectionError | EOFError) or str(err).startswith("DataLoader worker (pid")
 
 
 def workers_cannot_start(err: OSError) -> OSError:

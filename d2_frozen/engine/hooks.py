@@ -210,7 +210,7 @@ class SignalWatch:
 
 
 class SavesIfStopped(HookBase):
-    """A hook that evaluates, which may take longer than a cluster waits: a signal meanwhile saves at once.
+    """A hook that evaluates, which may fail, or take longer than a cluster waits: an error and a signal save at once.
 
     Args:
         evaluation: the hook.
@@ -229,6 +229,13 @@ class SavesIfStopped(HookBase):
         self.watch.at_once = self.save
         try:
             self.evaluation.after_step()
+        except Exception:
+            logger.error(
+                "The evaluation failed. What was trained is saved before the end: --resume goes on from there."
+            )
+            with by_the_way("It could not be saved"):
+                self.save()
+            raise
         finally:
             self.watch.at_once = None
 

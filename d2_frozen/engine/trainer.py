@@ -23,6 +23,7 @@ from d2_frozen.caching import FeatureCache
 from d2_frozen.data import build_test_loader, build_train_loader
 from d2_frozen.data.device import on_device
 from d2_frozen.data.draws import start_values
+from d2_frozen.data.loader import SampleError
 from d2_frozen.data.prepare import class_names
 from d2_frozen.data.transforms import build_augmentations
 from d2_frozen.data.written import file_name_of
@@ -40,7 +41,7 @@ from d2_frozen.engine.hooks import (
 )
 from d2_frozen.engine.optimizer import build_lr_scheduler, build_optimizer
 from d2_frozen.engine.resuming import config_changes, require_fitting_optimizer, tell_of_other_classes
-from d2_frozen.files import drop_half_line
+from d2_frozen.files import by_the_way, drop_half_line
 from d2_frozen.summary import parts_table
 from detectron2.config import CfgNode
 from detectron2.engine import AMPTrainer, DefaultTrainer, HookBase, SimpleTrainer, TrainerBase
@@ -59,6 +60,8 @@ class FrozenTrainer(DefaultTrainer):
     Args:
         cfg: complete and frozen; ``SEED`` is not negative (``d2_frozen.train_net.setup`` draws one).
     """
+
+    iter: int
 
     def __init__(self, cfg: CfgNode) -> None:
         TrainerBase.__init__(self)
@@ -166,6 +169,22 @@ class FrozenTrainer(DefaultTrainer):
                 less_memory(self.cfg),
             )
             raise
+        except SampleError:
+            self._save_before_this_step()
+            raise
+
+    def _save_before_this_step(self) -> None:
+        """For an error before anything has changed: what was trained is not lost with it."""
+        done = self.iter - 1
+        if done < self.start_iter or not comm.is_main_process():
+            return
+        failed_at, self.iter = self.iter, done
+        try:
+            with by_the_way(f"What was trained up to iteration {done} is not saved"):
+                self.checkpointer.save(f"model_{done:07d}", iteration=done)
+                logger.error("The data failed; saved after iteration %d, --resume goes on from there.", done)
+        finally:
+            self.iter = failed_at
 
     def build_hooks(self) -> list[HookBase]:
         """Detectron2's hooks between ours: draws first, leaving on SIGTERM last; TEST.AUG before the last writing."""

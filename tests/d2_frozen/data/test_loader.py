@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import errno
+import multiprocessing
+import os
 import random
+import signal
 from itertools import islice
 
 import numpy as np
@@ -326,3 +329,21 @@ def test_a_file_server_that_stays_away_and_a_bad_file_are_errors(monkeypatch) ->
     assert "Input/output error" in fails(OSError(errno.EIO, "Input/output error")) and waits == [1, 5, 20]
     assert "truncated" in fails(OSError("image file is truncated")) and len(waits) == 3
     assert "gone" in fails(FileNotFoundError(errno.ENOENT, "gone")) and len(waits) == 3
+
+
+def test_workers_that_are_killed_begin_anew_and_the_batches_are_the_same(shapes, caplog, monkeypatch):
+    """By a system that is short of memory, say: the run ended in the middle of a step."""
+    cfg = shapes("DATALOADER.NUM_WORKERS", 2)
+    expected = [[one["file_name"] for one in batch] for batch in islice(build_train_loader(cfg), 12)]
+    batches = iter(build_train_loader(cfg))
+    found = [next(batches)]
+    for worker in multiprocessing.active_children():
+        os.kill(worker.pid, signal.SIGKILL)
+    found += islice(batches, 11)
+    assert [[one["file_name"] for one in batch] for batch in found] == expected
+    assert caplog.text.count("Workers begin anew") == 1 and "DATALOADER.NUM_WORKERS" in caplog.text
+    monkeypatch.setattr("d2_frozen.data.loader._LOSSES", 0)
+    for worker in multiprocessing.active_children():
+        os.kill(worker.pid, signal.SIGKILL)
+    with pytest.raises(RuntimeError, match="2 times now.*too little memory.*NUM_WORKERS"):
+        list(islice(batches, 12))

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from d2_frozen import engine_name
+from d2_frozen.data.loader import DrawnDataset, SampleError
 from d2_frozen.engine import FrozenTrainer, hooks
 from d2_frozen.engine.hooks import StoppedBySignal
 from d2_frozen.engine.trainer import _CPUAutocastTrainer, loop_kind
@@ -182,6 +183,7 @@ def test_sigterm_during_an_evaluation_saves_at_once(flags: Flags, tmp_path: Path
 
 KILLED_RUN = """
 import os, signal, sys
+from d2_frozen.data.loader import DrawnDataset, SampleError
 from d2_frozen.engine import FrozenTrainer, hooks
 from d2_frozen.train_net import argument_parser, setup
 from detectron2.config import CfgNode
@@ -373,3 +375,36 @@ def test_keypoint_heads_of_an_installed_detectron2(flags: Flags) -> None:
     cfg.MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS, cfg.MODEL.ROI_KEYPOINT_HEAD.CONV_DIMS = 2, [8]
     cfg.TEST.KEYPOINT_OKS_SIGMAS = [0.1, 0.1]
     assert set(FrozenTrainer(cfg).train()) == {"bbox", "segm", "keypoints"}
+
+
+def test_an_image_that_goes_bad_and_a_failing_evaluation_cost_no_training(
+    flags: Flags, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both are saved before the run ends, and resumed it ends like an uninterrupted one."""
+    never = ("SOLVER.CHECKPOINT_PERIOD", "1000", "TEST.EVAL_PERIOD", "4")
+    main(flags("OUTPUT_DIR", str(tmp_path / "whole"), *never))
+    out, seen = tmp_path / "out", []
+    mapped = DrawnDataset._mapped
+
+    def bad_at_position_5(self: DrawnDataset, record: Any, position: int, redraw: int) -> Any:
+        if position == 5:
+            raise OSError("truncated")
+        return mapped(self, record, position, redraw)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(DrawnDataset, "_mapped", bad_at_position_5)
+        with pytest.raises(SampleError, match="truncated"):
+            main(flags(*never))
+    assert (out / "last_checkpoint").read_text() == "model_0000001.pth"
+
+    def failing(*_: object) -> None:
+        seen.append(1)
+        raise RuntimeError("evaluation")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(FrozenTrainer, "test", failing)
+        with pytest.raises(RuntimeError, match="evaluation"):
+            main(flags("--resume", *never))
+    assert seen and (out / "last_checkpoint").read_text() == "model_0000003.pth"
+    main(flags("--resume", *never))
+    assert_same_weights(tmp_path / "whole" / "model_final.pth", out / "model_final.pth")
