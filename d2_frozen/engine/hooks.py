@@ -275,6 +275,8 @@ class SaveAndLeaveOnSignal(HookBase):
                 self._watch.stop()  # all is saved; the last evaluation need not be waited for
             return
         self._save()
+        # Who leaves first has the others killed half a minute later, a first process too that still writes.
+        comm.synchronize()
         if self._watch.hand_on():
             return
         name = signal.Signals(received).name

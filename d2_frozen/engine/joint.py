@@ -234,6 +234,7 @@ class JointTraining:
         if not received:
             return
         self._save_all()
+        comm.synchronize()  # who leaves first has the others killed half a minute later
         if self._watch.hand_on():
             return
         name = signal.Signals(received).name

@@ -109,3 +109,37 @@ def test_processes_that_see_different_checkpoints_do_not_train_on(tmp_path: Path
         shutil.copy(tmp_path / "0" / file, tmp_path / "1" / file)
     _launch_two(tmp_path, _resume, str(tmp_path))
     assert (tmp_path / "0" / "same").exists() and (tmp_path / "1" / "same").exists()
+
+
+def _leave(folder: str) -> None:
+    """The second process gets the signal; the first writes for a while."""
+    import os
+    import signal
+    import time
+    from types import SimpleNamespace
+
+    from d2_frozen.engine.hooks import SaveAndLeaveOnSignal, StoppedBySignal
+
+    first, written = comm.get_rank() == 0, Path(folder) / "written"
+
+    def save(name: str, iteration: int) -> None:
+        if first:
+            time.sleep(2)
+            written.touch()
+
+    hook = SaveAndLeaveOnSignal()
+    checkpointer = SimpleNamespace(save=save)
+    hook.trainer = SimpleNamespace(iter=0, max_iter=9, checkpointer=checkpointer)
+    hook.before_train()
+    if not first:
+        os.kill(os.getpid(), signal.SIGTERM)
+    try:
+        hook.after_step()
+    except StoppedBySignal:
+        (Path(folder) / f"{comm.get_rank()}_{written.exists()}").touch()
+
+
+def test_no_process_leaves_while_the_first_one_saves(tmp_path: Path) -> None:
+    """torch ends the others of one that has left, after half a minute by SIGKILL."""
+    _launch_two(tmp_path, _leave, str(tmp_path))
+    assert (tmp_path / "0_True").exists() and (tmp_path / "1_True").exists()
