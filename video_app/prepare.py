@@ -65,7 +65,10 @@ def prepare(
     todo = [path for path, _ in pairs if path not in checked]
     with open(journal, "a", encoding="utf-8") as file:
         results = _check(todo, root, reading, max(1, workers))
-        for result in tqdm(results, total=len(todo), unit="video", disable=not todo, file=sys.stderr):
+        # A line every half minute where it goes into a file.
+        pause = 0.5 if sys.stderr.isatty() else 30.0
+        progress = {"unit": "video", "file": sys.stderr, "mininterval": pause, "maxinterval": pause}
+        for result in tqdm(results, total=len(todo), disable=not todo, **progress):
             checked[result["path"]] = result
             file.write(json.dumps(result) + "\n")
             file.flush()
@@ -116,6 +119,9 @@ def _look(decoder: ClipDecoder, root: str, path: str) -> dict[str, Any]:
     try:
         clip = decoder.read(place, _LOOK)
     except BadClip as err:
+        from d2_frozen.data.loader import require_reachable  # with torch, which is not needed otherwise
+
+        require_reachable(place)
         return {**result, "error": " ".join(str(err).split())}
     about = {"frames": clip.held, "fps": round(clip.fps, 3), "size": list(clip.frames.shape[2:4])}
     return {**result, **about, **({"note": clip.fault} if clip.fault else {})}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
 from pathlib import Path
@@ -9,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from d2_frozen.data import BadDataError, build_train_loader, register_from_config
+from d2_frozen.data import BadDataError, build_train_loader, loader, register_from_config
 from d2_frozen.data.loader import SampleError
 from detectron2.config import CfgNode, get_cfg
 from detectron2.data import DatasetCatalog, MetadataCatalog
@@ -291,3 +292,20 @@ def test_preparing_nothing_but_bad_files_fails(tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match="none of the videos can be read.*videos_bad.txt says why"):
         main(["folder", *where, "--workers", "1"])
     assert "the file is empty" in (tmp_path / "lists/videos_bad.txt").read_text()
+
+
+def test_preparing_notes_no_video_as_bad_while_the_file_server_is_away(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It stayed on the list of bad ones."""
+    (tmp_path / "videos/run").mkdir(parents=True)
+    (tmp_path / "videos/run/a.mp4").touch()
+    where = ["--videos", str(tmp_path / "videos"), "--output", str(tmp_path / "lists")]
+
+    def away(path: str, mode: str) -> None:
+        raise OSError(errno.EIO, "Input/output error", path)
+
+    monkeypatch.setattr(loader, "open", away, raising=False)
+    with pytest.raises(SystemExit, match="Input/output error.*a.mp4"):
+        main(["folder", *where, "--workers", "1"])
+    assert (tmp_path / "lists/videos_checked.jsonl").read_text() == ""
