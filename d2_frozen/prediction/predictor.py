@@ -107,7 +107,13 @@ class Predictor:
             Per picture, head name -> the model's result at the picture's size: ``{"instances"}``, ``{"sem_seg"}``.
         Raises:
             ValueError, TypeError: something that is no such picture, with its place in the list; nothing is predicted.
+                No head takes pictures.
         """
+        if not self.picture_heads:
+            raise ValueError(
+                f"{', '.join(head.name for head in self.heads)} takes no pictures but videos, clip by clip: "
+                "head.prediction.clips(path) gives them, predictor.clip(head, clip) predicts one (docs/predict.md)."
+            )
         return self._predict(pictures, compact=False)
 
     def compact(self, pictures: Sequence[np.ndarray]) -> list[Results]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ from tiny_runs import write_config
 
 from d2_frozen import tasks
 from d2_frozen.engine import FrozenCheckpointer
-from d2_frozen.predict import main
+from d2_frozen.predict import Predictor, main
 from d2_frozen.prediction.outputs import read_lines
 from d2_frozen.prediction.video_file import VideoReader
 from detectron2.modeling import build_model
@@ -86,3 +87,21 @@ def test_a_run_writes_a_line_per_clip_and_the_video(head: Path, video: Path, tmp
     assert len(list(VideoReader(out / "pictures" / f"{video.stem}.mp4"))) == 40
     quick = main(["--heads", str(head), *inputs, "--output", str(tmp_path / "quick"), "--no-pictures"])
     assert quick.inputs == 1 and not (tmp_path / "quick" / "pictures").exists()
+
+
+def test_from_python_by_any_number_of_threads(head: Path, video: Path) -> None:
+    predictor = Predictor([head])
+    (one,) = predictor.clip_heads
+
+    def results() -> list[tuple[float, float, list[float]]]:
+        return [
+            (start, end, predictor.clip(one, clip)["scores"].tolist())
+            for start, end, clip in one.prediction.clips(video)
+        ]
+
+    alone = results()
+    assert [start for start, _, _ in alone] == pytest.approx([0, 0, 0.64, 27 / 25])
+    with ThreadPoolExecutor(3) as threads:
+        assert all(one == alone for one in threads.map(lambda _: results(), range(6)))
+    with pytest.raises(ValueError, match="action takes no pictures but videos, clip by clip"):
+        predictor([np.zeros((8, 8, 3), np.uint8)])

@@ -18,6 +18,7 @@ import select
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from dataclasses import dataclass
 from typing import Any
@@ -81,7 +82,7 @@ class DecodedClip:
 
 
 class ClipDecoder:
-    """One long-lived decoding process. Not for several threads at once; copies in other processes start their own."""
+    """One long-lived decoding process. Threads take turns; copies in other processes start their own."""
 
     def __init__(self, reading: VideoReading):
         """
@@ -91,6 +92,7 @@ class ClipDecoder:
         self.reading = reading
         self.readers = reader_order(reading.reader)
         self._child: _Child | None = None
+        self._lock, self._lock_of = threading.Lock(), os.getpid()
 
     def read(self, path: str, plan: SamplingPlan) -> DecodedClip:
         """
@@ -98,6 +100,12 @@ class ClipDecoder:
             BadClip: no reader makes a clip of it: missing, broken, too slow, or it crashes the decoder.
             RuntimeError: no reader starts at all, which is not the file's fault.
         """
+        if self._lock_of != os.getpid():  # forked, perhaps while a thread of the parent held it
+            self._lock, self._lock_of = threading.Lock(), os.getpid()
+        with self._lock:
+            return self._read(path, plan)
+
+    def _read(self, path: str, plan: SamplingPlan) -> DecodedClip:
         said: list[str] = []
         no_reader = 0
         for reader in self.readers:
@@ -164,7 +172,10 @@ class ClipDecoder:
             self._child = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"reading": self.reading, "readers": self.readers, "_child": None}
+        return {"reading": self.reading, "readers": self.readers}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, _child=None, _lock=threading.Lock(), _lock_of=os.getpid())
 
 
 class _Died(Exception):

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -42,6 +43,17 @@ def gone(pid: int) -> bool:
     except ProcessLookupError:
         return True
     return False
+
+
+def test_threads_take_turns_and_get_their_own_clips(video: Path) -> None:
+    """Two that wrote into one pipe waited for ever, or for each other's frames."""
+    decoder = ClipDecoder(VideoReading(timeout_s=10))
+    plans = [SamplingPlan("uniform", frames=count) for count in (1, 2, 3, 4)]
+    alone = [decoder.read(str(video), plan).frames for plan in plans]
+    with ThreadPoolExecutor(4) as threads:
+        together = list(threads.map(lambda k: decoder.read(str(video), plans[k % 4]).frames, range(16)))
+    assert all(np.array_equal(frames, alone[k % 4]) for k, frames in enumerate(together))
+    decoder.close()
 
 
 @needs_two_readers
