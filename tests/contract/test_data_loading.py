@@ -132,6 +132,10 @@ def test_cityscapes_pairs_images_and_label_maps(tmp_path):
     assert len(metadata.stuff_classes) == 19 and metadata.stuff_classes[11:] == metadata.thing_classes
 
 
+def test_the_older_name_of_build_augmentation():
+    assert detection_utils.build_transform_gen is detection_utils.build_augmentation
+
+
 def test_gen_crop_contains_the_centre_of_the_box():
     np.random.seed(0)
     instance = {"bbox": [50.0, 30.0, 20.0, 10.0], "bbox_mode": BoxMode.XYWH_ABS}  # centre (60, 35)

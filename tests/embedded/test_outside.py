@@ -16,8 +16,10 @@ from detectron2.structures import Boxes, RotatedBoxes
 
 NAMES = [
     "config.LazyCall",
+    "data.datasets.builtin_meta.KEYPOINT_CONNECTION_RULES",
     "data.datasets.register_lvis_instances",
     "evaluation.LVISEvaluator",
+    "evaluation.coco_evaluation._evaluate_predictions_on_coco",
     "layers.ROIAlignRotated",
     "layers.nms_rotated",
     "modeling.PanopticFPN",
@@ -27,6 +29,7 @@ NAMES = [
     "modeling.meta_arch.RetinaNet",
     "modeling.proposal_generator.RRPN",
     "modeling.roi_heads.KRCNNConvDeconvUpsampleHead",
+    "modeling.roi_heads.roi_heads.select_proposals_with_visible_keypoints",
     "structures.RotatedBoxes",
     "structures.pairwise_iou_rotated",
     "utils.testing.has_dynamic_axes",

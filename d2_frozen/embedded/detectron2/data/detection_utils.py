@@ -26,6 +26,7 @@ __all__ = [
     "SizeMismatchError",
     "annotations_to_instances",
     "build_augmentation",
+    "build_transform_gen",
     "build_transform_gens",
     "check_image_size",
     "check_metadata_consistency",
@@ -413,7 +414,7 @@ def build_augmentation(cfg: Any, is_train: bool) -> list[T.Augmentation]:
     return augmentations
 
 
-build_transform_gens = build_augmentation  # name in older Detectron2 projects
+build_transform_gen = build_transform_gens = build_augmentation  # names in older Detectron2 projects
 
 
 def check_metadata_consistency(key: str, dataset_names: Sequence[str]) -> None:

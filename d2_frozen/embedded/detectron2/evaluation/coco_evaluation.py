@@ -21,7 +21,7 @@ import torch
 from faster_coco_eval.core.coco import COCO
 from tabulate import tabulate
 
-from detectron2._outside import outside_message
+from detectron2._outside import outside_message, outside_subset
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets.coco import convert_to_coco_dict, convert_to_coco_json
@@ -35,6 +35,11 @@ from ._coco_truth import index_truth, read_truth, without_missing_masks
 from ._mask_coding import encode_masks
 from ._result_files import write_results
 from .evaluator import DatasetEvaluator
+
+# Evaluators that other projects derive from Detectron2's import the functions with an underscore, too.
+__getattr__ = outside_subset(
+    __name__, ("COCOevalMaxDets", "_evaluate_box_proposals", "_evaluate_predictions_on_coco")
+)
 
 __all__ = ["COCOEvaluator", "instances_to_coco_json"]
 

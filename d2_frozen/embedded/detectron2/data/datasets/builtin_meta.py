@@ -5,8 +5,11 @@ from __future__ import annotations
 import colorsys
 from typing import Any
 
-from detectron2._outside import outside_message
+from detectron2._outside import outside_message, outside_subset
 
+__getattr__ = outside_subset(
+    __name__, ("ADE20K_SEM_SEG_CATEGORIES", "CITYSCAPES_CATEGORIES", "KEYPOINT_CONNECTION_RULES")
+)
 __all__ = ["COCO_CATEGORIES", "COCO_PERSON_KEYPOINT_FLIP_MAP", "COCO_PERSON_KEYPOINT_NAMES"]
 
 # The 80 categories of COCO detection in the order of their ids, by supercategory. The ids run from 1 to

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from detectron2._outside import outside_subset
 from detectron2.config import configurable
 from detectron2.layers import ShapeSpec
 from detectron2.structures import Boxes, ImageList, Instances, pairwise_iou
@@ -28,6 +29,8 @@ from ..sampling import subsample_labels
 from .box_head import build_box_head
 from .fast_rcnn import FastRCNNOutputLayers
 from .mask_head import build_mask_head
+
+__getattr__ = outside_subset(__name__, ("select_proposals_with_visible_keypoints",))
 
 ROI_HEADS_REGISTRY = Registry("ROI_HEADS")
 ROI_HEADS_REGISTRY.__doc__ = """
