@@ -20,6 +20,9 @@ from torch import nn
 from d2_frozen.backbone.stages import bottom_up_of, parameters_by_layer
 from detectron2.config import CfgNode
 
+# Of Swin, SwinV2 and DINOv2; parts of names. timm lists all of them from 1.0.31 on.
+_NEVER_DECAYED = frozenset({"relative_position_bias_table", "logit_scale", "cpb_mlp", "reg_token"})
+
 
 def own_settings(cfg: CfgNode, model: nn.Module, groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """One group per parameter whose rate or decay differs from what ``groups`` say.
@@ -95,11 +98,14 @@ def _decays(
 
 
 def _without_decay(bottom_up: nn.Module) -> Iterator[str]:
-    """Names that timm takes out of the decay."""
+    """Names that timm takes out of the decay, and those that its older versions forget."""
     network = getattr(bottom_up, "network", None)
     listed = getattr(network, "no_weight_decay", None)
     if listed is not None:
         yield from (f"network.{name}" for name in listed())
+        for name, _ in network.named_parameters():
+            if any(part in _NEVER_DECAYED for part in name.split(".")):
+                yield f"network.{name}"
 
 
 def _check(cfg: CfgNode) -> None:

@@ -15,7 +15,7 @@ _AT_ONCE = 2**16
 
 def unfilled_linear(in_features: int, out_features: int) -> nn.Linear:
     """nn.Linear with arbitrary values; torch's generator is where nn.Linear would have left it."""
-    if torch.get_default_dtype() != torch.float32 or torch.get_default_device().type != "cpu":
+    if torch.get_default_dtype() != torch.float32 or torch.empty(0).device.type != "cpu":
         return nn.Linear(in_features, out_features)  # draws another number of times, or elsewhere
     layer = nn.utils.skip_init(nn.Linear, in_features, out_features)
     pass_over_draws(sum(p.numel() for p in layer.parameters()))
