@@ -326,7 +326,7 @@ def exclude_frozen_from_ddp(model: nn.Module) -> nn.Module:
 
 
 def _is_recorded() -> bool:
-    """By torch.jit.trace (and torch.onnx by it), or torch.export?"""
+    """By torch.jit.trace (and torch.onnx by it), or torch.export? Before torch 2.7, not by the latter's strict way."""
     exporting = getattr(torch.compiler, "is_exporting", None)  # of torch 2.7 and later
     if exporting is None:
         compiling, by_dynamo = torch.compiler.is_compiling(), torch.compiler.is_dynamo_compiling()
