@@ -31,7 +31,7 @@ class LabelMapEvaluator(SemSegEvaluator):
     """``sem_seg``: mIoU and so on, in percent.
 
     Args:
-        dataset_name: a registered dataset with label maps and ``stuff_classes``.
+        dataset_name: a registered dataset with label maps and ``stuff_classes``; ``ignore_label`` is 255 by default.
         output_dir: for sem_seg_predictions.json, predictions/NAME/*.png, confusion_NAME.png; None writes nothing.
         write_predictions: the PNGs. They hold what the data's own label maps hold: ``label_values`` where it has some.
     """
@@ -41,6 +41,7 @@ class LabelMapEvaluator(SemSegEvaluator):
     ) -> None:
         facts = MetadataCatalog.get(dataset_name)
         values, ignore_label = facts.get("label_values", None), facts.get("ignore_label", 255)
+        facts.ignore_label = ignore_label  # Detectron2's evaluator has no default for it
 
         def read(path: str, **_: Any) -> np.ndarray:
             return read_label_map(path, values, ignore_label).astype(np.int64)

@@ -137,3 +137,15 @@ def test_the_table_says_what_is_absent_and_what_is_mistaken() -> None:
     assert lines[0] == ["cat", "72.73", "80.00", "50.00", "dog", "20.0", "%"]
     assert lines[1] == ["dog", "75.00", "90.00", "50.00", "cat", "10.0", "%"]
     assert " ".join(lines[2]) == "fish - - 0 not in this dataset"
+
+
+def test_a_dataset_of_your_own_needs_class_names_only(label_folders, tmp_path: Path) -> None:
+    truth = np.array([[0, 1, 1], [0, 0, 255]], np.uint8)
+    images, labels = label_folders({"a": truth})
+    record = {"file_name": str(images / "a.png"), "sem_seg_file_name": str(labels / "a.png")}
+    DatasetCatalog.register("own_maps_of_test_evaluator", lambda: [record])
+    MetadataCatalog.get("own_maps_of_test_evaluator").stuff_classes = NAMES
+    evaluator = LabelMapEvaluator("own_maps_of_test_evaluator")
+    evaluator.reset()
+    evaluator.process([record], [{"sem_seg": scores_of(np.array([[0, 1, 1], [0, 0, 2]]))}])
+    assert evaluator.evaluate()["sem_seg"]["mIoU"] == 100
