@@ -17,7 +17,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -69,6 +69,7 @@ class _Owner:
 
     machine: where ``pid`` means something: this start of the system, this container; "" if that cannot be told.
     started: of the process, so that another one of the same number is not taken for it.
+    file: that was made, so that a copy of its folder is not taken for it.
     """
 
     host: str
@@ -76,6 +77,7 @@ class _Owner:
     machine: str
     started: str
     since: str
+    file: str = ""
     token: str = field(default_factory=lambda: secrets.token_hex(8))
 
     @classmethod
@@ -115,7 +117,10 @@ class _Held:
                         )
                     continue
                 with contextlib.suppress(OSError):
-                    os.utime(path)
+                    try:
+                        os.utime(path)
+                    except OSError:  # file systems over object stores may have no such thing
+                        path.write_text(json.dumps(asdict(owner)), encoding="utf-8")
 
 
 _held = _Held()
@@ -130,9 +135,8 @@ def _take(path: Path, wait: bool, advice: str) -> None:
     if path in _held.counts:
         _held.counts[path] += 1
         return
-    owner = _Owner.this_process()
     told = False
-    while not _created(path, owner):
+    while (owner := _created(path)) is None:
         found = _read(path)
         if found is None:
             continue  # gone meanwhile
@@ -180,13 +184,15 @@ def _give_all_back() -> None:
 # ---- the file
 
 
-def _created(path: Path, owner: _Owner) -> bool:
+def _created(path: Path) -> _Owner | None:
+    """This process as the owner; None if there is another one."""
     try:
         handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
     except FileExistsError:
-        return False
+        return None
     try:
         with os.fdopen(handle, "w", encoding="utf-8") as file:
+            owner = replace(_Owner.this_process(), file=_identity(os.fstat(file.fileno())))
             json.dump(asdict(owner), file)
     except OSError:
         with contextlib.suppress(OSError):
@@ -194,7 +200,11 @@ def _created(path: Path, owner: _Owner) -> bool:
         raise
     # Who found the same dead owner may have removed this file for its; it puts it back, or is faster.
     found = _read(path)
-    return found is not None and found[0] == owner
+    return owner if found is not None and found[0] == owner else None
+
+
+def _identity(status: os.stat_result) -> str:
+    return f"{status.st_dev}:{status.st_ino}"
 
 
 def _read(path: Path) -> tuple[_Owner | None, int] | None:
@@ -238,8 +248,11 @@ def _lives(path: Path, owner: _Owner | None, changed: int, tell: bool) -> bool:
             return False
         if owner.machine and owner.machine == _machine():
             state, started = _state(owner.pid)
-            if state != "unknown":
-                return state == "lives" and started == owner.started
+            if state == "dead" or (state == "lives" and started != owner.started):
+                return False
+            with contextlib.suppress(OSError):
+                if state == "lives" and owner.file == _identity(path.stat()):
+                    return True
     if tell:
         logger.warning(
             "%s. Waiting for a sign of life, for %.0f s at most.",
@@ -254,7 +267,7 @@ def _lives(path: Path, owner: _Owner | None, changed: int, tell: bool) -> bool:
             return False
         if found != (owner, changed):
             return True
-    if owner is not None:
+    if owner is not None and owner.machine != _machine():
         _dead.add(owner.process)
     return False
 

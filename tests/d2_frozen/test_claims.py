@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -60,7 +61,9 @@ def left_behind(file: Path, **facts: object) -> None:
     """The file of a process that did not remove it."""
     with claimed(file):
         owner = json.loads(file.read_text())
-    file.write_text(json.dumps({**owner, "token": "another", **facts}))
+    file.touch()
+    own = claims._identity(file.stat())
+    file.write_text(json.dumps({**owner, "token": "another", "file": own, **facts}))
 
 
 def test_a_second_process_is_refused_until_the_first_ends(file: Path, other: subprocess.Popen) -> None:
@@ -93,6 +96,16 @@ def test_a_killed_process_blocks_nobody(file: Path, other: subprocess.Popen, mon
     assert file.exists() and other.returncode is None
     with claimed(file):
         assert json.loads(file.read_text())["pid"] == os.getpid()
+
+
+@linux
+def test_a_copy_of_a_folder_is_not_that_of_the_process_that_works_on_it(
+    file: Path, tmp_path: Path, other: subprocess.Popen
+) -> None:
+    copy = tmp_path.with_name(f"{tmp_path.name}_copy")
+    shutil.copytree(tmp_path, copy)
+    with claimed(copy / CLAIM_FILE), pytest.raises(InUseError, match=f"process {other.pid}"), claimed(file):
+        pass
 
 
 @linux

@@ -17,7 +17,7 @@ import pytest
 from PIL import Image
 from pycocotools.coco import COCO
 
-from d2_frozen.claims import CLAIM_FILE, InUseError, claimed
+from d2_frozen.claims import CLAIM_FILE, InUseError
 from d2_frozen.predict import main, parse
 from d2_frozen.prediction.heads import load_heads
 from d2_frozen.prediction.inputs import Item, find_items
@@ -384,14 +384,17 @@ def test_what_a_failed_batch_computed_is_freed_before_its_pictures_are_tried_alo
     assert alone == [True, True]
 
 
-def test_one_run_at_a_time_writes_into_a_folder(tmp_path: Path) -> None:
-    with claimed(tmp_path / CLAIM_FILE):
-        owner = json.loads((tmp_path / CLAIM_FILE).read_text())
-    (tmp_path / CLAIM_FILE).write_text(json.dumps({**owner, "token": "another"}))
-    with pytest.raises(InUseError, match=r"is in use by process .* choose another --output"):
-        OutputFolder(tmp_path, [], {})
-    (tmp_path / CLAIM_FILE).unlink()
-    OutputFolder(tmp_path, [], {}).close()
+def test_one_run_at_a_time_writes_into_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def taken(*_: object, **asked: str) -> None:
+        raise InUseError(asked["advice"])
+
+    with monkeypatch.context() as patch:
+        patch.setattr("d2_frozen.prediction.outputs.claimed", taken)
+        with pytest.raises(InUseError, match="choose another --output"):
+            OutputFolder(tmp_path, [], {})
+    first = OutputFolder(tmp_path, [], {})
+    assert (tmp_path / CLAIM_FILE).exists()
+    first.close()
     assert [path.name for path in tmp_path.iterdir()] == ["run.json"]
 
 
