@@ -7,6 +7,7 @@ not know the name of the key.
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import tempfile
 
@@ -62,6 +63,14 @@ def check_output_dir(folder: str) -> None:
             f"OUTPUT_DIR cannot be written to: {err.strerror}. Give another folder",
             os.path.abspath(folder),
         ) from err
+    for path in (os.path.join(folder, name) for name in ("log.txt", "metrics.json")):
+        if os.path.exists(path) and not os.access(path, os.W_OK):
+            raise PermissionError(
+                errno.EACCES,
+                "OUTPUT_DIR has a file of another user, as containers leave them, that cannot be added to. Change its "
+                "owner, or give another folder",
+                os.path.abspath(path),
+            )
 
 
 def claimed_output_dir(folder: str) -> contextlib.AbstractContextManager[None]:

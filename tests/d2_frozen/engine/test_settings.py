@@ -66,3 +66,14 @@ def test_output_that_cannot_be_written_names_the_key(tmp_path: Path) -> None:
         OSError, match="OUTPUT_DIR cannot be written to: .*Give another folder: '.*/file/out'"
     ):
         check_output_dir(str(tmp_path / "file/out"))
+
+
+def test_a_log_of_another_user_is_told_before_anything_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A container that ran as root leaves such."""
+    (tmp_path / "log.txt").touch()
+    check_output_dir(str(tmp_path))
+    monkeypatch.setattr("os.access", lambda path, mode: not str(path).endswith("log.txt"))
+    with pytest.raises(PermissionError, match="a file of another user.*Change its owner.*log.txt"):
+        check_output_dir(str(tmp_path))
