@@ -101,7 +101,7 @@ def _without_decay(bottom_up: nn.Module) -> Iterator[str]:
     """Names that timm takes out of the decay, and those that its older versions forget."""
     network = getattr(bottom_up, "network", None)
     listed = getattr(network, "no_weight_decay", None)
-    if listed is not None:
+    if network is not None and listed is not None:
         yield from (f"network.{name}" for name in listed())
         for name, _ in network.named_parameters():
             if any(part in _NEVER_DECAYED for part in name.split(".")):
