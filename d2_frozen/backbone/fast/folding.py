@@ -38,9 +38,8 @@ def folded_copy(inner: nn.Module) -> nn.Module | None:
         difference = _largest_difference(copy(trial), inner(trial))
     except torch.cuda.OutOfMemoryError:
         raise
-    except (
-        Exception
-    ) as reason:  # somebody's own network: one that takes a single image size, say, or no copies
+    except Exception as reason:
+        # Somebody's own network: one that takes a single image size, say, or no copies.
         logger.info(
             "%s runs as it is, with nothing folded: it could not be tried on a small image (%s: %s).",
             getattr(inner, "name", type(inner).__name__),
