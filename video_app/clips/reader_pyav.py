@@ -15,6 +15,9 @@ from video_app.clips.reader import Clip, ClipError, FewerFrames, checked, resize
 
 av.logging.set_level(av.logging.PANIC)
 
+# Titles and the like may be in any encoding. PyAV 19 does not ask any more.
+_OPTIONS = {"metadata_errors": "ignore"} if int(av.__version__.split(".")[0]) < 19 else {}
+
 
 class PyAVClip(Clip):
     """``pts`` are FFmpeg's presentation times, in units of the stream's time base."""
@@ -23,7 +26,7 @@ class PyAVClip(Clip):
 
     def __init__(self, path: str):
         try:
-            self._file = av.open(path, metadata_errors="ignore")
+            self._file = av.open(path, **_OPTIONS)
         except (av.FFmpegError, OSError) as err:
             raise ClipError(f"FFmpeg: {_short(err)}") from err
         if not self._file.streams.video:
