@@ -151,6 +151,7 @@ def measure_step(job: Job, num_gpus: int = 1, warm_up: int = _WARM_UP, timed: in
         fill_standard_classes(cfg)
         cfg.merge_from_list(["MODEL.WEIGHTS", "", "MODEL.TIMM.PRETRAINED", "", "OUTPUT_DIR", folder])
         cfg.merge_from_list(["MODEL.FROZEN.CACHE.DIR", "", "SOLVER.IMS_PER_BATCH", str(images)])
+        cfg.DATASETS.TEST = ()  # whose class names would be asked for
         cfg.SEED = max(cfg.SEED, 0)
         cfg.freeze()
         task = tasks.task_of(cfg)
