@@ -23,14 +23,15 @@ def run_processes(
 ) -> None:
     """``function(args, *more)`` in as many processes as ``--num-gpus`` and ``--num-machines`` say.
 
-    With one process it is called here. With several, SIGTERM, SIGUSR1 or SIGUSR2 to this process reach all as SIGTERM,
+    With one process it is called here. With several, signals to this process (NOTICES, Ctrl-C) reach all as SIGTERM,
     as does its death; trainings save and leave then (``SaveAndLeaveOnSignal``), and this one as a single one would.
+    A second Ctrl-C ends them at once.
 
     Args:
         dist_url: where the processes meet, instead of ``args.dist_url``.
     """
     several = args.num_gpus * args.num_machines > 1
-    with _passing_on_notices() if several else contextlib.nullcontext():
+    with _passing_on_notices() if several else _ended_by_ctrl_c():
         launch(
             _in_process,
             args.num_gpus,
@@ -63,23 +64,37 @@ def _in_process(function: Callable[..., Any], parent: int, *arguments: Any) -> N
 
 
 @contextlib.contextmanager
+def _ended_by_ctrl_c() -> Iterator[None]:
+    try:
+        yield
+    except KeyboardInterrupt:  # where anything was saved, the log says it
+        sys.exit(128 + signal.SIGINT)
+
+
+@contextlib.contextmanager
 def _passing_on_notices() -> Iterator[None]:
     told = 0
 
     def tell(number: int, frame: FrameType | None) -> None:
         nonlocal told
+        at_once = told == number == signal.SIGINT
         told = number
         for process in multiprocessing.active_children():
             if process.pid:
-                os.kill(process.pid, signal.SIGTERM)
+                os.kill(process.pid, signal.SIGKILL if at_once else signal.SIGTERM)
 
     # Those that somebody else has a handler for (submitit) are left to him.
+    nobody = (signal.SIG_DFL, signal.default_int_handler)
     free = [
-        number for number in NOTICES if number == signal.SIGTERM or signal.getsignal(number) is signal.SIG_DFL
+        number
+        for number in (*NOTICES, signal.SIGINT)
+        if number == signal.SIGTERM or signal.getsignal(number) in nobody
     ]
     before = {number: signal.signal(number, tell) for number in free}
     try:
         yield
+        if told == signal.SIGINT:  # torch lets a process that Ctrl-C has ended count as one that is through
+            sys.exit(128 + told)
     except Exception:
         if told:
             sys.exit(128 + told)

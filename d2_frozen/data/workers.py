@@ -64,15 +64,20 @@ def hand_on(samples: Batch) -> Batch:
 
 
 def outlive_signals() -> None:
-    """In a worker: only its parent ends it. Clusters send SIGTERM, or another notice, to all processes of a job.
+    """In a worker: only its parent ends it. Clusters send SIGTERM, or another notice, to all processes of a job, and
+    terminals Ctrl-C.
 
     The parent finishes its iteration then, and saves, for which it needs the worker.
     """
     global _outlives
-    if _outlives == os.getpid() or not hasattr(signal, "sigwaitinfo"):  # not on macOS
+    if _outlives == os.getpid():
+        return
+    _outlives = os.getpid()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if not hasattr(signal, "sigwaitinfo"):  # macOS
         return
     creator = multiprocessing.parent_process()
-    _outlives, parent = os.getpid(), creator.pid if creator is not None else os.getppid()
+    parent = creator.pid if creator is not None else os.getppid()
     # Programs that the worker starts have them blocked, too.
     signal.pthread_sigmask(signal.SIG_BLOCK, NOTICES)
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import logging
 import random
 import signal
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -22,13 +23,12 @@ from detectron2.engine import HookBase
 from detectron2.utils import comm
 from detectron2.utils.events import EventWriter, get_event_storage
 
-logger = logging.getLogger(__name__)
-
-
-# Iterations until a checkpoint that could not be written is tried again.
-_TRY_AGAIN = 100
 # Seconds of one iteration of every head together, where several train (joint.py).
 ROUND_TIME = "round_time"
+# Iterations until a checkpoint that could not be written is tried again.
+_TRY_AGAIN = 100
+
+logger = logging.getLogger(__name__)
 
 
 class StoppedBySignal(SystemExit):
@@ -154,16 +154,17 @@ class SignalWatch:
 
     Python lets the main thread alone do that: a training in another one is left to whoever started it.
 
-    Who had a handler of its own for one (submitit, which asks its cluster for a successor) gets it after the saving,
-    and decides what happens then.
+    Who had a handler of its own for one (submitit, which asks its cluster for a successor; Python, which raises
+    KeyboardInterrupt on Ctrl-C) gets it after the saving, and decides what happens then. A second Ctrl-C ends at once.
 
-    Attributes:
-        at_once: called as a signal comes, in the middle of whatever is done then.
+    Args:
+        signals: those of clusters, and Ctrl-C.
     """
 
-    def __init__(self, signals: tuple[int, ...] = NOTICES) -> None:
+    def __init__(self, signals: tuple[int, ...] = (*NOTICES, signal.SIGINT)) -> None:
         self.signals = signals
-        self.at_once: Callable[[], None] | None = None
+        self._at_once: Callable[[], None] | None = None
+        self._saving = False
         self._received: list[int] = []
         self._before: dict[int, Any] = {}
 
@@ -184,29 +185,61 @@ class SignalWatch:
         own = self._received[0] if self._received else 0
         return max(comm.all_gather(own)) if comm.get_world_size() > 1 else own
 
-    def hand_on(self) -> bool:
-        """After saving, call the handlers that were there before; False if one of the signals had none."""
+    def leave(self, number: int, save: Callable[[], None], saved: str) -> None:
+        """Save; then who had handlers for the signals decides, if all of them had one. All ranks must call it.
+
+        Args:
+            number: what :meth:`received` gave.
+            saved: what then is, in words.
+        Raises:
+            StoppedBySignal, KeyboardInterrupt: the end of this process.
+        """
+        save()
+        # Who leaves first has the others killed half a minute later, a first process too that still writes.
+        comm.synchronize()
+        logger.warning("%s: %s; continue with --resume.", signal.Signals(number).name, saved)
         numbers, self._received = self._received, []
-        handlers = [(number, self._before.get(number)) for number in numbers]
-        for number, handler in handlers:
+        handlers = [(one, self._before.get(one)) for one in numbers]
+        for one, handler in handlers:
             if callable(handler):
-                handler(number, None)
-        return bool(handlers) and all(callable(handler) for _, handler in handlers)
+                handler(one, None)
+        if not handlers or not all(callable(handler) for _, handler in handlers):
+            raise StoppedBySignal(number)
+
+    @contextlib.contextmanager
+    def saving_at_once(self, save: Callable[[], None]) -> Iterator[None]:
+        """Within, ``save`` is called as a signal comes, in the middle of whatever is done then."""
+        self._at_once = save
+        try:
+            yield
+        finally:
+            self._at_once = None
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT and number in self._received:
+            raise KeyboardInterrupt
         again = bool(self._received)
         if number not in self._received:
             self._received.append(number)
-        name = signal.Signals(number).name
-        if self.at_once is None:
-            logger.warning("%s received: saving after this iteration.", name)
+        name, before = signal.Signals(number).name, self._before.get(number)
+        if self._at_once is None:
+            advice = " A second Ctrl-C ends at once." if number == signal.SIGINT else ""
+            logger.warning("%s received: saving after this iteration.%s", name, advice)
             return
         if not again:
-            logger.warning("%s received: saving now, and leaving after this evaluation.", name)
-            self.at_once()
-        if callable(self._before.get(number)):
-            self._received.remove(number)
-            self._before[number](number, frame)
+            leaving = "" if callable(before) else ", and leaving after this evaluation"
+            logger.warning("%s received: saving now%s.", name, leaving)
+            self._saving = True
+            try:
+                self._at_once()
+            finally:
+                self._saving = False
+        if self._saving:
+            return  # a signal while another one has it save, which comes back to this one then
+        for one in list(self._received):
+            if callable(handler := self._before.get(one)):
+                self._received.remove(one)
+                handler(one, frame)
 
 
 class SavesIfStopped(HookBase):
@@ -226,9 +259,9 @@ class SavesIfStopped(HookBase):
         self.evaluation.before_train()
 
     def after_step(self) -> None:
-        self.watch.at_once = self.save
         try:
-            self.evaluation.after_step()
+            with self.watch.saving_at_once(self.save):
+                self.evaluation.after_step()
         except Exception:
             logger.error(
                 "The evaluation failed. What was trained is saved before the end: --resume goes on from there."
@@ -236,21 +269,20 @@ class SavesIfStopped(HookBase):
             with by_the_way("It could not be saved"):
                 self.save()
             raise
-        finally:
-            self.watch.at_once = None
 
     def after_train(self) -> None:
         self.evaluation.after_train()
 
 
 class SaveAndLeaveOnSignal(HookBase):
-    """On a signal (``NOTICES``) finish the iteration, save, and leave; ``--resume`` goes on from there.
+    """On a signal of a cluster and on Ctrl-C finish the iteration, save, and leave; ``--resume`` goes on from there.
 
-    Must come after the hooks that change saved state (learning-rate scheduler).
+    Must come after the hooks that change saved state (learning-rate scheduler), and before those that evaluate: a
+    cluster does not wait for an evaluation.
     """
 
-    def __init__(self, signals: tuple[int, ...] = NOTICES) -> None:
-        self._watch = SignalWatch(signals)
+    def __init__(self) -> None:
+        self._watch = SignalWatch()
 
     def saving_during(self, evaluation: HookBase) -> HookBase:
         """The hook, during which a signal saves at once."""
@@ -270,18 +302,10 @@ class SaveAndLeaveOnSignal(HookBase):
     def after_step(self) -> None:
         received = self._watch.received()
         done = self.trainer.iter
-        if not received:
-            if done + 1 >= self.trainer.max_iter:
-                self._watch.stop()  # all is saved; the last evaluation need not be waited for
-            return
-        self._save()
-        # Who leaves first has the others killed half a minute later, a first process too that still writes.
-        comm.synchronize()
-        if self._watch.hand_on():
-            return
-        name = signal.Signals(received).name
-        logger.warning("%s: saved after iteration %d; continue with --resume.", name, done)
-        raise StoppedBySignal(received)
+        if received:
+            self._watch.leave(received, self._save, f"saved after iteration {done}")
+        elif done + 1 >= self.trainer.max_iter:
+            self._watch.stop()  # all is saved; the last evaluation need not be waited for
 
 
 class ProgressPrinter(EventWriter):

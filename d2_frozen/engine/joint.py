@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
-import signal
 import time
 import types
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
@@ -27,7 +26,6 @@ from d2_frozen.engine.hooks import (
     SaveAndLeaveOnSignal,
     SavesIfStopped,
     SignalWatch,
-    StoppedBySignal,
 )
 from d2_frozen.engine.trainer import FrozenTrainer
 from detectron2.evaluation import verify_results
@@ -167,7 +165,7 @@ class JointTraining:
         """Train all heads to their MAX_ITER; head name -> results of its last evaluation.
 
         Raises:
-            StoppedBySignal: after SIGTERM, when every head is saved.
+            StoppedBySignal, KeyboardInterrupt: after a signal, Ctrl-C; every head is saved.
             Exception: what a head raised; the others are saved first.
         """
         self._watch.start()
@@ -231,15 +229,8 @@ class JointTraining:
 
     def _leave_if_asked(self, iteration: int) -> None:
         received = self._watch.received()
-        if not received:
-            return
-        self._save_all()
-        comm.synchronize()  # who leaves first has the others killed half a minute later
-        if self._watch.hand_on():
-            return
-        name = signal.Signals(received).name
-        logger.warning("%s: all heads saved after iteration %d; continue with --resume.", name, iteration)
-        raise StoppedBySignal(received)
+        if received:
+            self._watch.leave(received, self._save_all, f"all heads saved after iteration {iteration}")
 
 
 # ---- streams of data

@@ -1,7 +1,7 @@
 """The training loop of all tasks: Detectron2's DefaultTrainer, for models with a frozen part.
 
 What differs from DefaultTrainer: data and model draws are functions of (seed, iteration), so a resumed run equals an
-uninterrupted one; checkpoints hold the trained part; SIGTERM saves and leaves; AdamW; AMP on CPU too.
+uninterrupted one; checkpoints hold the trained part; signals and Ctrl-C save and leave; AdamW; AMP on CPU too.
 """
 
 from __future__ import annotations
@@ -187,7 +187,7 @@ class FrozenTrainer(DefaultTrainer):
             self.iter = failed_at
 
     def build_hooks(self) -> list[HookBase]:
-        """Detectron2's hooks between ours: draws first, leaving on SIGTERM last; TEST.AUG before the last writing."""
+        """Detectron2's between ours: draws first, leaving on a signal before evaluations, TEST.AUG before writing."""
         hooks = super().build_hooks()
         if self.cfg.TEST.AUG.ENABLED:
             writers = [i for i, hook in enumerate(hooks) if isinstance(hook, PeriodicWriter)]
@@ -196,9 +196,10 @@ class FrozenTrainer(DefaultTrainer):
             hooks.append(KeepNewestCheckpoints(self.cfg.OUTPUT_DIR, self.cfg.SOLVER.CHECKPOINTS_KEPT))
         hooks = [SavesWhenItCan(hook) if isinstance(hook, PeriodicCheckpointer) else hook for hook in hooks]
         leaving = SaveAndLeaveOnSignal()
-        hooks = [leaving.saving_during(hook) if isinstance(hook, EvalHook) else hook for hook in hooks]
+        first = next((i for i, hook in enumerate(hooks) if isinstance(hook, EvalHook)), len(hooks))
+        later = [leaving.saving_during(one) if isinstance(one, EvalHook) else one for one in hooks[first:]]
         report = CacheReport(lambda: self.feature_cache)
-        return [SeedEachIteration(self.cfg.SEED), report, *hooks, leaving]
+        return [SeedEachIteration(self.cfg.SEED), report, *hooks[:first], leaving, *later]
 
     def build_writers(self) -> list[EventWriter]:
         """Terminal, ``metrics.json`` and TensorBoard."""

@@ -35,65 +35,66 @@ def _is_empty(group: int) -> bool:
     return False
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGKILL, -9)])
-def test_stopping_the_parent_saves_and_leaves_no_process(
-    tiny_config: Path, tmp_path: Path, number: signal.Signals, code: int
-) -> None:
-    out = tmp_path / "out"
+def _stopped(config: Path, out: Path, options: list[str], stop: Callable[[subprocess.Popen], None]) -> int:
+    """Begin a training without end, stop it when it has written metrics, wait for all its processes; the exit code."""
     # Detectron2 itself trains in several processes on GPUs only.
     environment = {**os.environ, "D2_FROZEN_ENGINE": "embedded", "OMP_NUM_THREADS": "1"}
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
-    command = [sys.executable, "-m", "d2_frozen.train_net", "--num-gpus", "2", "--dist-url", "auto"]
-    command += ["--config-file", str(tiny_config), "SOLVER.MAX_ITER", "100000", "DATASETS.TEST", "()"]
-    with open(tmp_path / "output.txt", "wb") as output:
+    command = [sys.executable, "-m", "d2_frozen.train_net", "--config-file", str(config), *options]
+    command += ["SOLVER.MAX_ITER", "100000", "SOLVER.CHECKPOINT_PERIOD", "100000", "DATASETS.TEST", "()"]
+    with open(out.with_suffix(".txt"), "wb") as output:
         run = subprocess.Popen(
             command, env=environment, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
         )
+    metrics = out / "metrics.json"
     try:
-        _until(lambda: (out / "metrics.json").exists(), "metrics.json")
-        run.send_signal(number)
-        assert run.wait(60) == code
+        _until(lambda: metrics.exists() and metrics.stat().st_size > 0, "metrics")
+        stop(run)
+        code = run.wait(60)
         _until(lambda: _is_empty(run.pid), "end of the other processes", 60)
     finally:
         if not _is_empty(run.pid):
             os.killpg(run.pid, signal.SIGKILL)
+    return code
+
+
+def _assert_saved(out: Path) -> None:
     name = (out / "last_checkpoint").read_text()
     assert torch.load(out / name, weights_only=True)["iteration"] == int(name[6:-4])
     assert "continue with --resume" in (out / "log.txt").read_text()
 
 
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGTERM, 143), (signal.SIGKILL, -9), (signal.SIGINT, 130)]
+)
+def test_stopping_the_parent_saves_and_leaves_no_process(
+    tiny_config: Path, tmp_path: Path, number: signal.Signals, code: int
+) -> None:
+    def stop(run: subprocess.Popen) -> None:
+        if number == signal.SIGINT:
+            os.killpg(run.pid, number)  # as a terminal does
+        else:
+            run.send_signal(number)
+
+    options = ["--num-gpus", "2", "--dist-url", "auto"]
+    assert _stopped(tiny_config, tmp_path / "out", options, stop) == code
+    _assert_saved(tmp_path / "out")
+
+
 @pytest.mark.skipif(not hasattr(signal, "sigwaitinfo"), reason="needs to know who sends a signal")
 @pytest.mark.parametrize(
-    ("number", "code"), [(signal.SIGTERM, 143), (signal.SIGUSR1, 138), (signal.SIGHUP, 129)]
+    ("number", "code"),
+    [(signal.SIGTERM, 143), (signal.SIGUSR1, 138), (signal.SIGHUP, 129), (signal.SIGINT, 130)],
 )
 def test_a_notice_to_all_processes_of_a_job_does_not_end_its_workers(
     tiny_config: Path, tmp_path: Path, number: signal.Signals, code: int
 ) -> None:
     """Slurm's way. The loader's workers ended before the iteration did, and all since the last checkpoint was lost."""
-    out = tmp_path / "out"
-    command = [sys.executable, "-m", "d2_frozen.train_net", "--config-file", str(tiny_config)]
-    command += ["SOLVER.MAX_ITER", "100000", "SOLVER.CHECKPOINT_PERIOD", "100000", "DATASETS.TEST", "()"]
-    with open(tmp_path / "output.txt", "wb") as output:
-        run = subprocess.Popen(
-            [*command, "DATALOADER.NUM_WORKERS", "2"],
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-    try:
-        _until(
-            lambda: (out / "metrics.json").exists() and (out / "metrics.json").stat().st_size > 0, "metrics"
-        )
-        os.killpg(run.pid, number)
-        assert run.wait(60) == code
-        _until(lambda: _is_empty(run.pid), "end of the other processes", 60)
-    finally:
-        if not _is_empty(run.pid):
-            os.killpg(run.pid, signal.SIGKILL)
-    name = (out / "last_checkpoint").read_text()
-    assert torch.load(out / name, weights_only=True)["iteration"] == int(name[6:-4])
-    assert "continue with --resume" in (out / "log.txt").read_text()
+    with_workers = tmp_path / "with_workers.yaml"
+    with_workers.write_text(f"_BASE_: {tiny_config}\nDATALOADER: {{NUM_WORKERS: 2}}\n")
+    assert _stopped(with_workers, tmp_path / "out", [], lambda run: os.killpg(run.pid, number)) == code
+    _assert_saved(tmp_path / "out")
+    assert "Traceback" not in (tmp_path / "out.txt").read_text()
 
 
 def test_a_second_run_of_a_user_on_one_machine_meets_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:

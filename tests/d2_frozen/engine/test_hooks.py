@@ -9,7 +9,13 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from d2_frozen.engine.hooks import SaveAndLeaveOnSignal, StoppedBySignal, WritesWhenItCan, peak_memory_mib
+from d2_frozen.engine.hooks import (
+    SaveAndLeaveOnSignal,
+    SignalWatch,
+    StoppedBySignal,
+    WritesWhenItCan,
+    peak_memory_mib,
+)
 from detectron2.utils.events import EventStorage, JSONWriter
 
 
@@ -75,13 +81,12 @@ def test_who_had_a_handler_before_decides_after_the_saving() -> None:
         hook.after_step()
         assert done == ["model_0000000", "SIGUSR2", "SIGTERM"]
         # In an evaluation, which may take longer than the cluster waits, at once.
-        hook._watch.at_once = hook._save
-        os.kill(os.getpid(), signal.SIGUSR2)
-        assert done[3:] == ["model_0000000", "SIGUSR2"]
+        with hook._watch.saving_at_once(hook._save):
+            os.kill(os.getpid(), signal.SIGUSR2)
+            assert done[3:] == ["model_0000000", "SIGUSR2"]
         hook.after_step()
         assert len(done) == 5
         # Nobody had one for SIGUSR1.
-        hook._watch.at_once = None
         os.kill(os.getpid(), signal.SIGUSR1)
         with pytest.raises(StoppedBySignal):
             hook.after_step()
@@ -89,3 +94,42 @@ def test_who_had_a_handler_before_decides_after_the_saving() -> None:
         hook.after_train()
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def test_ctrl_c_saves_and_a_second_one_ends_at_once() -> None:
+    saved: list[str] = []
+    hook = SaveAndLeaveOnSignal()
+    checkpointer = SimpleNamespace(save=lambda name, iteration: saved.append(name))
+    hook.trainer = SimpleNamespace(iter=0, max_iter=9, checkpointer=checkpointer)
+    hook.before_train()
+    try:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert not saved
+        with pytest.raises(KeyboardInterrupt):
+            hook.after_step()
+        assert saved == ["model_0000000"]
+        os.kill(os.getpid(), signal.SIGINT)
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+        assert len(saved) == 1
+    finally:
+        hook.after_train()
+
+
+def test_ctrl_c_while_a_signal_has_an_evaluation_save_ends_when_that_is_written() -> None:
+    """A terminal and a process that was told by it may both tell another one."""
+    done: list[str] = []
+
+    def save() -> None:
+        done.append("begun")
+        os.kill(os.getpid(), signal.SIGINT)
+        done.append("whole")
+
+    watch = SignalWatch()
+    watch.start()
+    try:
+        with watch.saving_at_once(save), pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGTERM)
+        assert done == ["begun", "whole"]
+    finally:
+        watch.stop()

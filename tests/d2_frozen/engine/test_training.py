@@ -172,13 +172,31 @@ def test_sigterm_during_an_evaluation_saves_at_once(flags: Flags, tmp_path: Path
     trainer = LongEvaluation(setup(flags("TEST.EVAL_PERIOD", "2", "SOLVER.CHECKPOINT_PERIOD", "100")))
     with pytest.raises(StoppedBySignal):
         trainer.train()
-    assert saved == [True] and trainer.iter == 1
-    assert (tmp_path / "out" / "last_checkpoint").read_text() == "model_0000001.pth"
+    assert saved == [True] and trainer.iter == 2
+    assert (tmp_path / "out" / "last_checkpoint").read_text() == "model_0000002.pth"
     resumed = FrozenTrainer(setup(flags("--resume")))
     resumed.resume_or_load(resume=True)
-    assert resumed.start_iter == 2
+    assert resumed.start_iter == 3
     trained, read_again = trainer.model.state_dict(), resumed.model.state_dict()
     assert all(torch.equal(trained[name], read_again[name]) for name in trained)
+
+
+def test_a_signal_before_an_evaluation_does_not_wait_for_it(flags: Flags, tmp_path: Path) -> None:
+    """It did: the evaluation ran, with nothing saved."""
+    evaluated: list[int] = []
+
+    class Evaluated(FrozenTrainer):
+        @classmethod
+        def test(cls, cfg: CfgNode, model: nn.Module, evaluators: Any = None) -> dict:
+            evaluated.append(1)
+            return {}
+
+    trainer = Evaluated(setup(flags("TEST.EVAL_PERIOD", "2", "SOLVER.CHECKPOINT_PERIOD", "100")))
+    trainer.register_hooks([SignalAfter(1, signal.SIGTERM)])
+    with pytest.raises(StoppedBySignal):
+        trainer.train()
+    assert not evaluated
+    assert (tmp_path / "out" / "last_checkpoint").read_text() == "model_0000001.pth"
 
 
 KILLED_RUN = """
