@@ -77,11 +77,30 @@ class Task(Protocol):
         ``cfg`` has a class count.
         """
 
+    def data_view(self, cfg: CfgNode) -> DataView:
+        """How the prepared data of ``cfg`` looks."""
+
     def prediction(self, cfg: CfgNode, classes: Classes | None) -> Prediction | ClipPrediction:
         """How a head with this config predicts, without its data; lacking ``classes``, they are called by number.
 
         A class count of -1 is filled in, in place; ValueError where there are no classes to count.
         """
+
+
+class DataView(Protocol):
+    """Pictures, (h, w, 3) uint8 RGB, and numbers of what trains: for people, before a training."""
+
+    def labelled(self, dataset_name: str, count: int) -> list[np.ndarray]:
+        """Images spread over a registered dataset, with what is labelled on them."""
+
+    def sample(self, sample: dict[str, Any]) -> list[np.ndarray]:
+        """A training sample as the model gets it."""
+
+    def dataset_facts(self, dataset_name: str) -> str:
+        """How many images, objects, ... of which class; lines of text."""
+
+    def sample_facts(self, samples: Sequence[dict[str, Any]]) -> str:
+        """What augmentation makes of them: sizes, shares; lines of text."""
 
 
 class Prediction(Protocol):

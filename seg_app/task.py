@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from d2_frozen.tasks import Classes, Prediction
+from d2_frozen.tasks import Classes, DataView, Prediction
 from detectron2.config import CfgNode
 from seg_app.config import add_segmentation_config
 
@@ -44,6 +44,11 @@ class SegmentationTask:
         from d2_frozen.data.generated import generated_label_batch, training_side
 
         return generated_label_batch(training_side(cfg), count, cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES)
+
+    def data_view(self, cfg: CfgNode) -> DataView:
+        from seg_app.data_view import SegmentationData
+
+        return SegmentationData(cfg)
 
     def prediction(self, cfg: CfgNode, classes: Classes | None) -> Prediction:
         from seg_app.prediction import SegmentationPrediction

@@ -24,6 +24,7 @@ ORDER = [
     "engine",
     "processes",
     "train_net",
+    "visualize_data",
     "prediction",
     "predict",
     "cache",

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from d2_frozen.tasks import Classes, ClipPrediction
+from d2_frozen.tasks import Classes, ClipPrediction, DataView
 from detectron2.config import CfgNode
 from video_app.config import add_video_config
 
@@ -49,6 +49,11 @@ class VideoTask:
         return generated_clips(
             cfg.VIDEO.NUM_FRAMES, cfg.VIDEO.CROP_SIZE, count, cfg.MODEL.VIDEO_HEAD.NUM_CLASSES
         )
+
+    def data_view(self, cfg: CfgNode) -> DataView:
+        from video_app.data_view import VideoData
+
+        return VideoData(cfg)
 
     def prediction(self, cfg: CfgNode, classes: Classes | None) -> ClipPrediction:
         from video_app.prediction import VideoPrediction

@@ -1,4 +1,4 @@
-"""Picture sheets: what is labelled on the left, what the model finds on the right."""
+"""Picture sheets: what is labelled on the left, what the model finds on the right; or what is labelled alone."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def write_prediction_sheet(
     pairs = predicted_pairs(
         model, len(truth), count, lambda indices: build_test_loader(cfg, dataset_name, indices=indices), pair
     )
-    return write_sheet(cfg, dataset_name, pairs)
+    return write_sheet(predictions_path(cfg, dataset_name), pairs)
 
 
 def predicted_pairs(
@@ -69,7 +69,7 @@ def predicted_pairs(
     """
     if count <= 0 or not images:
         return []
-    wanted = sorted({int(i) for i in np.linspace(0, images - 1, min(count, images))})
+    wanted = spread(images, count)
     was_training = model.training
     model.eval()
     try:
@@ -79,46 +79,60 @@ def predicted_pairs(
         model.train(was_training)
 
 
-def write_sheet(cfg: CfgNode, dataset_name: str, pairs: list[np.ndarray]) -> Path | None:
-    """All pairs in one picture, ``OUTPUT_DIR/inference/predictions_NAME.jpg``; None where there are none."""
-    if not pairs:
+def spread(images: int, count: int) -> list[int]:
+    """``count`` indices spread over as many images; all of them where there are fewer."""
+    return sorted({int(i) for i in np.linspace(0, images - 1, min(count, images))}) if images else []
+
+
+def predictions_path(cfg: CfgNode, dataset_name: str) -> Path:
+    """``OUTPUT_DIR/inference/predictions_NAME.jpg``."""
+    return Path(cfg.OUTPUT_DIR, "inference", f"predictions_{file_name_of(dataset_name)}.jpg")
+
+
+def write_sheet(path: Path, pictures: list[np.ndarray]) -> Path | None:
+    """All pictures, (h, w, 3) uint8 RGB, in one JPEG; None where there are none."""
+    if not pictures:
         return None
-    folder = Path(cfg.OUTPUT_DIR, "inference")
-    os.makedirs(folder, exist_ok=True)
-    code = cv2.imencode(".jpg", _grid(pairs)[:, :, ::-1], [cv2.IMWRITE_JPEG_QUALITY, 90])[1]
-    return write_bytes(folder / f"predictions_{file_name_of(dataset_name)}.jpg", code.tobytes())
+    os.makedirs(path.parent, exist_ok=True)
+    code = cv2.imencode(".jpg", _grid(pictures)[:, :, ::-1], [cv2.IMWRITE_JPEG_QUALITY, 90])[1]
+    return write_bytes(path, code.tobytes())
 
 
 def _pair(record: dict, instances: Instances, metadata: Metadata) -> np.ndarray:
     """Truth and prediction side by side, (h, w, 3) uint8 RGB."""
+    right = Visualizer(utils.read_image(record["file_name"], format="RGB"), metadata)
+    return beside(labelled(record, metadata), right.draw_instance_predictions(instances).get_image())
+
+
+def labelled(record: dict, metadata: Metadata) -> np.ndarray:
+    """The image of a record with its boxes and masks, (H, W, 3) uint8 RGB."""
     image = utils.read_image(record["file_name"], format="RGB")
     # Detectors here find none, and not every engine draws them.
     annotations = [
         {k: v for k, v in one.items() if k != "keypoints"} for one in record.get("annotations", ())
     ]
-    record = {**record, "annotations": annotations}
-    left = Visualizer(image, metadata).draw_dataset_dict(record).get_image()
-    right = Visualizer(image, metadata).draw_instance_predictions(instances).get_image()
-    return beside(left, right)
+    return Visualizer(image, metadata).draw_dataset_dict({**record, "annotations": annotations}).get_image()
 
 
 def beside(left: np.ndarray, right: np.ndarray) -> np.ndarray:
     """Two pictures of one image, (h, w, 3) uint8 RGB, with the captions "labelled" and "predicted"."""
-    halves = [_captioned(_scaled(left), "labelled"), _captioned(_scaled(right), "predicted")]
+    halves = [captioned(left, "labelled"), captioned(right, "predicted")]
     gap = np.full((halves[0].shape[0], 4, 3), 255, np.uint8)
     return np.hstack([halves[0], gap, halves[1]])
 
 
-def _scaled(image: np.ndarray) -> np.ndarray:
+def captioned(image: np.ndarray, text: str) -> np.ndarray:
+    """A picture of 320 px in height with a line of text above, of which the end is shown where it is too long."""
     h, w = image.shape[:2]
     size = (max(1, round(w * _ROW_HEIGHT_PX / h)), _ROW_HEIGHT_PX)
-    return cv2.resize(np.ascontiguousarray(image), size, interpolation=cv2.INTER_AREA)
-
-
-def _captioned(image: np.ndarray, text: str) -> np.ndarray:
-    band = np.full((22, image.shape[1], 3), 255, np.uint8)
+    scaled = cv2.resize(np.ascontiguousarray(image), size, interpolation=cv2.INTER_AREA)
+    band = np.full((22, size[0], 3), 255, np.uint8)
+    # OpenCV's fonts have no letters beyond ASCII.
+    text = text.encode("ascii", "replace").decode()
+    while text and cv2.getTextSize(text, cv2.FONT_HERSHEY_SIMPLEX, 0.5, 1)[0][0] > size[0] - 8:
+        text = text[1:]
     cv2.putText(band, text, (4, 16), cv2.FONT_HERSHEY_SIMPLEX, 0.5, (60, 60, 60), 1, cv2.LINE_AA)
-    return np.vstack([band, image])
+    return np.vstack([band, scaled])
 
 
 def _grid(pairs: list[np.ndarray]) -> np.ndarray:

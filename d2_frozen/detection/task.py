@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from d2_frozen.config import add_frozen_config
-from d2_frozen.tasks import Classes, Prediction
+from d2_frozen.tasks import Classes, DataView, Prediction
 from detectron2.config import CfgNode
 
 
@@ -52,6 +52,11 @@ class DetectionTask:
             for sample in batch:
                 sample["sem_seg"] = sample["image"][0].long() % cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES
         return batch
+
+    def data_view(self, cfg: CfgNode) -> DataView:
+        from d2_frozen.detection.data_view import DetectionData
+
+        return DetectionData(cfg)
 
     def prediction(self, cfg: CfgNode, classes: Classes | None) -> Prediction:
         from d2_frozen.detection.prediction import DetectionPrediction

@@ -13,9 +13,9 @@ from torch import nn
 
 from d2_frozen.data import build_test_loader
 from d2_frozen.data.label_maps import read_label_map
-from d2_frozen.detection.pictures import beside, predicted_pairs, write_sheet
+from d2_frozen.detection.pictures import beside, predicted_pairs, predictions_path, write_sheet
 from detectron2.config import CfgNode
-from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data import DatasetCatalog, Metadata, MetadataCatalog
 from detectron2.data import detection_utils as utils
 from seg_app.data.mapper import SegmentationMapper
 from seg_app.evaluation.inference import LabelModel, sliding_window_of
@@ -37,11 +37,10 @@ def write_prediction_sheet(cfg: CfgNode, model: nn.Module, dataset_name: str, co
     def pair(item: dict[str, Any], result: dict[str, Any]) -> np.ndarray:
         record = records[item["file_name"]]
         image = utils.read_image(record["file_name"], format="RGB")
-        ignore_label = record.get("ignore_label", facts.get("ignore_label", 255))
-        truth = read_label_map(record["sem_seg_file_name"], record.get("label_values"), ignore_label)
+        truth = true_labels(record, facts)
         found = result["sem_seg"].argmax(dim=0).cpu().numpy()
         halves = beside(overlay(image, truth, colours), overlay(image, found, colours))
-        return np.vstack([halves, _legend(facts.stuff_classes, colours, truth, found, halves.shape[1])])
+        return np.vstack([halves, legend(facts.stuff_classes, colours, [truth, found], halves.shape[1])])
 
     mapper = SegmentationMapper.from_config(cfg, is_train=False)
     pairs = predicted_pairs(
@@ -51,7 +50,13 @@ def write_prediction_sheet(cfg: CfgNode, model: nn.Module, dataset_name: str, co
         lambda indices: build_test_loader(cfg, dataset_name, mapper=mapper, indices=indices),
         pair,
     )
-    return write_sheet(cfg, dataset_name, pairs)
+    return write_sheet(predictions_path(cfg, dataset_name), pairs)
+
+
+def true_labels(record: dict[str, Any], facts: Metadata) -> np.ndarray:
+    """(H, W) class ids of a record, or its data's ignore label."""
+    ignore_label = record.get("ignore_label", facts.get("ignore_label", 255))
+    return read_label_map(record["sem_seg_file_name"], record.get("label_values"), ignore_label)
 
 
 def class_colours(classes: Sequence[str], given: Sequence[Sequence[int]] | None = None) -> np.ndarray:
@@ -72,12 +77,10 @@ def overlay(image: np.ndarray, labels: np.ndarray, colours: np.ndarray) -> np.nd
     return painted.round().astype(np.uint8)
 
 
-def _legend(
-    classes: Sequence[str], colours: np.ndarray, truth: np.ndarray, found: np.ndarray, width: int
-) -> np.ndarray:
-    """The most frequent classes of the two maps, by name: (20, width, 3)."""
-    both = np.concatenate([truth.ravel(), found.ravel()])
-    counts = np.bincount(both[(both >= 0) & (both < len(classes))], minlength=len(classes))
+def legend(classes: Sequence[str], colours: np.ndarray, maps: Sequence[np.ndarray], width: int) -> np.ndarray:
+    """The most frequent classes of label maps, by name: (20, width, 3)."""
+    labels = np.concatenate([labels.ravel() for labels in maps])
+    counts = np.bincount(labels[(labels >= 0) & (labels < len(classes))], minlength=len(classes))
     band = np.full((20, width, 3), 255, np.uint8)
     x = 4
     for k in np.argsort(-counts, kind="stable")[:_LEGEND_CLASSES]:

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from d2_frozen.data import build_test_loader
-from d2_frozen.detection.pictures import predicted_pairs, write_sheet
+from d2_frozen.detection.pictures import predicted_pairs, predictions_path, spread, write_sheet
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog
 from video_app.clips.mapper import ClipMapper
@@ -37,13 +37,8 @@ def write_contact_sheet(cfg: CfgNode, model: nn.Module, dataset_name: str, count
     mapper = ClipMapper.from_config(cfg, is_train=False)
 
     def strip(item: dict[str, Any], result: dict[str, Any]) -> np.ndarray:
-        frames = None
-        if "video" in item:
-            # The middle crop of the middle clip; the crops of a clip lie side by side.
-            crops = mapper.num_crops
-            view = item["video"][mapper.plan.clips // 2 * crops + crops // 2]
-            frames = view.flip(1) if mapper.bgr else view
-        return clip_strip(classes, item["label"], frames, result["scores"], item.get("bad", ""))
+        said = prediction_line(classes, item["label"], result["scores"], item.get("bad", ""))
+        return clip_strip(classes[item["label"]], middle_view(mapper, item), *said)
 
     try:
         strips = predicted_pairs(
@@ -55,41 +50,55 @@ def write_contact_sheet(cfg: CfgNode, model: nn.Module, dataset_name: str, count
         )
     finally:
         mapper.decoder.close()
-    return write_sheet(cfg, dataset_name, strips)
+    return write_sheet(predictions_path(cfg, dataset_name), strips)
+
+
+def middle_view(mapper: ClipMapper, item: dict[str, Any]) -> torch.Tensor | None:
+    """Of a video's test views the middle crop of the middle clip, (T, 3, S, S) RGB; None where it cannot be read."""
+    if "video" not in item:
+        return None
+    crops = mapper.num_crops  # those of a clip lie side by side
+    view = item["video"][mapper.plan.clips // 2 * crops + crops // 2]
+    return view.flip(1) if mapper.bgr else view
+
+
+def prediction_line(
+    classes: Sequence[str], label: int, scores: torch.Tensor | None, bad: str = ""
+) -> tuple[str, tuple[int, int, int]]:
+    """What a model says of a clip, and a colour: green where the most likely class is the label, red where not.
+
+    Args:
+        scores: (K,) probabilities; None for a bad video.
+        bad: why there are none.
+    """
+    if scores is None:
+        return f"cannot be read: {bad or 'no scores'}", _RED
+    best = scores.float().cpu().sort(descending=True, stable=True)
+    named = [f"{_short(classes[k])} {p:.2f}" for p, k in zip(*(x[:_NAMED].tolist() for x in best))]
+    return f"predicted: {', '.join(named)}", _GREEN if int(best.indices[0]) == label else _RED
 
 
 def clip_strip(
-    classes: Sequence[str],
-    label: int,
-    frames: torch.Tensor | None,
-    scores: torch.Tensor | None,
-    bad: str = "",
+    label: str, frames: torch.Tensor | None, text: str = "", colour: tuple[int, int, int] = _GREY
 ) -> np.ndarray:
-    """One clip: up to six frames side by side, above them its label and the most likely classes.
+    """One clip: up to six frames side by side, above them its label and a line of text.
 
     Args:
+        label: name of the class.
         frames: (T, 3, S, S) uint8 RGB; None for a bad video.
-        scores: (K,) probabilities; None for a bad video.
-        bad: why there are none.
     Returns:
-        (h, w, 3) uint8 RGB; green text where the most likely class is the label, red where not.
+        (h, w, 3) uint8 RGB.
     """
     width = _FRAMES * _FRAME_PX
     row = np.full((_FRAME_PX, width, 3), 225, np.uint8)
     if frames is not None:
-        shown = sorted({int(i) for i in np.linspace(0, len(frames) - 1, min(_FRAMES, len(frames)))})
-        for place, index in enumerate(shown):
+        for place, index in enumerate(spread(len(frames), _FRAMES)):
             picture = np.ascontiguousarray(frames[index].permute(1, 2, 0).cpu().numpy())
             small = cv2.resize(picture, (_FRAME_PX, _FRAME_PX), interpolation=cv2.INTER_AREA)
             row[:, place * _FRAME_PX : (place + 1) * _FRAME_PX] = small
     band = np.full((40, width, 3), 255, np.uint8)
-    _text(band, 15, f"labelled: {_short(classes[label])}", _GREY)
-    if scores is None:
-        _text(band, 33, f"cannot be read: {bad or 'no scores'}", _RED)
-    else:
-        best = scores.float().cpu().sort(descending=True, stable=True)
-        named = [f"{_short(classes[k])} {p:.2f}" for p, k in zip(*(x[:_NAMED].tolist() for x in best))]
-        _text(band, 33, f"predicted: {', '.join(named)}", _GREEN if int(best.indices[0]) == label else _RED)
+    _text(band, 15, f"labelled: {_short(label)}", _GREY)
+    _text(band, 33, text, colour)
     return np.vstack([band, row])
 
 

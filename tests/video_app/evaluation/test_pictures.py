@@ -15,7 +15,7 @@ from d2_frozen.data import register_from_config
 from detectron2.config import CfgNode, get_cfg
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from video_app.config import add_video_config
-from video_app.evaluation.pictures import clip_strip, write_contact_sheet
+from video_app.evaluation.pictures import clip_strip, prediction_line, write_contact_sheet
 
 FRAME = 96
 GREY, GREEN, RED = [60, 60, 60], [20, 120, 40], [180, 30, 30]
@@ -28,15 +28,17 @@ def darkest(band: np.ndarray) -> list[int]:
 
 def test_frames_are_spread_over_the_clip_and_colour_says_right_or_wrong() -> None:
     frames = torch.arange(11, dtype=torch.uint8).mul(20)[:, None, None, None].expand(11, 3, 32, 32)
-    right = clip_strip(["run", "jump"], 1, frames, torch.tensor([0.1, 0.9]))
+    classes, scores = ["run", "jump"], torch.tensor([0.1, 0.9])
+    right = clip_strip("jump", frames, *prediction_line(classes, 1, scores))
     assert right.shape == (40 + FRAME, 6 * FRAME, 3)
     assert [int(right[60, k * FRAME + 5, 0]) for k in range(6)] == [0, 40, 80, 120, 160, 200]
-    wrong = clip_strip(["run", "jump"], 0, frames, torch.tensor([0.1, 0.9]))
-    bad = clip_strip(["run", "jump"], 0, None, None, "the file is empty")
+    wrong = clip_strip("run", frames, *prediction_line(classes, 0, scores))
+    bad = clip_strip("run", None, *prediction_line(classes, 0, None, "the file is empty"))
     assert darkest(right[:20]) == GREY
     assert (darkest(right[20:40]), darkest(wrong[20:40]), darkest(bad[20:40])) == (GREEN, RED, RED)
     assert (bad[40:] == 225).all()
-    one = clip_strip(["run", "jump"], 0, frames[10:], torch.tensor([0.1, 0.9]))
+    one = clip_strip("run", frames[10:])
+    assert (one[20:40] == 255).all()
     assert (one[40:, :FRAME] == 200).all() and (one[40:, FRAME:] == 225).all()
 
 
