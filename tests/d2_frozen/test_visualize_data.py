@@ -59,7 +59,9 @@ def test_boxes_and_masks(tmp_path: Path, view: Callable[..., str]) -> None:
     assert list(found) == ["labelled_vis_train.jpg", "labelled_vis_val.jpg", "training.jpg"]
     # Three square crops of 320 px side by side, with margins of 8 and a line of text.
     assert found["training.jpg"].shape == (320 + 22 + 16, 3 * (320 + 16), 3)
-    sizes = [(one["width"], one["height"]) for one in json.loads((tmp_path / "val.json").read_text())["images"]]
+    sizes = [
+        (one["width"], one["height"]) for one in json.loads((tmp_path / "val.json").read_text())["images"]
+    ]
     width = sum(round(320 * width / height) + 16 for width, height in sizes)
     assert found["labelled_vis_val.jpg"].shape == (320 + 22 + 16, width, 3)
 
