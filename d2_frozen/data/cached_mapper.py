@@ -17,7 +17,7 @@ from torch import Tensor
 from d2_frozen.caching import SLOT, FeatureCache, Slot
 from d2_frozen.data.draws import remember_generators
 from d2_frozen.data.frames import FrameInput, PixelsNeeded, image_size
-from d2_frozen.data.label_maps import read_label_map
+from d2_frozen.data.label_maps import read_label_map, resizable
 from d2_frozen.data.label_values import LABEL_VALUES, values_of
 from d2_frozen.data.reading import channels_first, read_augmented
 from detectron2.data import DatasetMapper, detection_utils
@@ -53,7 +53,8 @@ class FrozenDatasetMapper(DatasetMapper):
             return super().__call__(dataset_dict)
         sample = _copied(dataset_dict)
         label_file = sample.pop("sem_seg_file_name", None)
-        labels = None if label_file is None else _read_labels(label_file)
+        # Detectron2 takes the brightness of what is no picture of one channel: of a palette's colours, say.
+        labels = None if label_file is None else resizable(read_label_map(label_file))
         path = sample["file_name"]
         if "height" not in sample or "width" not in sample:
             sample["height"], sample["width"] = image_size(path)
@@ -76,13 +77,6 @@ class FrozenDatasetMapper(DatasetMapper):
         if "annotations" in sample:
             self._transform_annotations(sample, done.transforms, tuple(done.image.shape[1:]))
         return sample
-
-
-def _read_labels(path: str) -> np.ndarray:
-    """(H, W) ids. Detectron2 takes the brightness of what is no picture of one channel: of a palette's colours, say."""
-    labels = read_label_map(path)
-    # Detectron2 resizes 8-bit label maps by pixel centres, and others in floating point.
-    return labels.astype(np.uint8 if labels.max(initial=0) <= 255 else np.float32)
 
 
 def augment(

@@ -70,6 +70,11 @@ def check_id_mode(path: str, mode: str) -> None:
         )
 
 
+def resizable(numbers: np.ndarray) -> np.ndarray:
+    """A label map in the type in which Detectron2 resizes it: 8 bits by pixel centres, larger numbers as float32."""
+    return numbers.astype(np.uint8 if numbers.max(initial=0) <= 255 else np.float32)
+
+
 def _as_classes(numbers: np.ndarray, label_values: Sequence[int], ignore_label: int) -> np.ndarray:
     class_of = np.full(_HIGHEST + 1, ignore_label, dtype=np.int32)
     class_of[list(label_values)] = np.arange(len(label_values))

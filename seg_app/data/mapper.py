@@ -10,7 +10,7 @@ import torch
 
 from d2_frozen.caching import SLOT, FeatureCache
 from d2_frozen.data.cached_mapper import augment
-from d2_frozen.data.label_maps import LabelMapError, read_label_map
+from d2_frozen.data.label_maps import LabelMapError, read_label_map, resizable
 from d2_frozen.data.label_values import LABEL_VALUES, values_of
 from d2_frozen.data.reading import channels_first
 from detectron2.config import CfgNode
@@ -130,9 +130,7 @@ class SegmentationMapper:
         class_of[numbers] = present
         number_of = np.full(int(labels.max(initial=0)) + 1, _IGNORED, dtype=np.int64)
         number_of[present] = numbers
-        # Detectron2 resizes 8-bit label maps by pixel centres, and others in floating point.
-        dtype = np.uint8 if len(present) <= _IGNORED else np.float32
-        return np.take(number_of.astype(dtype), labels), class_of
+        return np.take(resizable(number_of), labels), class_of
 
     def _check_ids(self, path: str, present: np.ndarray) -> None:
         if self.num_classes is None:
