@@ -336,7 +336,11 @@ def _parser() -> argparse.ArgumentParser:
     table = commands.add_parser("table", help="run the cells of a table, and write it")
     table.add_argument("number", type=int, choices=sorted(TITLES), help="of the paper's table")
     table.add_argument(
-        "--cells", nargs="+", default=[], metavar="NAME", help="cells, rows or tasks; default: all"
+        "--cells",
+        nargs="+",
+        default=[],
+        metavar="NAME",
+        help="cells, rows, tasks, or TASK/frozen and the like; default: all",
     )
     _add_queue_flags(table)
     table.set_defaults(run=run_table)

@@ -95,7 +95,8 @@ def cells_of(
     Args:
         scale: "mini" or "full".
         configs: the folder ``configs/``.
-        wanted: names of cells, of rows (all their cells), or of tasks; all if empty.
+        wanted: names of cells, of rows (all their cells), or of tasks; or TASK/ before a cell, a row, or a setting
+            ("video/frozen"). All if empty.
     Raises:
         FileNotFoundError: no config for the table.
         ValueError: a wanted cell has no config; the nearest names are listed.
@@ -111,7 +112,11 @@ def cells_of(
     cells.sort(key=_place)
     if not wanted:
         return cells
-    names = {cell: {cell.name, cell.row, cell.task} for cell in cells}
+    names = {
+        cell: {cell.name, cell.row, cell.task}
+        | {f"{cell.task}/{part}" for part in (cell.name, cell.row, cell.setting)}
+        for cell in cells
+    }
     known = set.union(*names.values())
     for name in wanted:
         if name not in known:

@@ -51,6 +51,12 @@ def test_a_row_or_a_task_brings_its_cells() -> None:
         "bifpn_mask_full",
     ]
     assert {c.task for c in cells_of(1, "mini", CONFIGS, ["video"])} == {"video"}
+    of_video = cells_of(1, "mini", CONFIGS, ["video/frozen", "segmentation/masked"])
+    assert {(c.task, c.name) for c in of_video} == {
+        *(("video", f"{kind}_frozen") for kind in ("none", "masked", "contrastive", "supervised")),
+        ("segmentation", "masked_frozen"),
+        ("segmentation", "masked_full"),
+    }
 
 
 def test_mean_and_sample_deviation() -> None:
