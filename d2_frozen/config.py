@@ -218,6 +218,10 @@ def _add_training_keys(cfg: CfgNode) -> None:
     cfg.SOLVER.OPTIMIZER = "SGD"
     # Periodic checkpoints that stay: the newest so many, beside model_final.pth. 0: all of them, as in Detectron2.
     cfg.SOLVER.CHECKPOINTS_KEPT = 0
+    # A metric of metrics.json, such as "segm/AP", "sem_seg/mIoU", "video/top1" (with several test sets
+    # "parts_val/segm/AP"): model_best.pth is the checkpoint with the highest one of all evaluations (TEST.EVAL_PERIOD,
+    # and the last). "": none.
+    cfg.SOLVER.BEST_CHECKPOINT = ""
     # Weight decay of nn.Embedding: the queries of a masked decoder.
     cfg.SOLVER.WEIGHT_DECAY_EMBED = 0.0
     # LR_SCHEDULER_NAME may also be "WarmupPolyLR": the rate falls by (1 - progress) ** POLY_LR_POWER.

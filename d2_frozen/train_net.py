@@ -157,6 +157,7 @@ def finish(cfg: CfgNode, model: nn.Module, results: dict[str, Any] | None, train
     for label, file in (
         ("metrics", "metrics.json"),
         ("weights", "model_final.pth"),
+        *([("best", "model_best.pth")] if cfg.SOLVER.BEST_CHECKPOINT else []),
         ("config", "config.yaml"),
     ):
         path = os.path.join(cfg.OUTPUT_DIR, file)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import logging
+import math
 import random
 import signal
 import sys
@@ -16,10 +17,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from fvcore.common.checkpoint import Checkpointer
 
 from d2_frozen.data.workers import NOTICES
 from d2_frozen.files import by_the_way
 from detectron2.engine import HookBase
+from detectron2.evaluation.testing import flatten_results_dict
 from detectron2.utils import comm
 from detectron2.utils.events import EventWriter, get_event_storage
 
@@ -75,6 +78,67 @@ class KeepNewestCheckpoints(HookBase):
             with by_the_way("An older checkpoint is not removed"):
                 for path in written[: -self.kept]:
                     path.unlink(missing_ok=True)
+
+
+class KeepBestCheckpoint(HookBase):
+    """Write ``model_best.pth`` when a metric is higher than ever in this run, before an interruption too.
+
+    Detectron2's BestCheckpointer forgets what was before. Must come after the hooks that evaluate.
+
+    Args:
+        checkpointer: saves the model.
+        metric: as metrics.json has it: ``bbox/AP``, with several test sets ``NAME/bbox/AP``.
+    """
+
+    FILE = "model_best"
+
+    def __init__(self, checkpointer: Checkpointer, metric: str) -> None:
+        self.checkpointer, self.metric = checkpointer, metric
+        self._best: float | None = None
+        self._seen_at: int | None = None
+        self._told = False
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"metric": self.metric, "best": self._best}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        if state["metric"] == self.metric:
+            self._best = state["best"]
+
+    def after_step(self) -> None:
+        self._look()
+
+    def after_train(self) -> None:
+        if self.trainer.iter + 1 >= self.trainer.max_iter:
+            self._look()
+
+    def _look(self) -> None:
+        value, evaluated_at = self.trainer.storage.latest().get(self.metric, (math.nan, None))
+        if evaluated_at is None:
+            self._tell_of_other_metrics()
+            return
+        if evaluated_at == self._seen_at:
+            return
+        self._seen_at = evaluated_at
+        if math.isnan(value) or (self._best is not None and value <= self._best):
+            return
+        before, self._best = self._best, float(value)
+        with by_the_way(f"{self.FILE}.pth is not written"):
+            self.checkpointer.save(self.FILE, iteration=self.trainer.iter)
+            than = "" if before is None else f" (before: {before:.4f})"
+            logger.info("%s is %.4f, the best so far%s.", self.metric, value, than)
+
+    def _tell_of_other_metrics(self) -> None:
+        results = getattr(self.trainer, "_last_eval_results", None)
+        if results and not self._told:
+            self._told = True
+            names = ", ".join(flatten_results_dict(results))
+            logger.error(
+                "SOLVER.BEST_CHECKPOINT is %r, which the evaluation does not give: no %s.pth is written. It gives %s.",
+                self.metric,
+                self.FILE,
+                names,
+            )
 
 
 class SavesWhenItCan(HookBase):

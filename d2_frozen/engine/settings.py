@@ -29,6 +29,7 @@ def check_settings(cfg: CfgNode, train: bool) -> None:
     _check_whole_numbers(cfg, train)
     if train:
         _check_steps(cfg)
+        _check_best_checkpoint(cfg)
     key = "DATASETS.TRAIN" if train else "DATASETS.TEST"
     if not (cfg.DATASETS.TRAIN if train else cfg.DATASETS.TEST):
         what = "train on" if train else "evaluate on: --eval-only does nothing else"
@@ -102,6 +103,15 @@ def _check_whole_numbers(cfg: CfgNode, train: bool) -> None:
         if value < least or (most is not None and value > most):
             bounds = f"at least {least}" if most is None else f"at most {most}"
             raise ValueError(f"{key} is {value}; it must be {bounds} ({meaning}).")
+
+
+def _check_best_checkpoint(cfg: CfgNode) -> None:
+    metric, period = cfg.SOLVER.BEST_CHECKPOINT, cfg.TEST.EVAL_PERIOD
+    if metric and not (cfg.DATASETS.TEST and 0 < period < cfg.SOLVER.MAX_ITER):
+        raise ValueError(
+            f"SOLVER.BEST_CHECKPOINT is {metric!r}, but nothing is evaluated before the end: set TEST.EVAL_PERIOD (it "
+            f"is {period}) to less than SOLVER.MAX_ITER ({cfg.SOLVER.MAX_ITER}), and name a dataset in DATASETS.TEST."
+        )
 
 
 def _check_steps(cfg: CfgNode) -> None:

@@ -32,6 +32,7 @@ from d2_frozen.engine.allocator import less_memory
 from d2_frozen.engine.caching import CacheReport, check_cache_settings, serve_features
 from d2_frozen.engine.checkpoint import CheckpointMismatchError, FrozenCheckpointer
 from d2_frozen.engine.hooks import (
+    KeepBestCheckpoint,
     KeepNewestCheckpoints,
     ProgressPrinter,
     SaveAndLeaveOnSignal,
@@ -189,9 +190,14 @@ class FrozenTrainer(DefaultTrainer):
     def build_hooks(self) -> list[HookBase]:
         """Detectron2's between ours: draws first, leaving on a signal before evaluations, TEST.AUG before writing."""
         hooks = super().build_hooks()
+        evaluated: list[HookBase] = []
         if self.cfg.TEST.AUG.ENABLED:
-            writers = [i for i, hook in enumerate(hooks) if isinstance(hook, PeriodicWriter)]
-            hooks.insert(writers[0] if writers else len(hooks), EvalHook(0, self._test_with_augmentation))
+            evaluated.append(EvalHook(0, self._test_with_augmentation))
+        if self.cfg.SOLVER.BEST_CHECKPOINT and comm.is_main_process():
+            evaluated.append(KeepBestCheckpoint(self.checkpointer, self.cfg.SOLVER.BEST_CHECKPOINT))
+        writers = [i for i, hook in enumerate(hooks) if isinstance(hook, PeriodicWriter)]
+        place = writers[0] if writers else len(hooks)
+        hooks[place:place] = evaluated
         if self.cfg.SOLVER.CHECKPOINTS_KEPT:
             hooks.append(KeepNewestCheckpoints(self.cfg.OUTPUT_DIR, self.cfg.SOLVER.CHECKPOINTS_KEPT))
         hooks = [SavesWhenItCan(hook) if isinstance(hook, PeriodicCheckpointer) else hook for hook in hooks]

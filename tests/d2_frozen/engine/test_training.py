@@ -279,6 +279,42 @@ def test_the_newest_checkpoints_stay_also_over_an_interruption(flags: Flags, tmp
         FrozenTrainer(setup(flags("SOLVER.CHECKPOINTS_KEPT", "-1")))
 
 
+def test_the_best_checkpoint_stays_also_over_an_interruption(
+    flags: Flags, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """AP after iterations 1, 3 and 5 is 20, 40, 30; the signal comes in iteration 4."""
+
+    class Graded(FrozenTrainer):
+        scores = iter([20.0, 40.0, 30.0])
+
+        @classmethod
+        def test(cls, cfg: CfgNode, model: nn.Module, evaluators: Any = None) -> dict:
+            return {"bbox": {"AP": next(cls.scores)}}
+
+    options = ("TEST.EVAL_PERIOD", "2", "SOLVER.BEST_CHECKPOINT", "bbox/AP")
+    trainer = Graded(setup(flags(*options)))
+    trainer.register_hooks([SignalAfter(4, signal.SIGTERM)])
+    with pytest.raises(StoppedBySignal):
+        trainer.train()
+    resumed = Graded(setup(flags("--resume", *options)))
+    resumed.resume_or_load(resume=True)
+    resumed.train()
+    best, final = read(tmp_path / "out" / "model_best.pth"), read(tmp_path / "out" / "model_final.pth")
+    assert (best["iteration"], final["iteration"]) == (3, 5)
+    assert_same_weights(tmp_path / "out" / "model_best.pth", tmp_path / "out" / "model_0000003.pth")
+    assert "bbox/AP is 40.0000, the best so far (before: 20.0000)" in caplog.text
+
+    with pytest.raises(ValueError, match="nothing is evaluated before the end"):
+        setup(flags("SOLVER.BEST_CHECKPOINT", "bbox/AP"))
+    caplog.clear()
+    Graded.scores = iter([1.0] * 3)
+    Graded(setup(flags("TEST.EVAL_PERIOD", "2", "SOLVER.BEST_CHECKPOINT", "box/AP"))).train()
+    (told,) = [
+        one.getMessage() for one in caplog.records if "which the evaluation does not give" in one.getMessage()
+    ]
+    assert told.endswith("It gives bbox/AP.")
+
+
 def test_mixed_precision_is_that_of_the_device_of_the_config(flags: Flags) -> None:
     """Not of the first parameter: below fp32 the weights of a frozen network stay on the CPU, and come first."""
     options = ("MODEL.FROZEN.PRECISION", "bf16", "SOLVER.AMP.ENABLED", "True")
