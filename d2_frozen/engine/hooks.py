@@ -236,7 +236,8 @@ class SignalWatch:
         if threading.current_thread() is not threading.main_thread():
             return
         for number in self.signals:
-            if signal.getsignal(number) is not signal.SIG_IGN:
+            # None: somebody's in C, which could not be put back.
+            if signal.getsignal(number) not in (signal.SIG_IGN, None):
                 self._before[number] = signal.signal(number, self._receive)
 
     def stop(self) -> None:
