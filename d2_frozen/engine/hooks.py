@@ -223,10 +223,13 @@ class SignalWatch:
 
     Args:
         signals: those of clusters, and Ctrl-C.
+    Attributes:
+        leaving: a signal ends the training.
     """
 
     def __init__(self, signals: tuple[int, ...] = (*NOTICES, signal.SIGINT)) -> None:
         self.signals = signals
+        self.leaving = False
         self._at_once: Callable[[], None] | None = None
         self._saving = False
         self._received: list[int] = []
@@ -259,6 +262,7 @@ class SignalWatch:
         Raises:
             StoppedBySignal, KeyboardInterrupt: the end of this process.
         """
+        self.leaving = True
         save()
         # Who leaves first has the others killed half a minute later, a first process too that still writes.
         comm.synchronize()
@@ -270,6 +274,7 @@ class SignalWatch:
                 handler(one, None)
         if not handlers or not all(callable(handler) for _, handler in handlers):
             raise StoppedBySignal(number)
+        self.leaving = False
 
     @contextlib.contextmanager
     def saving_at_once(self, save: Callable[[], None]) -> Iterator[None]:
@@ -336,7 +341,8 @@ class SavesIfStopped(HookBase):
             raise
 
     def after_train(self) -> None:
-        self.evaluation.after_train()
+        if not self.watch.leaving:  # else the last iteration was done, and it would begin now
+            self.evaluation.after_train()
 
 
 class SaveAndLeaveOnSignal(HookBase):

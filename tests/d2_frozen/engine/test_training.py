@@ -191,12 +191,14 @@ def test_a_signal_before_an_evaluation_does_not_wait_for_it(flags: Flags, tmp_pa
             evaluated.append(1)
             return {}
 
-    trainer = Evaluated(setup(flags("TEST.EVAL_PERIOD", "2", "SOLVER.CHECKPOINT_PERIOD", "100")))
-    trainer.register_hooks([SignalAfter(1, signal.SIGTERM)])
-    with pytest.raises(StoppedBySignal):
-        trainer.train()
-    assert not evaluated
-    assert (tmp_path / "out" / "last_checkpoint").read_text() == "model_0000001.pth"
+    for iteration, saved in ((1, "model_0000001.pth"), (5, "model_final.pth")):  # 5 is the last
+        trainer = Evaluated(setup(flags("TEST.EVAL_PERIOD", "2", "SOLVER.CHECKPOINT_PERIOD", "100")))
+        trainer.register_hooks([SignalAfter(iteration, signal.SIGTERM)])
+        evaluated.clear()
+        with pytest.raises(StoppedBySignal):
+            trainer.train()
+        assert len(evaluated) == iteration // 2
+        assert (tmp_path / "out" / "last_checkpoint").read_text() == saved
 
 
 KILLED_RUN = """
