@@ -77,7 +77,7 @@ def test_agrees_with_the_original(section: str, name: str, maker: ModuleType, fr
 
 
 def _allow_rounding(fresh: Path, golden: Path, key: str) -> None:
-    """Pillow before 13, as on Python 3.10, rounds some resized values otherwise, by 1 of 255: they become the golden."""
+    """Pillow before 13, as on Python 3.10, rounds resized values by 1 of 255 otherwise; they become the golden."""
     with np.load(fresh) as ours, np.load(golden) as original:
         arrays = dict(ours)
         wanted = original[key]
