@@ -98,12 +98,14 @@ class KeepBestCheckpoint(HookBase):
         self._seen_at: int | None = None
         self._told = False
 
-    def state_dict(self) -> dict[str, Any]:
-        return {"metric": self.metric, "best": self._best}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        if state["metric"] == self.metric:
-            self._best = state["best"]
+    def before_train(self) -> None:
+        path = Path(self.checkpointer.save_dir, f"{self.FILE}.pth")
+        if self.trainer.start_iter > 0 and path.is_file():
+            try:
+                content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+                self._best = content["best_metric"].get(self.metric)
+            except Exception as err:  # whatever the bytes lead to
+                logger.warning("%s does not say how good it is (%s); the best starts anew.", path, err)
 
     def after_step(self) -> None:
         self._look()
@@ -124,7 +126,8 @@ class KeepBestCheckpoint(HookBase):
             return
         before, self._best = self._best, float(value)
         with by_the_way(f"{self.FILE}.pth is not written"):
-            self.checkpointer.save(self.FILE, iteration=self.trainer.iter)
+            best = {self.metric: self._best}
+            self.checkpointer.save(self.FILE, iteration=self.trainer.iter, best_metric=best)
             than = "" if before is None else f" (before: {before:.4f})"
             logger.info("%s is %.4f, the best so far%s.", self.metric, value, than)
 

@@ -175,17 +175,21 @@ class FrozenTrainer(DefaultTrainer):
             raise
 
     def _save_before_this_step(self) -> None:
-        """For an error before anything has changed: what was trained is not lost with it."""
+        """For an error before anything has changed: what was trained is not lost with it.
+
+        In whichever process: all have the same weights, and the others wait in the step for this one.
+        """
         done = self.iter - 1
-        if done < self.start_iter or not comm.is_main_process():
+        if done < self.start_iter:
             return
         failed_at, self.iter = self.iter, done
+        writes, self.checkpointer.save_to_disk = self.checkpointer.save_to_disk, True
         try:
             with by_the_way(f"What was trained up to iteration {done} is not saved"):
                 self.checkpointer.save(f"model_{done:07d}", iteration=done)
                 logger.error("The data failed; saved after iteration %d, --resume goes on from there.", done)
         finally:
-            self.iter = failed_at
+            self.iter, self.checkpointer.save_to_disk = failed_at, writes
 
     def build_hooks(self) -> list[HookBase]:
         """Detectron2's between ours: draws first, leaving on a signal before evaluations, TEST.AUG before writing."""

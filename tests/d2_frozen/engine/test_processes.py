@@ -83,6 +83,48 @@ def test_what_is_frozen_is_the_same_in_both(
         assert f"(rank {rank})" in error and "MODEL.TIMM.PRETRAINED" in error
 
 
+def _bad_image(config_file: str, folder: str) -> None:
+    """Four iterations; then the same with an image for the second process in the third that cannot be read."""
+    import os
+
+    from d2_frozen.data.loader import DrawnDataset, SampleError
+
+    def train(name: str, checkpoint_period: int) -> None:
+        options = ["SOLVER.MAX_ITER", "4", "DATASETS.TEST", "()", "OUTPUT_DIR", f"{folder}/{name}"]
+        options += ["SOLVER.CHECKPOINT_PERIOD", str(checkpoint_period)]
+        flags = argument_parser().parse_args(["--config-file", config_file, *options])
+        FrozenTrainer(setup(flags)).train()
+
+    train("whole", 2)
+    mapped = DrawnDataset._mapped
+
+    def bad(self: DrawnDataset, record: object, position: int, redraw: int) -> object:
+        if position == 5:
+            raise OSError("truncated")
+        return mapped(self, record, position, redraw)
+
+    DrawnDataset._mapped = bad
+    try:
+        train("bad", 100)
+    except SampleError:
+        assert comm.get_rank() == 1
+        os._exit(0)
+    except RuntimeError as err:
+        assert "closed by peer" in str(err).lower() or "connection" in str(err).lower(), err
+
+
+def test_an_image_that_is_bad_for_one_process_costs_no_training(tiny_config: Path, tmp_path: Path) -> None:
+    """Only the first process saved; the other's image ended the run with nothing."""
+    _launch_two(tmp_path, _bad_image, str(tiny_config), str(tmp_path))
+    assert (tmp_path / "bad" / "last_checkpoint").read_text() == "model_0000001.pth"
+    whole, saved = (
+        torch.load(tmp_path / file, weights_only=True)
+        for file in ("whole/model_0000001.pth", "bad/model_0000001.pth")
+    )
+    assert saved["iteration"] == 1
+    assert all(torch.equal(tensor, saved["model"][name]) for name, tensor in whole["model"].items())
+
+
 def _resume(folder: str) -> None:
     """Each process has an OUTPUT_DIR of its own, as on two machines without a common one."""
     from d2_frozen.engine import checkpoint
