@@ -64,6 +64,7 @@ def _assert_saved(out: Path) -> None:
     assert "continue with --resume" in (out / "log.txt").read_text()
 
 
+@pytest.mark.usefixtures("ctrl_c")
 @pytest.mark.parametrize(
     ("number", "code"), [(signal.SIGTERM, 143), (signal.SIGKILL, -9), (signal.SIGINT, 130)]
 )
@@ -81,6 +82,7 @@ def test_stopping_the_parent_saves_and_leaves_no_process(
     _assert_saved(tmp_path / "out")
 
 
+@pytest.mark.usefixtures("ctrl_c")
 @pytest.mark.skipif(not hasattr(signal, "sigwaitinfo"), reason="needs to know who sends a signal")
 @pytest.mark.parametrize(
     ("number", "code"),

@@ -96,6 +96,7 @@ def test_who_had_a_handler_before_decides_after_the_saving() -> None:
             signal.signal(number, handler)
 
 
+@pytest.mark.usefixtures("ctrl_c")
 def test_ctrl_c_saves_and_a_second_one_ends_at_once() -> None:
     saved: list[str] = []
     hook = SaveAndLeaveOnSignal()
@@ -116,6 +117,7 @@ def test_ctrl_c_saves_and_a_second_one_ends_at_once() -> None:
         hook.after_train()
 
 
+@pytest.mark.usefixtures("ctrl_c")
 def test_ctrl_c_while_a_signal_has_an_evaluation_save_ends_when_that_is_written() -> None:
     """A terminal and a process that was told by it may both tell another one."""
     done: list[str] = []
