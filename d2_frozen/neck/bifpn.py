@@ -23,6 +23,9 @@ from detectron2.layers import get_norm
 from detectron2.modeling.backbone import Backbone
 
 FUSE_TYPES = ("fast_normalized", "softmax", "sum")
+# At the start: share of the random filters on top of the identity, and the weight of the neighbouring level's map where
+# one of the node's own level has 1.
+_RANDOM_SHARE, _NEIGHBOUR = 0.1, 0.2
 
 # Name in detectron2.layers.get_norm ("" for none), or channels -> module.
 Norm = str | Callable[[int], nn.Module]
@@ -97,6 +100,10 @@ class BiFPN(PadsForBottomUp, Backbone):
 
 class BiFPNLayer(ActCheckpointLayer):
     """One top-down pass, then one bottom-up pass that also sees the layer's input (Figure 2d of the paper).
+
+    Each node starts near the identity on the maps of its own level. EfficientDet's starts at random, with equal weights
+    of all maps, and so mixes channels and levels once per node: a deep neck has to unlearn that before heads see what
+    is where. Measured in docs/results.md, "Start of the BiFPN".
 
     With inputs x_0 (finest) .. x_{n-1}, and node = conv(act(fuse(...))):
         t_i = node(x_i, up(t_{i+1})),            i = n-2 .. 0,   t_{n-1} = x_{n-1}
@@ -184,9 +191,8 @@ class _Node(nn.Module):
         else:
             convs = [nn.Conv2d(channels, channels, 3, padding=1, bias=bias)]
         for conv in convs:
-            c2_xavier_fill(conv)
-        if separable:
-            _start_near_identity(convs[0])
+            _start_near_identity(conv)
+        _start_from_own_level(self.fuse)
         self.conv = nn.Sequential(*convs)
         self.norm = get_norm(norm, channels) or nn.Identity()
 
@@ -194,15 +200,23 @@ class _Node(nn.Module):
         return self.norm(self.conv(F.silu(self.fuse(maps))))
 
 
-def _start_near_identity(depthwise: nn.Conv2d) -> None:
-    """Each channel's filter keeps its map, with a tenth of the random start on top.
-
-    Random filters blur and shift every map, once per node, and a deep neck has to unlearn that before heads see where
-    things are. Measured in docs/results.md, "Start of the BiFPN".
-    """
+def _start_near_identity(conv: nn.Conv2d) -> None:
+    """Each channel keeps its map, and gets a share of the random start on top."""
+    c2_xavier_fill(conv)
+    channels = torch.arange(conv.out_channels)
+    own = channels if conv.groups == 1 else 0
+    middle = conv.kernel_size[0] // 2
     with torch.no_grad():
-        depthwise.weight.mul_(0.1)
-        depthwise.weight[:, 0, 1, 1] += 1
+        conv.weight.mul_(_RANDOM_SHARE)
+        conv.weight[channels, own, middle, middle] += 1
+
+
+def _start_from_own_level(fusion: WeightedFusion) -> None:
+    """The last map of a node, that of the level beside, counts for less than those of its own."""
+    if fusion.fuse_type != "sum":
+        logarithmic = fusion.fuse_type == "softmax"
+        with torch.no_grad():
+            fusion.weights[-1] = fusion.weights[0] + math.log(_NEIGHBOUR) if logarithmic else _NEIGHBOUR
 
 
 def input_strides(bottom_up: Backbone, in_features: Sequence[str]) -> list[int]:

@@ -129,14 +129,39 @@ def test_activations_keep_their_scale_through_nine_layers():
     assert all(0.8 < level.std() < 1.2 for level in out)
 
 
-def test_depthwise_filters_start_near_the_identity():
-    """1 in the middle; on top a tenth of Xavier's uniform start, whose bound is sqrt(3 / 9) for 9 inputs."""
+@pytest.mark.parametrize("separable", [True, False])
+def test_filters_start_near_the_identity(separable: bool) -> None:
+    """1 from each channel to itself; on top a tenth of Xavier's uniform start, whose bound is sqrt(3 / inputs)."""
     torch.manual_seed(0)
-    identity = torch.zeros(3, 3)
-    identity[1, 1] = 1
-    for node in [*(layer := BiFPNLayer(16, 4)).top_down, *layer.bottom_up]:
-        off = node.conv[0].weight[:, 0] - identity
-        assert 0 < off.abs().max() <= 0.1 * (3 / 9) ** 0.5
+    layer = BiFPNLayer(16, 4, separable=separable)
+    for conv in (conv for node in [*layer.top_down, *layer.bottom_up] for conv in node.conv):
+        off = conv.weight.detach().clone()
+        middle = off.shape[-1] // 2
+        off[:, :, middle, middle] -= torch.ones(16, 1) if conv.groups == 16 else torch.eye(16)
+        assert 0 < off.abs().max() <= 0.1 * (3 / off[0].numel()) ** 0.5
+
+
+@pytest.mark.parametrize("fuse_type", ["fast_normalized", "softmax"])
+def test_maps_of_the_neighbouring_level_start_with_a_fifth_of_the_weight(fuse_type: str) -> None:
+    layer = BiFPNLayer(8, 3, fuse_type=fuse_type)
+    for node in layer.top_down:
+        assert node.fuse.shares().tolist() == pytest.approx([1 / 1.2, 0.2 / 1.2], rel=1e-3)
+    middle, top = (node.fuse.shares().tolist() for node in layer.bottom_up)
+    assert middle == pytest.approx([1 / 2.2, 1 / 2.2, 0.2 / 2.2], rel=1e-3)
+    assert top == pytest.approx([1 / 1.2, 0.2 / 1.2], rel=1e-3)
+
+
+def test_what_is_at_one_place_stays_there_through_nine_layers() -> None:
+    """At the start. With EfficientDet's, the map of the finest level is that of the coarse ones by then."""
+    torch.manual_seed(0)
+    layers = nn.Sequential(*(BiFPNLayer(16, 4, norm=lambda c: nn.GroupNorm(4, c)) for _ in range(9)))
+    maps = [normal(i, 1, 16, 32 >> i, 32 >> i) for i in range(4)]
+    other = [*maps]
+    other[0] = maps[0].clone()
+    other[0][:, :, :16] = normal(9, 1, 16, 16, 32)
+    with torch.no_grad():
+        change = (layers(maps)[0] - layers(other)[0]).abs().mean(dim=(0, 1, 3))
+    assert change[:14].mean() > 5 * change[18:].mean()
 
 
 @pytest.mark.parametrize("num_layers", [1, 5, 9])

@@ -65,7 +65,7 @@ def test_a_layer_gives_the_same_in_both_layouts():
     results = []
     for convert in (lambda x: x, channels_last_on_cpu):
         out = layer([convert(one) for one in maps])
-        loss = sum((one**2).sum() for one in out)
+        loss = sum(one.sin().sum() for one in out)  # that of squares is what the norm holds constant
         results.append([*out, *torch.autograd.grad(loss, list(layer.parameters()))])
     assert all(one.is_contiguous(memory_format=torch.channels_last) for one in out)
     for got, wanted in zip(*results, strict=True):
