@@ -166,7 +166,7 @@ def _profiled(
         if traffic is not None and flops.get(kind):
             result[kind]["TFLOP/s"] = flops[kind] / seconds / 1e12
         # The bytes of norms have the residual in them, which only our kernel adds in the same place.
-        if traffic is not None and kind in traffic and (kind != NORM or "add_normalised" in share.largest):
+        if traffic is not None and kind in traffic and (kind != NORM or "normalised" in share.largest):
             result[kind]["GB/s (least)"] = traffic[kind] / seconds / 1e9
     return result
 

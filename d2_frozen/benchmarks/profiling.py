@@ -27,8 +27,9 @@ KINDS = (MATRIX, ATTENTION, NORM, LAYOUT, COMPILED, ELEMENTWISE, OTHER)
 _PATTERNS = (
     (COMPILED, r"^triton_|compiledfxgraph|cpp_fused"),
     (ATTENTION, r"_attend\b|fmha|flash|attention|softmax"),
-    (NORM, r"add_normalised|layer_?norm|batch_?norm|group_?norm"),
-    (LAYOUT, r"nchwtonhwc|nhwctonchw"),
+    (MATRIX, r"embed_patches"),
+    (NORM, r"normalised|layer_?norm|batch_?norm|group_?norm"),
+    (LAYOUT, r"nchwtonhwc|nhwctonchw|merge_patches|channels_first"),
     (MATRIX, r"gemm|nvjet|cutlass|xmma|cublas|splitk|convolution|conv2d|fprop|cudnn"),
     (MATRIX, r"::(b?mm|addmm|baddbmm|_addmm_activation|_int_mm|_scaled_mm|linear|_linear_pointwise)\b"),
     (LAYOUT, r"copy|::cat\b|catarray|index|gather|transpose|memcpy|memset|masked_fill|reorder"),

@@ -1,18 +1,18 @@
-"""Which implementation of a Swin block's parts runs? Triton kernels where they compile and agree, else torch's own.
+"""Which implementation of a network's parts runs? Triton kernels where they compile and agree, else torch's own.
 
-CUDA: triton_kernels.py, tried once for each precision, window and head.  CPU, and CUDA without Triton: fused attention
-of torch, one call for each kind of window.
+CUDA: triton_kernels.py, tried once for each precision, and attention for each window and head.  CPU, and CUDA without
+Triton: torch's operators; fused attention of torch, one call for each kind of window.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 logger = logging.getLogger(__name__)
 
@@ -40,21 +40,85 @@ def attend_by_torch(
     return outs[0] if len(outs) == 1 else torch.cat(outs)
 
 
+def normalised(y: Tensor, norm: nn.Module, x: Tensor | None = None) -> Tensor:
+    """norm(y), or x + norm(y); (rows, C) each."""
+    if isinstance(norm, nn.LayerNorm) and row_kernels_work(y.device, y.dtype):
+        from d2_frozen.backbone.fast import triton_kernels
+
+        return triton_kernels.normalised(y, norm.weight, norm.bias, norm.eps, x)
+    return norm(y) if x is None else x + norm(y)
+
+
+def embed_patches(images: Tensor, projection: nn.Conv2d, norm: nn.Module) -> Tensor:
+    """Patches through a convolution whose stride is its kernel, and a norm: (B, planes, H, W) -> (B * h * w, C).
+
+    Images may have another precision than the network.
+    """
+    weight, bias = projection.weight, projection.bias
+    kernel = images.is_contiguous() and row_kernels_work(images.device, weight.dtype)
+    if kernel and bias is not None and isinstance(norm, nn.LayerNorm):
+        from d2_frozen.backbone.fast import triton_kernels
+
+        return triton_kernels.embed_patches(images, weight, bias, norm.weight, norm.bias, norm.eps)
+    if weight.dtype != images.dtype:
+        images = images.to(weight.dtype, memory_format=torch.channels_last)
+    return norm(projection(images).permute(0, 2, 3, 1).flatten(0, 2))
+
+
+def merge_patches(x: Tensor) -> Tensor:
+    """(B, H, W, C) -> (B * ceil(H / 2) * ceil(W / 2), 4 C): 2 x 2 tokens side by side, column by column; 0 outside."""
+    if row_kernels_work(x.device, x.dtype):
+        from d2_frozen.backbone.fast import triton_kernels
+
+        return triton_kernels.merge_patches(x)
+    batch, height, width, channels = x.shape
+    if height % 2 or width % 2:
+        x = F.pad(x, (0, 0, 0, width % 2, 0, height % 2))
+    x = x.view(batch, (height + 1) // 2, 2, (width + 1) // 2, 2, channels)
+    return x.permute(0, 1, 3, 4, 2, 5).flatten(3).flatten(0, 2)
+
+
+def contiguous(feature: Tensor, dtype: torch.dtype) -> Tensor:
+    """A map in ``dtype``, contiguous, whatever layout the network computes in; in one pass."""
+    last = feature.permute(0, 2, 3, 1) if feature.dim() == 4 else feature
+    turned = last.is_contiguous() and not feature.is_contiguous()
+    if turned and row_kernels_work(feature.device, feature.dtype):
+        from d2_frozen.backbone.fast import triton_kernels
+
+        return triton_kernels.channels_first(last.flatten(1, 2), dtype).view(feature.shape)
+    if feature.dtype == dtype:
+        return feature.contiguous()
+    return torch.empty(feature.shape, dtype=dtype, device=feature.device).copy_(feature)
+
+
 @cache
-def kernels_work(device: torch.device, dtype: torch.dtype, length: int, width: int) -> bool:
-    """Do Triton's kernels run here, and give what torch gives? Why they do not is logged, once.
+def attention_kernel_works(device: torch.device, dtype: torch.dtype, length: int, width: int) -> bool:
+    """Does Triton's attention in windows run here, and give what torch's gives? Why it does not is logged, once.
 
     Args:
         length: of a window, in tokens.
         width: of a head.
     """
+    return _agrees(
+        "Window attention", device, dtype, lambda: attention_difference(device, dtype, length, width)
+    )
+
+
+@cache
+def row_kernels_work(device: torch.device, dtype: torch.dtype) -> bool:
+    """Do Triton's norms and copies run here, and give what torch's give? Why they do not is logged, once."""
+    return _agrees("Norms and copies", device, dtype, lambda: row_difference(device, dtype))
+
+
+def _agrees(what: str, device: torch.device, dtype: torch.dtype, difference: Callable[[], float]) -> bool:
     if device.type != "cuda":
         return False
     try:
-        error = kernel_difference(device, dtype, length, width)
+        error = difference()
     except Exception as reason:  # whatever goes wrong inside a compiler must not stop the training
         logger.warning(
-            "Window attention on %s in %s: torch's, since Triton's kernel does not run here (%s: %s).",
+            "%s on %s in %s: torch's, since Triton's kernel does not run here (%s: %s).",
+            what,
             device,
             dtype,
             type(reason).__name__,
@@ -63,7 +127,8 @@ def kernels_work(device: torch.device, dtype: torch.dtype, length: int, width: i
         return False
     if not error <= (1e-4 if dtype == torch.float32 else 3e-2):
         logger.warning(
-            "Window attention on %s in %s: torch's, since Triton's kernel is wrong by %.2g here.",
+            "%s on %s in %s: torch's, since Triton's kernel is wrong by %.2g here.",
+            what,
             device,
             dtype,
             error,
@@ -73,18 +138,16 @@ def kernels_work(device: torch.device, dtype: torch.dtype, length: int, width: i
 
 
 @torch.no_grad()
-def kernel_difference(device: torch.device, dtype: torch.dtype, length: int, width: int) -> float:
-    """Largest difference of the kernels to float64, on a small case with padding, both kinds of attention."""
-    from d2_frozen.backbone.fast.triton_kernels import add_normalised, attend_in_windows
+def attention_difference(device: torch.device, dtype: torch.dtype, length: int, width: int) -> float:
+    """Largest difference of the kernel to float64, on a small case with padding, both kinds of attention."""
+    from d2_frozen.backbone.fast.triton_kernels import attend_in_windows
 
     heads, windows, tokens = 2, 3, 2 * length + 1
     numbers = torch.Generator().manual_seed(0)
-
-    def draw(*size: int) -> Tensor:
-        return torch.randn(*size, generator=numbers, dtype=torch.float64).to(dtype).double()
-
-    qkv, padding_qkv = draw(tokens, 3 * heads * width), draw(3 * heads * width)
-    bias, scale = draw(2, heads, length, length), torch.tensor([0.5, 2.0], dtype=torch.float64)
+    qkv = _draw(numbers, dtype, tokens, 3 * heads * width)
+    padding_qkv = _draw(numbers, dtype, 3 * heads * width)
+    bias = _draw(numbers, dtype, 2, heads, length, length)
+    scale = torch.tensor([0.5, 2.0], dtype=torch.float64)
     places = torch.full((windows, length), -1)
     places.view(-1)[torch.randperm(windows * length, generator=numbers)[:tokens]] = torch.arange(tokens)
     kinds = ((0, 1), (1, 2))
@@ -106,8 +169,39 @@ def kernel_difference(device: torch.device, dtype: torch.dtype, length: int, wid
             cosine,
         )
         worst = max(worst, (got.double().cpu() - exact).abs().max().item())
-    x, y, weight, shift = draw(5, 24), draw(5, 24), draw(24), draw(24)
-    exact = x + F.layer_norm(y, (24,), weight, shift, 1e-5)
-    low = [t.to(device, dtype) for t in (x, y, weight, shift)]
-    got = add_normalised(low[0], low[1], low[2], low[3], 1e-5)
-    return max(worst, (got.double().cpu() - exact).abs().max().item())
+    return worst
+
+
+@torch.no_grad()
+def row_difference(device: torch.device, dtype: torch.dtype) -> float:
+    """Largest difference of the other kernels to float64: odd sizes, channels that are no power of 2."""
+    from d2_frozen.backbone.fast import triton_kernels
+
+    numbers = torch.Generator().manual_seed(0)
+    x, y = _draw(numbers, dtype, 5, 24), _draw(numbers, dtype, 5, 24)
+    weight, shift = _draw(numbers, dtype, 24), _draw(numbers, dtype, 24)
+    images, kernel = _draw(numbers, dtype, 2, 3, 9, 14), _draw(numbers, dtype, 24, 3, 4, 4) / 4
+    tokens = _draw(numbers, dtype, 2, 3, 5, 24)
+
+    def low(tensor: Tensor) -> Tensor:
+        return tensor.to(device, dtype)
+
+    normed = F.layer_norm(y, (24,), weight, shift, 1e-5)
+    patches = F.conv2d(images, kernel, shift, stride=4).permute(0, 2, 3, 1).flatten(0, 2)
+    norm = (low(weight), low(shift), 1e-5)
+    pairs = (
+        (triton_kernels.normalised(low(y), *norm), normed),
+        (triton_kernels.normalised(low(y), *norm, low(x)), x + normed),
+        (
+            triton_kernels.embed_patches(images.float().to(device), low(kernel), low(shift), *norm),
+            F.layer_norm(patches, (24,), weight, shift, 1e-5),
+        ),
+        (triton_kernels.merge_patches(low(tokens)), merge_patches(tokens)),
+        (triton_kernels.channels_first(low(tokens).flatten(1, 2), dtype), tokens.flatten(1, 2).mT),
+    )
+    return max((got.double().cpu() - exact).abs().max().item() for got, exact in pairs)
+
+
+def _draw(numbers: torch.Generator, dtype: torch.dtype, *size: int) -> Tensor:
+    """Numbers that ``dtype`` has, in float64."""
+    return torch.randn(*size, generator=numbers, dtype=torch.float64).to(dtype).double()

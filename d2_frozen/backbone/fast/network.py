@@ -39,21 +39,23 @@ def fast_network(inner: nn.Module, precision: str, device: torch.device, compile
 
     Its outputs have the dtype of the precision. It must be made again when a tensor of ``inner`` changes.
     """
-    network = fast_swin(inner) or folded_copy(inner) or inner
+    swin = fast_swin(inner)
+    network = swin or folded_copy(inner) or inner
     dtype = PRECISIONS[precision]
     if dtype != torch.float32:
         network = with_shared_tensors(inner) if network is inner else network
         convert_tensors(network, device, dtype)
         if precision in EIGHT_BITS:
             _quantise(network, precision, device)
-        elif isinstance(network, FastSwin) and device.type == "cpu":
-            for block in network.blocks():
+        elif swin is not None and device.type == "cpu":
+            for block in swin.blocks():
                 block.pack()
-        if not isinstance(network, FastSwin):
+        if swin is None:
             network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     if compile:
         network = compiled_network(network, device)
-    return network if dtype == torch.float32 else _InPrecision(network, dtype)
+    # Swin reads the images as they are, patch by patch.
+    return network if dtype == torch.float32 or swin is not None else _InPrecision(network, dtype)
 
 
 def _quantise(network: nn.Module, precision: str, device: torch.device) -> None:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+Module = TypeVar("Module", bound=nn.Module)
 
-def with_shared_tensors(module: nn.Module) -> nn.Module:
+
+def with_shared_tensors(module: Module) -> Module:
     """A copy that may be rearranged; its parameters and buffers are those of ``module``, in eval mode."""
     memo: dict[int, Any] = {id(t): t for t in (*module.parameters(), *module.buffers())}
     return copy.deepcopy(module, memo).eval()

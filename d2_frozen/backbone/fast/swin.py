@@ -17,13 +17,18 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from timm.layers import Mlp
 from timm.models.swin_transformer import SwinTransformer, SwinTransformerBlock
 from timm.models.swin_transformer_v2 import SwinTransformerV2, SwinTransformerV2Block
 from torch import Tensor, nn
 
-from d2_frozen.backbone.fast.kernels import attend_by_torch, kernels_work
+from d2_frozen.backbone.fast.kernels import (
+    attend_by_torch,
+    attention_kernel_works,
+    embed_patches,
+    merge_patches,
+    normalised,
+)
 from d2_frozen.backbone.fast.layouts import Bounded, Size, WindowLayout, window_layout, window_masks
 from d2_frozen.backbone.fast.packed import pack
 from d2_frozen.backbone.fast.sharing import with_shared_tensors
@@ -39,7 +44,7 @@ _KEPT_SIZES = 16
 _BLOCKS = (SwinTransformerBlock, SwinTransformerV2Block, SwinBlock, SwinV2Block, BlockWithMainNorm)
 
 
-def fast_swin(backbone: nn.Module) -> nn.Module | None:
+def fast_swin(backbone: nn.Module) -> FastSwin | None:
     """The fast network of a :class:`TimmBackbone` on Swin or SwinV2; None for any other backbone."""
     network: Any = getattr(backbone, "network", None)
     if not isinstance(backbone, TimmBackbone) or not isinstance(network, SwinTransformer | SwinTransformerV2):
@@ -93,7 +98,8 @@ class FastSwin(nn.Module):
                 x = block(x, layout)
             if index in self._feature_of:
                 name = self._feature_of[index]
-                feature = self.final_norm(x) if name == "res5" and self.final_norm is not None else x
+                norm = self.final_norm if name == "res5" else None
+                feature = x if norm is None else normalised(x, norm)
                 maps[name] = feature.view(batch, *size, -1).permute(0, 3, 1, 2)
         return maps
 
@@ -121,9 +127,8 @@ class _PatchEmbedding(nn.Module):
         self.norm = embedding.norm
 
     def forward(self, images: Tensor) -> Tensor:
-        """(B, 3, H, W) -> (B * h * w, C)."""
-        x = self.proj(images)
-        return self.norm(x.permute(0, 2, 3, 1).flatten(0, 2))
+        """(B, 3, H, W), float32 or in the network's precision -> (B * h * w, C)."""
+        return embed_patches(images, self.proj, self.norm)
 
 
 class _Merging(nn.Module):
@@ -138,14 +143,12 @@ class _Merging(nn.Module):
     def forward(self, x: Tensor, batch: int, size: Size) -> tuple[Tensor, Size]:
         """(B * h * w, C) -> (B * h/2 * w/2, 2 C), and the new (h, w)."""
         height, width = size
-        x = x.view(batch, height, width, -1)
-        if height % 2 or width % 2:
-            x = F.pad(x, (0, 0, 0, width % 2, 0, height % 2))
-            height, width = height + height % 2, width + width % 2
-        half = (height // 2, width // 2)
-        x = x.view(batch, half[0], 2, half[1], 2, -1).permute(0, 1, 3, 4, 2, 5).flatten(3).flatten(0, 2)
-        x = self.reduction(self.norm(x)) if self.norm_first else self.norm(self.reduction(x))
-        return x, half
+        x = merge_patches(x.view(batch, height, width, -1))
+        if self.norm_first:
+            x = self.reduction(normalised(x, self.norm))
+        else:
+            x = normalised(self.reduction(x), self.norm)
+        return x, ((height + 1) // 2, (width + 1) // 2)
 
 
 class _Stage(nn.Module):
@@ -204,18 +207,16 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, layout: WindowLayout) -> Tensor:
         """(B * h * w, C) -> the same."""
-        kernels = kernels_work(x.device, x.dtype, self.window[0] * self.window[1], self.width)
-        attention = self.attention_by_kernel if kernels else self.attention
+        known = attention_kernel_works(x.device, x.dtype, self.window[0] * self.window[1], self.width)
+        attention = self.attention_by_kernel if known else self.attention
         if self.cosine:
-            add = _add_normalised_by_kernel if kernels else _add_normalised
-            if self.loops is not None:
-                add = self.loops.add_normalised
+            add = _add_normalised if self.loops is None else self.loops.add_normalised
             x = add(x, attention(x, layout), self.norm1)
             x = add(x, self.mlp(x), self.norm2)
         else:
-            x = x + attention(self.norm1(x), layout)
-            x = x + self.mlp(self.norm2(x))
-        return x if self.norm3 is None else self.norm3(x)
+            x = x + attention(normalised(x, self.norm1), layout)
+            x = x + self.mlp(normalised(x, self.norm2))
+        return x if self.norm3 is None else normalised(x, self.norm3)
 
     def pack(self) -> None:
         """Weights as oneDNN wants them, for low precision on CPU."""
@@ -265,13 +266,7 @@ class Block(nn.Module):
 
 
 def _add_normalised(x: Tensor, y: Tensor, norm: nn.LayerNorm) -> Tensor:
-    return x + norm(y)
-
-
-def _add_normalised_by_kernel(x: Tensor, y: Tensor, norm: nn.LayerNorm) -> Tensor:
-    from d2_frozen.backbone.fast.triton_kernels import add_normalised
-
-    return add_normalised(x, y, norm.weight, norm.bias, norm.eps)
+    return normalised(y, norm, x)
 
 
 def _is_plain_mlp(mlp: Any) -> bool:

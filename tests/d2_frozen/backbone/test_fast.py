@@ -19,7 +19,7 @@ from torch import nn
 from d2_frozen.backbone import FrozenBackbone, create_timm_backbone, frozen
 from d2_frozen.backbone.fast import fast_network, graphs
 from d2_frozen.backbone.fast.folding import folded_copy
-from d2_frozen.backbone.fast.kernels import kernels_work
+from d2_frozen.backbone.fast.kernels import attention_kernel_works, row_kernels_work
 from d2_frozen.backbone.fast.layouts import Bounded, window_layout, window_masks
 from d2_frozen.backbone.fast.swin import FastSwin, fast_swin
 
@@ -558,7 +558,8 @@ def test_eight_bits_on_a_gpu(precision, compile):
     ("length", "dtype"), [(64, torch.float32), (49, torch.float16), (144, torch.bfloat16)]
 )
 def test_triton_kernels_run_on_a_gpu(length, dtype, caplog):
-    assert kernels_work(torch.device("cuda", 0), dtype, length, 32), caplog.text
+    device = torch.device("cuda", 0)
+    assert attention_kernel_works(device, dtype, length, 32) and row_kernels_work(device, dtype), caplog.text
 
 
 @pytest.mark.skipif(
@@ -568,10 +569,13 @@ def test_triton_kernels_in_their_interpreter():
     """On CPU; TRITON_INTERPRET must be set before Triton is imported. 72 tokens: more than one block of keys."""
     code = """
 import torch
-from d2_frozen.backbone.fast.kernels import kernel_difference
+from d2_frozen.backbone.fast.kernels import attention_difference, row_difference
+cpu = torch.device("cpu")
 for dtype, length, width, tolerance in ((torch.float32, 72, 16, 1e-5), (torch.float16, 25, 32, 1e-2)):
-    error = kernel_difference(torch.device("cpu"), dtype, length, width)
+    error = attention_difference(cpu, dtype, length, width)
     assert error < tolerance, (dtype, length, width, error)
+    error = row_difference(cpu, dtype)
+    assert error < tolerance, (dtype, error)
 print("agrees")
 """
     environment = {
