@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from seg_app.models.points import sample_all_masks
-from seg_app.models.query_masks import GivenMasks, QueryMasks, query_masks
+from seg_app.models.query_masks import masks_of_layers
 
 # Indices of the queries, in order, and of their targets; int64 on CPU.
 Match = tuple[Tensor, Tensor]
@@ -36,7 +36,10 @@ class HungarianMatcher:
         self.cost_class, self.cost_mask, self.cost_dice = cost_class, cost_mask, cost_dice
         self.num_points = num_points
 
-    @torch.no_grad()
+    def draw(self, images: int, device: torch.device) -> Tensor:
+        """Points (images, P, 2) at which the masks of one layer are compared."""
+        return torch.cat([torch.rand(1, self.num_points, 2, device=device) for _ in range(images)])
+
     def __call__(self, outputs: Mapping[str, Any], targets: Sequence[Mapping[str, Tensor]]) -> list[Match]:
         """
         Args:
@@ -48,45 +51,74 @@ class HungarianMatcher:
         Raises:
             FloatingPointError: predictions that are not finite.
         """
-        costs = self.costs(outputs, targets).cpu()  # the only wait for the device
+        points = self.draw(len(targets), outputs["pred_logits"].device)
+        return self.of_layers([outputs], targets, points[None])[0]
+
+    @torch.no_grad()
+    def of_layers(
+        self, layers: Sequence[Mapping[str, Any]], targets: Sequence[Mapping[str, Tensor]], points: Tensor
+    ) -> list[list[Match]]:
+        """As a call with the outputs of each layer, with one wait for the device.
+
+        Args:
+            points: (L, B, P, 2).
+        Returns:
+            By layer and image.
+        """
+        costs = self._costs(layers, targets, points).cpu()
         if not bool(torch.isfinite(costs).all()):
             raise FloatingPointError(
                 "predicted masks or classes are no longer finite, so they cannot be matched to the labels. Training "
                 "diverged: lower SOLVER.BASE_LR, or turn SOLVER.AMP off."
             )
-        matches = []
-        for cost, target in zip(costs.numpy(), targets):
-            queries, objects = linear_sum_assignment(cost[:, : len(target["labels"])])
-            matches.append((torch.as_tensor(queries).long(), torch.as_tensor(objects).long()))
-        return matches
+        return [
+            [_assignment(cost[:, : len(t["labels"])]) for cost, t in zip(of_layer, targets)]
+            for of_layer in costs
+        ]
 
+    @torch.no_grad()
     def costs(self, outputs: Mapping[str, Any], targets: Sequence[Mapping[str, Tensor]]) -> Tensor:
         """(B, Q, largest T) float32; columns behind an image's last target mean nothing."""
-        logits, masks = outputs["pred_logits"].float(), query_masks(outputs["pred_masks"])
-        # Autocast would make the products in half precision: in float16, sums over thousands of points become infinite.
-        with torch.autocast(logits.device.type, enabled=False):
-            return self._costs(logits, masks, targets)
+        points = self.draw(len(targets), outputs["pred_logits"].device)
+        return self._costs([outputs], targets, points[None])[0]
 
     def _costs(
-        self, logits: Tensor, masks: QueryMasks | GivenMasks, targets: Sequence[Mapping[str, Tensor]]
+        self, layers: Sequence[Mapping[str, Any]], targets: Sequence[Mapping[str, Tensor]], points: Tensor
     ) -> Tensor:
-        B, P = len(logits), self.num_points
+        """(L, B, Q, largest T) float32."""
+        logits = torch.stack([one["pred_logits"] for one in layers]).float()  # (L, B, Q, K + 1)
+        masks = masks_of_layers([one["pred_masks"] for one in layers])
+        # Autocast would make the products in half precision: in float16, sums over thousands of points become infinite.
+        with torch.autocast(logits.device.type, enabled=False):
+            return self._costs_of(logits, masks.at(points), targets, points)
+
+    def _costs_of(
+        self, logits: Tensor, guess: Tensor, targets: Sequence[Mapping[str, Tensor]], points: Tensor
+    ) -> Tensor:
+        L, B, P, _ = points.shape
         device = logits.device
-        points = torch.cat([torch.rand(1, P, 2, device=device) for _ in range(B)])
         labels = pad_sequence([t["labels"].to(device).long() for t in targets], batch_first=True)  # (B, T)
         truth = pad_sequence(
-            [sample_all_masks(t["masks"].to(device), places) for t, places in zip(targets, points)],
+            [
+                sample_all_masks(t["masks"].to(device), places.flatten(0, 1))  # (T, L * P)
+                for t, places in zip(targets, points.unbind(1))
+            ],
             batch_first=True,
-        )  # (B, T, P)
-        guess = masks.at(points)  # (B, Q, P)
+        )
+        truth = truth.view(B, -1, L, P).permute(2, 0, 1, 3)  # (L, B, T, P)
         # The mask terms are linear in the truth, so all pairs of a batch are two matrix products.
         # -log p of a pixel is softplus(x) - x t for logit x and truth t.
-        pairs = torch.bmm(truth, guess.transpose(1, 2)).transpose(1, 2)  # in this order: few rows times many
+        pairs = torch.matmul(truth, guess.mT).mT  # in this order: few rows times many
         cross_entropy = (F.softplus(guess).sum(-1, keepdim=True) - pairs) / P
         chance = guess.sigmoid()
-        overlap = torch.bmm(truth, chance.transpose(1, 2)).transpose(1, 2)
-        areas = chance.sum(-1, keepdim=True) + truth.sum(-1)[:, None]
+        overlap = torch.matmul(truth, chance.mT).mT
+        areas = chance.sum(-1, keepdim=True) + truth.sum(-1)[:, :, None]
         dice = 1 - (2 * overlap + 1) / (areas + 1)
-        index = labels[:, None].expand(-1, logits.shape[1], -1)
-        classes = -logits.softmax(-1).gather(2, index)
+        index = labels[None, :, None].expand(L, -1, logits.shape[2], -1)
+        classes = -logits.softmax(-1).gather(3, index)
         return self.cost_class * classes + self.cost_mask * cross_entropy + self.cost_dice * dice
+
+
+def _assignment(cost: Tensor) -> Match:
+    queries, objects = linear_sum_assignment(cost.numpy())
+    return torch.as_tensor(queries).long(), torch.as_tensor(objects).long()

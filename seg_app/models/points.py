@@ -83,26 +83,28 @@ def sample_all_masks(masks: Tensor, points: Tensor) -> Tensor:
     return total
 
 
-@torch.no_grad()
-def draw_uncertain_points(
-    masks: Tensor, num_points: int, oversample_ratio: float, importance_ratio: float
-) -> Tensor:
-    """Points where the masks are least sure, and some anywhere.
+def draw_candidates(
+    masks: int, num_points: int, oversample_ratio: float, importance_ratio: float, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """What chance gives for the points at which masks are compared; :func:`least_sure` chooses from it.
 
     Args:
-        masks: (N, 1, H, W) logits.
+        masks: N.
         num_points: P.
         oversample_ratio: candidates drawn uniformly, per wanted point.
-        importance_ratio: share of the P that are the candidates with logits nearest to 0.
+        importance_ratio: share of the P that will be the candidates with logits nearest to 0.
     Returns:
-        (N, P, 2).
+        Candidates (N, n, 2), and points anywhere (N, p, 2).
     """
-    N = len(masks)
-    draw = int(num_points * oversample_ratio)
-    candidates = torch.rand(N, draw, 2, device=masks.device, dtype=masks.dtype)
-    sure = sample_maps(masks, candidates).squeeze(1).abs()  # (N, draw)
-    wanted = int(importance_ratio * num_points)
+    candidates = torch.rand(masks, int(num_points * oversample_ratio), 2, device=device)
+    anywhere = torch.rand(masks, num_points - int(importance_ratio * num_points), 2, device=device)
+    return candidates, anywhere
+
+
+@torch.no_grad()
+def least_sure(masks: Tensor, candidates: Tensor, anywhere: Tensor, num_points: int) -> Tensor:
+    """The candidates where the masks (N, 1, H, W) have logits nearest to 0, and the points anywhere: (N, P, 2)."""
+    sure = sample_maps(masks, candidates).squeeze(1).abs()  # (N, n)
+    wanted = num_points - anywhere.shape[1]
     best = sure.topk(wanted, dim=1, largest=False, sorted=False).indices
-    points = candidates.gather(1, best[..., None].expand(-1, -1, 2))
-    anywhere = torch.rand(N, num_points - wanted, 2, device=masks.device, dtype=masks.dtype)
-    return torch.cat((points, anywhere), dim=1)
+    return torch.cat((candidates.gather(1, best[..., None].expand(-1, -1, 2)), anywhere), dim=1)

@@ -3,11 +3,15 @@
 A mask is the product of a query's embedding with the map of features. Losses need all queries at some points, and all
 pixels of the few queries that are matched: both are cheaper than B x Q full masks and their gradients, and at batch 16
 and 10 predictions these would be gigabytes.
+
+They ask for the masks of several decoder layers at once (:func:`masks_of_layers`): ten layers, one after the other,
+would keep a GPU waiting for Python.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,7 +20,7 @@ from seg_app.models.points import sample_maps
 
 
 class QueryMasks:
-    """Mask logits as embeddings and features.
+    """Mask logits of one layer as embeddings and features.
 
     Args:
         embedded: (B, Q, C).
@@ -31,37 +35,59 @@ class QueryMasks:
         masks = torch.bmm(self.embedded, self.features.flatten(2).to(self.embedded.dtype))
         return masks.view(*masks.shape[:2], *self.features.shape[-2:])
 
-    def at(self, points: Tensor) -> Tensor:
-        """All queries at (B, P, 2) points of their image: (B, Q, P) float32, for no_grad code."""
-        if self.features.shape[2] * self.features.shape[3] <= 1.5 * points.shape[1]:
-            return sample_maps(self.all().float(), points)  # more points than pixels
-        return torch.bmm(self.embedded.float(), sample_maps(self.features.float(), points))
 
-    def chosen(self, queries: Sequence[Tensor]) -> Tensor:
-        """Masks of some queries of each image, one image after the other: (N, 1, h, w) float32."""
-        device, size = self.features.device, self.features.shape[-2:]
-        rows = [
-            embedded[which.to(device, non_blocking=True)] @ features.flatten(1).to(embedded.dtype)
-            for embedded, features, which in zip(self.embedded, self.features, queries)
-        ]
-        return torch.cat(rows).float().view(-1, 1, *size)
+class MadeOfQueries:
+    """Masks of L layers, made where they are asked for.
 
+    Args:
+        layers: of the same features.
+    """
 
-class GivenMasks:
-    """The same for masks (B, Q, h, w) that exist."""
-
-    def __init__(self, masks: Tensor) -> None:
-        self.masks = masks
+    def __init__(self, layers: Sequence[QueryMasks]) -> None:
+        self.embedded = torch.stack([one.embedded for one in layers])  # (L, B, Q, C)
+        self.features = layers[0].features
+        L, self.B, Q, C = self.embedded.shape
+        self.numbers_per_point = L * self.B * max(Q, C)
 
     def at(self, points: Tensor) -> Tensor:
-        return sample_maps(self.masks.float(), points)
+        """All queries at (L, B, P, 2) points of their image: (L, B, Q, P) float32, for no_grad code."""
+        (L, B, Q, C), P = self.embedded.shape, points.shape[2]
+        by_image = self.embedded.transpose(0, 1).reshape(B, L * Q, C)
+        if self.features.shape[2] * self.features.shape[3] <= 1.5 * P:  # more points than pixels
+            masks = QueryMasks(by_image, self.features).all().float()
+            masks = masks.view(B, L, Q, *masks.shape[2:]).transpose(0, 1).flatten(0, 1)
+            return sample_maps(masks, points.flatten(0, 1)).view(L, B, Q, P)
+        sampled = sample_maps(self.features.float(), points.transpose(0, 1).flatten(1, 2))  # (B, C, L * P)
+        sampled = sampled.view(B, C, L, P).permute(2, 0, 1, 3)
+        return torch.matmul(self.embedded.float(), sampled)
 
     def chosen(self, queries: Sequence[Tensor]) -> Tensor:
-        device = self.masks.device
-        rows = [masks[which.to(device, non_blocking=True)] for masks, which in zip(self.masks, queries)]
-        return torch.cat(rows)[:, None].float()
+        """Masks of some queries of each image, (L, n) numbers on the masks' device: (L, all n, h, w) float32."""
+        rows = []
+        for features, embedded, which in zip(self.features, self.embedded.unbind(1), queries):
+            some = embedded.gather(1, which[..., None].expand(-1, -1, embedded.shape[2]))  # (L, n, C)
+            rows.append(some @ features.flatten(1).to(some.dtype))
+        return torch.cat(rows, dim=1).float().unflatten(2, self.features.shape[-2:])
 
 
-def query_masks(masks: Tensor | QueryMasks) -> QueryMasks | GivenMasks:
-    """What losses ask, whichever of the two a decoder gave."""
-    return GivenMasks(masks) if isinstance(masks, Tensor) else masks
+class Given:
+    """The same of masks that exist: L times (B, Q, h, w)."""
+
+    def __init__(self, layers: Sequence[Tensor]) -> None:
+        self.masks = torch.stack(list(layers))
+        L, self.B, Q = self.masks.shape[:3]
+        self.numbers_per_point = L * self.B * Q
+
+    def at(self, points: Tensor) -> Tensor:
+        sampled = sample_maps(self.masks.flatten(0, 1).float(), points.flatten(0, 1))
+        return sampled.view(*self.masks.shape[:3], -1)
+
+    def chosen(self, queries: Sequence[Tensor]) -> Tensor:
+        layer = torch.arange(len(self.masks), device=self.masks.device)[:, None]
+        rows = [masks[layer, which] for masks, which in zip(self.masks.unbind(1), queries)]
+        return torch.cat(rows, dim=1).float()
+
+
+def masks_of_layers(masks: Sequence[Any]) -> MadeOfQueries | Given:
+    """What losses ask, whichever of the two a decoder gave in its layers: tensors (B, Q, h, w), or QueryMasks."""
+    return Given(masks) if isinstance(masks[0], Tensor) else MadeOfQueries(masks)

@@ -10,9 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from seg_app.models import criterion as criterion_module
 from seg_app.models.criterion import SetCriterion, dice_loss, mask_cross_entropy
 from seg_app.models.matcher import HungarianMatcher
-from seg_app.models.points import draw_uncertain_points, sample_all_masks, sample_maps, sample_masks
+from seg_app.models.points import draw_candidates, least_sure, sample_all_masks, sample_maps, sample_masks
 from seg_app.models.query_masks import QueryMasks
 
 
@@ -62,7 +63,8 @@ def test_sampling_equals_grid_sample() -> None:
 def test_uncertain_points_lie_where_the_logit_is_zero() -> None:
     """Logits grow from left to right and vanish in the middle: three quarters of the points gather there."""
     ramp = torch.linspace(-10, 10, 64).expand(1, 1, 8, 64)
-    points = draw_uncertain_points(ramp, num_points=400, oversample_ratio=8, importance_ratio=0.75)
+    drawn = draw_candidates(1, 400, 8, 0.75, ramp.device)
+    points = least_sure(ramp, *drawn, 400)
     assert points.shape == (1, 400, 2)
     near = (points[0, :, 0] - 0.5).abs() < 0.08
     assert near[:300].all() and 0.05 < near[300:].float().mean() < 0.35  # the rest is uniform: 0.16 expected
@@ -197,6 +199,37 @@ def test_masks_that_were_never_made_give_equal_losses_and_gradients() -> None:
     for i in (0, 2):
         for a, b in zip(results[i], results[i + 1]):
             assert torch.allclose(a, b, atol=1e-6)
+
+
+@pytest.mark.parametrize("lazy", [True, False])
+@pytest.mark.parametrize("points", [20, 90])  # fewer and more than pixels
+def test_layers_together_give_what_they_give_one_by_one(monkeypatch, points: int, lazy: bool) -> None:
+    """The same points are drawn, too: a run goes on with the same random numbers."""
+    torch.manual_seed(2)
+    features = torch.randn(2, 6, 9, 9)
+    layers = []
+    for _ in range(4):
+        masks = QueryMasks(torch.randn(2, 5, 6), features)
+        layers.append(
+            {"pred_logits": torch.randn(2, 5, 5), "pred_masks": masks if lazy else masks.all()},
+        )
+    outputs = {**layers[-1], "aux_outputs": layers[:-1]}
+    targets = [
+        {"labels": torch.tensor([1, 0, 3]), "masks": quadrants()},
+        {"labels": torch.tensor([2, 2]), "masks": boxes((0, 0, 9, 20), (3, 5, 7, 9), size=(24, 20))},
+    ]
+    results = []
+    for at_once in (criterion_module._NUMBERS_AT_ONCE, 1):
+        monkeypatch.setattr(criterion_module, "_NUMBERS_AT_ONCE", at_once)
+        torch.manual_seed(8)
+        losses = criterion(points=points)(outputs, targets)
+        results.append({**losses, "next number": torch.rand(())})
+    assert (
+        list(results[0])[:4] == ["loss_ce", "loss_ce_0", "loss_ce_1", "loss_ce_2"] and len(results[0]) == 13
+    )
+    assert set(results[0]) == set(results[1])
+    for name, value in results[0].items():
+        assert math.isclose(float(value), float(results[1][name]), rel_tol=1e-5), name
 
 
 @pytest.mark.parametrize("lazy", [True, False])
