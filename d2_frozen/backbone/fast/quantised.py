@@ -39,9 +39,10 @@ def quantise(network: nn.Module, precision: str, device: torch.device) -> None:
             getattr(network, "name", type(network).__name__),
         )
         return
-    if device.type == "cpu":
+    if device.type == "cpu" or precision == "fp8":
         logger.warning(
-            "MODEL.FROZEN.PRECISION: int8 is slower than bf16 on CPU (docs/speed.md); it is for comparing results."
+            "MODEL.FROZEN.PRECISION: %s is slower than bf16 here (docs/speed.md); it is for comparing results.",
+            precision,
         )
     from torchao.quantization import quantize_
 
