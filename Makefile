@@ -13,7 +13,7 @@ OUTPUT ?= output/quickstart_detection
 # Any options of train_net.py, e.g. make quickstart ARGS="SOLVER.MAX_ITER 200"
 ARGS ?=
 
-.PHONY: quickstart quickstart-segmentation quickstart-video test lint format wheel clean
+.PHONY: quickstart quickstart-segmentation quickstart-video test test-gpu lint format wheel clean
 
 quickstart: $(VENV)/.installed
 	$(BIN)/python -m d2_frozen.data.shapes --output datasets/shapes
@@ -31,6 +31,9 @@ quickstart-video: $(VENV)/.installed
 
 test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest tests
+
+test-gpu: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest tests -m gpu
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check .

@@ -16,6 +16,17 @@ from tiny_runs import Flags, flags_for
 import d2_frozen
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Tests state what holds on a CPU, bit for bit; those of a GPU are marked, and run alone: -m gpu."""
+    if config.option.markexpr != "gpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # for programs that tests start, too
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("needs a GPU, and pytest -m gpu (make test-gpu)")
+
+
 def pytest_report_header(config: pytest.Config) -> str:
     return f"Detectron2 engine: {d2_frozen.engine_name()}, torch {torch.__version__}"
 

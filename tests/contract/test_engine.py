@@ -323,7 +323,7 @@ def test_exceptions_reach_the_caller_after_after_train():
     assert log == [("before_train", 0), ("before_step", 0), ("after_train", 0)]
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
 def test_amp_trainer_on_gpu():
     model = nn.Linear(4, 1).cuda()
     wrapped = nn.Module()
@@ -471,7 +471,6 @@ def test_launch_in_this_process(tmp_path: Path):
     assert (tmp_path / "rank0").read_text() == "1 1"
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="two processes on CPU")
 def test_launch_two_processes(tmp_path: Path):
     # Spawned processes import the launched function by its module's name, which a file given to Python always has.
     script = tmp_path / "two.py"

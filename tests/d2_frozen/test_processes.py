@@ -17,8 +17,6 @@ import torch
 from d2_frozen import processes
 from d2_frozen.train_net import argument_parser
 
-pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="two processes on CPU")
-
 
 def _until(condition: Callable[[], bool], what: str, seconds: float = 200) -> None:
     end = time.monotonic() + seconds

@@ -14,7 +14,7 @@ from d2_frozen.train_net import main, setup
 from seg_app.models.deformable import IMPLEMENTATIONS, deformable_attention, dispatch, implementation_for
 from seg_app.trainer import SegmentationTrainer
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+pytestmark = pytest.mark.gpu
 Flags = Callable[..., Namespace]
 
 

@@ -506,7 +506,6 @@ def test_a_size_that_cannot_be_recorded_runs_as_it_is(monkeypatch, caplog):
     assert "(1, 3, 2, 2) run unrecorded" in warning and "Tried to allocate" in warning
 
 
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 GPU_TOLERANCE = {"fp32": 1e-3, "bf16": 0.05, "fp16": 0.01, "int8": 0.1, "fp8": 0.2}
 
 
@@ -526,7 +525,7 @@ def check_on_gpu(name, precision, compile, arguments, sizes):
     assert {p.device.type for p in wrapped.parameters()} == {"cuda" if precision == "fp32" else "cpu"}
 
 
-@needs_gpu
+@pytest.mark.gpu
 @pytest.mark.parametrize(
     ("precision", "compile"),
     [("fp32", False), ("fp32", True), ("bf16", False), ("bf16", True), ("fp16", False), ("fp16", True)],
@@ -537,13 +536,13 @@ def test_on_a_gpu(name, precision, compile):
     check_on_gpu(name, precision, compile, SMALL, [(64, 96), (128, 128), (64, 96)])
 
 
-@needs_gpu
+@pytest.mark.gpu
 @pytest.mark.parametrize(("precision", "compile"), [("fp32", False), ("bf16", False), ("bf16", True)])
 def test_another_network_on_a_gpu(precision, compile):
     check_on_gpu("resnet18", precision, compile, {}, [(64, 96), (64, 64), (64, 96)])
 
 
-@needs_gpu
+@pytest.mark.gpu
 @pytest.mark.skipif(importlib.util.find_spec("torchao") is None, reason="torchao is not installed")
 @pytest.mark.parametrize("compile", [False, True])
 @pytest.mark.parametrize("precision", ["fp8", "int8"])
@@ -553,7 +552,7 @@ def test_eight_bits_on_a_gpu(precision, compile):
     check_on_gpu("swinv2_tiny_window8_256", precision, compile, SMALL, [(64, 96), (128, 128), (64, 96)])
 
 
-@needs_gpu
+@pytest.mark.gpu
 @pytest.mark.parametrize(
     ("length", "dtype"), [(64, torch.float32), (49, torch.float16), (144, torch.bfloat16)]
 )

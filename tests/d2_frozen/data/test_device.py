@@ -18,8 +18,6 @@ from d2_frozen.data.shapes import generate
 from detectron2.data import build_detection_train_loader
 from detectron2.structures import BitMasks, Boxes, Instances, Keypoints, PolygonMasks
 
-on_a_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-
 
 def sample() -> dict:
     """One image with two objects that have everything an object may have."""
@@ -174,7 +172,7 @@ def plain(batches) -> list:
     ]
 
 
-@on_a_gpu
+@pytest.mark.gpu
 @pytest.mark.parametrize("workers", [0, 2])
 def test_on_a_gpu_batches_are_those_of_the_cpu(shapes, workers: int) -> None:
     expected = plain(islice(build_train_loader(shapes("MODEL.DEVICE", "cpu")), 6))

@@ -12,15 +12,12 @@ from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
 
-import pytest
 import torch
 
 from d2_frozen.engine import FrozenTrainer
 from d2_frozen.engine.trainer import require_equal_frozen_parts
 from d2_frozen.train_net import argument_parser, setup
 from detectron2.utils import comm
-
-pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="two processes on CPU")
 
 
 def _both(config_file: str, folder: str) -> None:
@@ -48,7 +45,8 @@ def _launch_two(folder: Path, function: Callable[..., None], *arguments: str) ->
     # Spawned processes import the launched function by its module's name, which a file given to Python always has.
     script = folder / "launched.py"
     script.write_text(
-        Path(__file__).read_text().split("pytestmark")[0]
+        Path(__file__).read_text().split("\n\n\n")[0]  # what is imported
+        + "\n\n"
         + inspect.getsource(function)
         + "from detectron2.engine import launch\n"
         + f"if __name__ == '__main__':\n    launch({function.__name__}, 2, dist_url='auto', args=tuple(sys.argv[1:]))\n"

@@ -331,7 +331,7 @@ def test_mixed_precision_is_that_of_the_device_of_the_config(flags: Flags) -> No
     assert not first.requires_grad, "or this test is about nothing"
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
 @pytest.mark.parametrize("compile", ["False", "True"])
 def test_on_a_gpu_heads_train_in_float16_on_a_backbone_in_bfloat16(flags: Flags, compile: str) -> None:
     options = ("MODEL.DEVICE", "cuda", "SOLVER.AMP.ENABLED", "True")

@@ -168,7 +168,6 @@ def _evaluate_a_share(folder: str) -> None:
     (Path(folder) / f"rank{comm.get_rank()}").write_text(json.dumps(evaluator.evaluate()))
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="two processes on CPU")
 def test_two_processes_count_every_video_once(tmp_path: Path) -> None:
     script = tmp_path / "two.py"
     script.write_text(

@@ -222,7 +222,7 @@ def test_modules_inside_a_frozen_backbone_are_seen() -> None:
     assert "forward" not in vars(model.backbone)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
 def test_on_a_gpu_as_on_the_cpu() -> None:
     model, images = Model(), batch((9, 30, 1, 2))
     with GramCollector(model, anything, rois=5) as collector:
