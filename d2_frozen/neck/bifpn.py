@@ -17,8 +17,9 @@ from fvcore.nn.weight_init import c2_xavier_fill
 from torch import Tensor, nn
 
 from d2_frozen.act_checkpoint import ActCheckpointLayer
-from d2_frozen.neck.cpu_layout import PointwiseConv2d, channels_last_on_cpu, weighted_sum
+from d2_frozen.neck.cpu_layout import PointwiseConv2d, channels_last_on_cpu
 from d2_frozen.neck.padding import PadsForBottomUp
+from d2_frozen.neck.weighted_sum import weighted_sum
 from detectron2.layers import get_norm
 from detectron2.modeling.backbone import Backbone
 
@@ -132,14 +133,16 @@ class BiFPNLayer(ActCheckpointLayer):
 
     def forward(self, inputs: Sequence[Tensor]) -> list[Tensor]:
         """Maps (B, C, h_i, w_i), each half the one before (rounded up) -> maps of the same shapes."""
+        shares = shares_of([node.fuse for node in (*self.top_down, *self.bottom_up)])
+        of_top_down, of_bottom_up = shares[: len(self.top_down)], shares[len(self.top_down) :]
         down = list(inputs)
         for i in reversed(range(len(inputs) - 1)):
-            down[i] = self.top_down[i]([inputs[i], _resize_up(down[i + 1], inputs[i])])
+            down[i] = self.top_down[i]([inputs[i], _resize_up(down[i + 1], inputs[i])], of_top_down[i])
         out = down[:1]
         for i in range(1, len(inputs)):
             # The coarsest level has no top-down node: its t is its input, which must not count twice.
             own = [inputs[i]] if i == len(inputs) - 1 else [inputs[i], down[i]]
-            out.append(self.bottom_up[i - 1]([*own, _halve(out[-1])]))
+            out.append(self.bottom_up[i - 1]([*own, _halve(out[-1])], of_bottom_up[i - 1]))
         return out
 
 
@@ -162,18 +165,33 @@ class WeightedFusion(nn.Module):
         if fuse_type != "sum":
             self.weights = nn.Parameter(torch.ones(num_inputs))
 
-    def forward(self, maps: Sequence[Tensor]) -> Tensor:
-        """Maps of one shape -> their weighted sum."""
+    def forward(self, maps: Sequence[Tensor], shares: Tensor | None = None) -> Tensor:
+        """Maps of one shape -> their weighted sum; ``shares`` where they have been computed."""
         if self.fuse_type == "sum":
             return sum(maps[1:], start=maps[0])
-        return weighted_sum(self.shares(), maps)
+        return weighted_sum(self.shares() if shares is None else shares, maps)
 
     def shares(self) -> Tensor:
         """(num_inputs,) normalised weights, as they multiply the inputs."""
+        return self._normalised(self.weights)
+
+    def _normalised(self, weights: Tensor) -> Tensor:
+        """(.., num_inputs) -> the same."""
         if self.fuse_type == "softmax":
-            return self.weights.softmax(dim=0)
-        positive = self.weights.relu()
-        return positive / (positive.sum() + self.epsilon)
+            return weights.softmax(dim=-1)
+        positive = weights.relu()
+        return positive / (positive.sum(-1, keepdim=True) + self.epsilon)
+
+
+def shares_of(fusions: Sequence[WeightedFusion]) -> list[Tensor | None]:
+    """The shares of each, None where they are plain sums; all at once, as a GPU waits for each operation."""
+    found: list[Tensor | None] = [None] * len(fusions)
+    for size in {len(one.weights) for one in fusions if one.fuse_type != "sum"}:
+        which = [i for i, one in enumerate(fusions) if len(one.weights) == size]
+        together = fusions[which[0]]._normalised(torch.stack([fusions[i].weights for i in which]))
+        for i, shares in zip(which, together.unbind()):
+            found[i] = shares
+    return found
 
 
 class _Node(nn.Module):
@@ -196,8 +214,8 @@ class _Node(nn.Module):
         self.conv = nn.Sequential(*convs)
         self.norm = get_norm(norm, channels) or nn.Identity()
 
-    def forward(self, maps: Sequence[Tensor]) -> Tensor:
-        return self.norm(self.conv(F.silu(self.fuse(maps))))
+    def forward(self, maps: Sequence[Tensor], shares: Tensor | None) -> Tensor:
+        return self.norm(self.conv(F.silu(self.fuse(maps, shares))))
 
 
 def _start_near_identity(conv: nn.Conv2d) -> None:

@@ -5,45 +5,7 @@ import torch
 from torch import nn
 
 from d2_frozen.neck.bifpn import BiFPNLayer
-from d2_frozen.neck.cpu_layout import PointwiseConv2d, channels_last_on_cpu, weighted_sum
-
-
-def plain_sum(shares, maps):
-    return sum(share * one for share, one in zip(shares, maps))
-
-
-@pytest.mark.parametrize("count", [1, 2, 3])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-def test_a_weighted_sum_and_its_gradients(count, dtype):
-    shares = torch.rand(count, requires_grad=True)
-    maps = [channels_last_on_cpu(torch.randn(2, 3, 4, 5, dtype=dtype)).requires_grad_() for _ in range(count)]
-    grad = torch.randn(2, 3, 4, 5, dtype=dtype)  # channels first, as a layer behind may send it
-    results = []
-    for function in (weighted_sum, plain_sum):
-        total = function(shares, maps)
-        assert total.dtype == dtype
-        results.append([total, *torch.autograd.grad(total, [shares, *maps], grad)])
-    tolerance = {"rtol": 3e-2, "atol": 6e-2} if dtype == torch.bfloat16 else {}
-    for got, wanted in zip(*results, strict=True):
-        assert got.dtype == wanted.dtype
-        torch.testing.assert_close(got, wanted, **tolerance)
-
-
-def test_maps_of_other_layouts_or_mixed_dtypes_are_summed_as_ever():
-    shares = torch.tensor([0.25, 0.5])
-    one, other = torch.randn(1, 3, 4, 4), channels_last_on_cpu(torch.randn(1, 3, 4, 4))
-    assert torch.equal(weighted_sum(shares, [one, other]), 0.25 * one + 0.5 * other)
-    half = other.bfloat16()
-    assert torch.equal(weighted_sum(shares, [other, half]), 0.25 * other + 0.5 * half)
-
-
-def test_a_map_without_gradient_gets_none():
-    shares = torch.tensor([0.25, 0.5])
-    frozen = channels_last_on_cpu(torch.randn(1, 3, 4, 4))
-    trained = frozen.clone().requires_grad_()
-    weighted_sum(shares, [frozen, trained]).sum().backward()
-    assert frozen.grad is None
-    assert torch.equal(trained.grad, torch.full_like(trained, 0.5))
+from d2_frozen.neck.cpu_layout import PointwiseConv2d, channels_last_on_cpu
 
 
 @pytest.mark.parametrize("bias", [True, False])
