@@ -39,8 +39,8 @@ class Attention(nn.Module):
             key, value: (B, S, width).
             allowed: (B, Q, S) bool, True where the query may look; every row needs one True.
         """
-        wq, wk, wv = self.in_proj_weight.chunk(3)
-        bq, bk, bv = self.in_proj_bias.chunk(3)
+        wq, wk, wv = _as_autocast_wants(self.in_proj_weight).chunk(3)
+        bq, bk, bv = _as_autocast_wants(self.in_proj_bias).chunk(3)
         q, k, v = (
             self._split(F.linear(x, w, b)) for x, w, b in ((query, wq, bq), (key, wk, bk), (value, wv, bv))
         )
@@ -50,6 +50,12 @@ class Attention(nn.Module):
 
     def _split(self, x: Tensor) -> Tensor:
         return x.view(*x.shape[:2], self.heads, -1).transpose(1, 2)
+
+
+def _as_autocast_wants(parameter: Tensor) -> Tensor:
+    """In its precision: cast here, once, and not each part of it."""
+    device = parameter.device.type
+    return parameter.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else parameter
 
 
 class _Added(nn.Module):
