@@ -173,7 +173,8 @@ class FrozenBackbone(_TransparentWrapper):
         if images.dim() != 4:
             raise ValueError(f"a backbone takes images of shape (B, 3, H, W), not {tuple(images.shape)}.")
         # Recorders cannot follow what makes the fast network, nor need they: what they give is made fast elsewhere.
-        network = self._recordable(images.device) if _is_recorded() else self._network(images.device)
+        recorded = _is_recorded()
+        network = self._recordable(images.device) if recorded else self._network(images.device)
         maps = network(images.float())
         if not isinstance(maps, Mapping) or not all(isinstance(one, Tensor) for one in maps.values()):
             raise TypeError(
@@ -181,6 +182,8 @@ class FrozenBackbone(_TransparentWrapper):
                 '{"res2": (B, C, H/4, W/4), ...}. Wrap it in a Detectron2 Backbone whose forward does '
                 "(docs/library.md has an example)."
             )
+        if recorded:
+            return {name: feature.to(dtype or feature.dtype).contiguous() for name, feature in maps.items()}
         return {name: contiguous(feature, dtype or feature.dtype) for name, feature in maps.items()}
 
     def _recordable(self, device: torch.device) -> nn.Module:
