@@ -7,8 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import cv2
 import numpy as np
+
+from d2_frozen.lettering import put_text, text_width
 
 _CELL_PX = (2, 24)  # with many classes and with few
 _NAMED_CLASSES = 60
@@ -29,22 +30,21 @@ def confusion_picture(classes: Sequence[str], counts: np.ndarray) -> np.ndarray:
     cells = light + (dark - light) * np.sqrt(share)[..., None]  # the root shows small confusions
     cells[truth[:, 0] == 0] = 200
     matrix = np.kron(cells.round().astype(np.uint8), np.ones((cell, cell, 1), np.uint8))
-    margin = 8 + (7 * max(len(_short(name)) for name in classes) if named else 0)
+    margin = 8 + (max(text_width(_short(name), 11) for name in classes) if named else 0)
     picture = np.full(
         (matrix.shape[0] + margin + 30, max(matrix.shape[1] + margin + 8, 230), 3), 255, np.uint8
     )
     picture[30 : 30 + matrix.shape[0], margin : margin + matrix.shape[1]] = matrix
     grey = (60, 60, 60)
     for y, line in ((12, "row: truth, column: prediction"), (25, "dark: large share of the row")):
-        cv2.putText(picture, line, (4, y), cv2.FONT_HERSHEY_SIMPLEX, 0.38, grey, 1, cv2.LINE_AA)
+        put_text(picture, line, (4, y), 11, grey)
     if named:
         below = np.full((margin, matrix.shape[1], 3), 255, np.uint8)
         sideways = np.ascontiguousarray(np.rot90(below, -1))
         for k, name in enumerate(classes):
             y = k * cell + cell // 2 + 4
-            place = (4, 30 + y)
-            cv2.putText(picture, _short(name), place, cv2.FONT_HERSHEY_SIMPLEX, 0.38, grey, 1, cv2.LINE_AA)
-            cv2.putText(sideways, _short(name), (4, y), cv2.FONT_HERSHEY_SIMPLEX, 0.38, grey, 1, cv2.LINE_AA)
+            put_text(picture, _short(name), (4, 30 + y), 11, grey)
+            put_text(sideways, _short(name), (4, y), 11, grey)
         picture[30 + matrix.shape[0] :, margin : margin + matrix.shape[1]] = np.rot90(sideways)
     return picture
 

@@ -11,9 +11,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import cv2
 import numpy as np
 
+from d2_frozen.lettering import put_text, text_width
 from d2_frozen.tasks import Classes, fill_class_count
 from detectron2.config import CfgNode
 from video_app.clips.mapper import ClipMapper
@@ -67,16 +67,13 @@ class VideoPrediction:
         """The likeliest classes in the upper left corner: the first always, others from ``min_score`` on."""
         shown = record["top"][:1] + [one for one in record["top"][1:_DRAWN] if one[1] >= min_score]
         drawn = picture.copy()
-        scale = max(0.4, min(picture.shape[:2]) / 600)
+        size = max(11, min(picture.shape[:2]) // 20)
         y = 4
         for name, score in shown:
-            # OpenCV's fonts have no letters beyond ASCII.
-            text = f"{name} {score:.2f}".encode("ascii", "replace").decode()
-            (w, h), below = cv2.getTextSize(text, cv2.FONT_HERSHEY_SIMPLEX, scale, 1)
-            cv2.rectangle(drawn, (2, y), (8 + w, y + h + below + 4), (0, 0, 0), -1)
-            place = (5, y + h + 2)
-            cv2.putText(drawn, text, place, cv2.FONT_HERSHEY_SIMPLEX, scale, (255, 255, 255), 1, cv2.LINE_AA)
-            y += h + below + 6
+            text = f"{name} {score:.2f}"
+            drawn[y : y + size + 4, 2 : 8 + text_width(text, size)] = 0
+            put_text(drawn, text, (5, y + size), size, (255, 255, 255))
+            y += size + 6
         return drawn
 
 

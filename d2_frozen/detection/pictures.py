@@ -15,6 +15,7 @@ from torch import nn
 from d2_frozen.data import build_test_loader
 from d2_frozen.data.written import file_name_of
 from d2_frozen.files import write_bytes
+from d2_frozen.lettering import put_text, text_width
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, Metadata, MetadataCatalog
 from detectron2.data import detection_utils as utils
@@ -127,11 +128,9 @@ def captioned(image: np.ndarray, text: str) -> np.ndarray:
     size = (max(1, round(w * _ROW_HEIGHT_PX / h)), _ROW_HEIGHT_PX)
     scaled = cv2.resize(np.ascontiguousarray(image), size, interpolation=cv2.INTER_AREA)
     band = np.full((22, size[0], 3), 255, np.uint8)
-    # OpenCV's fonts have no letters beyond ASCII.
-    text = text.encode("ascii", "replace").decode()
-    while text and cv2.getTextSize(text, cv2.FONT_HERSHEY_SIMPLEX, 0.5, 1)[0][0] > size[0] - 8:
+    while text and text_width(text, 14) > size[0] - 8:
         text = text[1:]
-    cv2.putText(band, text, (4, 16), cv2.FONT_HERSHEY_SIMPLEX, 0.5, (60, 60, 60), 1, cv2.LINE_AA)
+    put_text(band, text, (4, 16), 14, (60, 60, 60))
     return np.vstack([band, scaled])
 
 

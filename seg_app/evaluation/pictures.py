@@ -14,6 +14,7 @@ from torch import nn
 from d2_frozen.data import build_test_loader
 from d2_frozen.data.label_maps import read_label_map
 from d2_frozen.detection.pictures import beside, predicted_pairs, predictions_path, write_sheet
+from d2_frozen.lettering import put_text, text_width
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, Metadata, MetadataCatalog
 from detectron2.data import detection_utils as utils
@@ -85,10 +86,10 @@ def legend(classes: Sequence[str], colours: np.ndarray, maps: Sequence[np.ndarra
     x = 4
     for k in np.argsort(-counts, kind="stable")[:_LEGEND_CLASSES]:
         name = str(classes[k]).split(",")[0].strip()
-        x1 = x + 22 + 7 * len(name)
+        x1 = x + 22 + text_width(name, 11)
         if counts[k] == 0 or x1 > width:
             break
         cv2.rectangle(band, (x, 5), (x + 10, 15), colours[k].tolist(), -1)
-        cv2.putText(band, name, (x + 14, 14), cv2.FONT_HERSHEY_SIMPLEX, 0.38, (60, 60, 60), 1, cv2.LINE_AA)
+        put_text(band, name, (x + 14, 14), 11, (60, 60, 60))
         x = x1
     return band

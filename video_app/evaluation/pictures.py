@@ -13,6 +13,7 @@ from torch import nn
 
 from d2_frozen.data import build_test_loader
 from d2_frozen.detection.pictures import predicted_pairs, predictions_path, spread, write_sheet
+from d2_frozen.lettering import put_text
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog
 from video_app.clips.mapper import ClipMapper
@@ -97,15 +98,9 @@ def clip_strip(
             small = cv2.resize(picture, (_FRAME_PX, _FRAME_PX), interpolation=cv2.INTER_AREA)
             row[:, place * _FRAME_PX : (place + 1) * _FRAME_PX] = small
     band = np.full((40, width, 3), 255, np.uint8)
-    _text(band, 15, f"labelled: {_short(label)}", _GREY)
-    _text(band, 33, text, colour)
+    put_text(band, f"labelled: {_short(label)}", (4, 15), 12, _GREY)
+    put_text(band, text, (4, 33), 12, colour)
     return np.vstack([band, row])
-
-
-def _text(band: np.ndarray, y: int, text: str, colour: tuple[int, int, int]) -> None:
-    # OpenCV's fonts have no letters beyond ASCII.
-    text = text.encode("ascii", "replace").decode()
-    cv2.putText(band, text, (4, y), cv2.FONT_HERSHEY_SIMPLEX, 0.42, colour, 1, cv2.LINE_AA)
 
 
 def _short(name: str) -> str:

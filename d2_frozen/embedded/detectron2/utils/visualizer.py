@@ -7,6 +7,7 @@ Drawn with OpenCV, text with Pillow; nothing here touches the global random gene
 from __future__ import annotations
 
 import colorsys
+import functools
 import math
 import os
 from collections.abc import Mapping, Sequence
@@ -649,7 +650,7 @@ def _dashes(points: list, length: float) -> list[list[tuple[float, float]]]:
 
 
 def _text_patch(text: str, size: float, color: tuple[float, float, float]) -> Image.Image:
-    font = ImageFont.load_default(size=size)
+    font = _font(size)
     left, top, right, bottom = font.getbbox(text)
     margin = max(1, round(size / 8))
     patch = Image.new(
@@ -657,6 +658,14 @@ def _text_patch(text: str, size: float, color: tuple[float, float, float]) -> Im
     )
     ImageDraw.Draw(patch).text((margin - left, margin - top), text, font=font, fill=(*_bytes(color), 255))
     return patch
+
+
+@functools.lru_cache(maxsize=64)
+def _font(size: float) -> ImageFont.FreeTypeFont:
+    """Matplotlib's, which has the letters of most alphabets; Pillow's own has ASCII."""
+    import matplotlib
+
+    return ImageFont.truetype(os.path.join(matplotlib.get_data_path(), "fonts/ttf/DejaVuSans.ttf"), size)
 
 
 def _palette_color(index: int) -> tuple[float, float, float]:
