@@ -10,6 +10,8 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 OUTPUT ?= output/quickstart_detection
+# Processes that run tests, a file each.
+TESTS_AT_ONCE ?= 2
 # Any options of train_net.py, e.g. make quickstart ARGS="SOLVER.MAX_ITER 200"
 ARGS ?=
 
@@ -30,7 +32,7 @@ quickstart-video: $(VENV)/.installed
 	$(BIN)/python train_net.py --config-file configs/quickstart/video.yaml OUTPUT_DIR $(OUTPUT) $(ARGS)
 
 test: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest tests
+	$(BIN)/python -m pytest tests --numprocesses $(TESTS_AT_ONCE) --dist loadfile
 
 test-gpu: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest tests -m gpu

@@ -87,8 +87,9 @@ def proposals_from_candidates(
     counts = [logits.shape[1] for logits in logits_per_level]
     boxes = torch.cat(boxes_per_level, dim=1)  # (B, K, 4)
     logits = torch.cat(logits_per_level, dim=1)  # (B, K)
+    # No list comprehension: in a trace, one that reads ``device`` crashes Python 3.13.0.
     level_of = torch.cat(
-        [torch.full((n,), i, dtype=torch.int64, device=device) for i, n in enumerate(counts)]
+        tuple(torch.full((n,), i, dtype=torch.int64, device=device) for i, n in enumerate(counts))
     )
 
     # All images at once, and one transfer to the host instead of several per image.
