@@ -33,6 +33,7 @@ class PointwiseConv2d(nn.Conv2d):
 
 
 def has_fast_layout(x: Tensor) -> bool:
+    """Is it a map on a CPU with channels last, outside a recording?"""
     if x.device.type != "cpu" or torch.jit.is_tracing() or torch.jit.is_scripting() or x.numel() == 0:
         return False
     return x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from detectron2.utils import comm
 from seg_app.models.matcher import HungarianMatcher, Match
 from seg_app.models.points import draw_candidates, least_sure, sample_maps, sample_masks
-from seg_app.models.query_masks import masks_of_layers
+from seg_app.models.query_masks import masks_of_layers, numbers_per_point
 
 Targets = Sequence[Mapping[str, Tensor]]
 
@@ -101,7 +101,7 @@ class SetCriterion(nn.Module):
 
     def _layers_at_once(self, outputs: Mapping[str, Any], targets: Targets) -> int:
         queries = outputs["pred_logits"].shape[1]
-        points = self.matcher.num_points * masks_of_layers([outputs["pred_masks"]]).numbers_per_point
+        points = self.matcher.num_points * numbers_per_point(outputs["pred_masks"])
         matched = sum(self._matched(queries, targets))
         candidates = matched * 2 * int(self.num_points * self.oversample_ratio)
         return max(1, _NUMBERS_AT_ONCE // max(points, candidates, 1))
@@ -116,7 +116,7 @@ class SetCriterion(nn.Module):
     ) -> dict[str, Tensor]:
         """Losses of L layers: by name, (L,)."""
         logits = torch.stack([one["pred_logits"] for one in layers])  # (L, B, Q, K + 1)
-        masks = sum(self._matched(logits.shape[2], targets))
+        masks = sum(self._matched(logits.shape[2], targets)) if "masks" in self.losses else 0
         drawn = [self._draw(len(targets), masks, logits.device) for _ in layers]
         places, candidates, anywhere = (torch.stack(parts) for parts in zip(*drawn))
         matches = self.matcher.of_layers(layers, targets, places)

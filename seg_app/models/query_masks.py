@@ -46,14 +46,12 @@ class MadeOfQueries:
     def __init__(self, layers: Sequence[QueryMasks]) -> None:
         self.embedded = torch.stack([one.embedded for one in layers])  # (L, B, Q, C)
         self.features = layers[0].features
-        L, self.B, Q, C = self.embedded.shape
-        self.numbers_per_point = L * self.B * max(Q, C)
 
     def at(self, points: Tensor) -> Tensor:
         """All queries at (L, B, P, 2) points of their image: (L, B, Q, P) float32, for no_grad code."""
         (L, B, Q, C), P = self.embedded.shape, points.shape[2]
-        by_image = self.embedded.transpose(0, 1).reshape(B, L * Q, C)
         if self.features.shape[2] * self.features.shape[3] <= 1.5 * P:  # more points than pixels
+            by_image = self.embedded.transpose(0, 1).reshape(B, L * Q, C)
             masks = QueryMasks(by_image, self.features).all().float()
             masks = masks.view(B, L, Q, *masks.shape[2:]).transpose(0, 1).flatten(0, 1)
             return sample_maps(masks, points.flatten(0, 1)).view(L, B, Q, P)
@@ -75,8 +73,6 @@ class Given:
 
     def __init__(self, layers: Sequence[Tensor]) -> None:
         self.masks = torch.stack(list(layers))
-        L, self.B, Q = self.masks.shape[:3]
-        self.numbers_per_point = L * self.B * Q
 
     def at(self, points: Tensor) -> Tensor:
         sampled = sample_maps(self.masks.flatten(0, 1).float(), points.flatten(0, 1))
@@ -86,6 +82,14 @@ class Given:
         layer = torch.arange(len(self.masks), device=self.masks.device)[:, None]
         rows = [masks[layer, which] for masks, which in zip(self.masks.unbind(1), queries)]
         return torch.cat(rows, dim=1).float()
+
+
+def numbers_per_point(masks: Any) -> int:
+    """How many numbers ``at`` takes for each point of an image, for one layer of either kind."""
+    if isinstance(masks, Tensor):
+        return masks.shape[0] * masks.shape[1]
+    B, Q, C = masks.embedded.shape
+    return B * max(Q, C)
 
 
 def masks_of_layers(masks: Sequence[Any]) -> MadeOfQueries | Given:
