@@ -10,7 +10,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 OUTPUT ?= output/quickstart_detection
-# Processes that run tests, a file each.
+# Processes that run tests, a file each. Where one crashes, the run ends: xdist would start another, and hang at the end.
 TESTS_AT_ONCE ?= 2
 # Any options of train_net.py, e.g. make quickstart ARGS="SOLVER.MAX_ITER 200"
 ARGS ?=
@@ -32,7 +32,7 @@ quickstart-video: $(VENV)/.installed
 	$(BIN)/python train_net.py --config-file configs/quickstart/video.yaml OUTPUT_DIR $(OUTPUT) $(ARGS)
 
 test: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest tests --numprocesses $(TESTS_AT_ONCE) --dist loadfile
+	$(BIN)/python -m pytest tests --numprocesses $(TESTS_AT_ONCE) --dist loadfile --max-worker-restart 0
 
 test-gpu: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest tests -m gpu
