@@ -68,5 +68,5 @@ def _add_clip_keys(video: CfgNode) -> None:
     video.TEST = CfgNode()
     video.TEST.CLIPS = 4
     video.TEST.CROPS = 3
-    # Shorter side in pixels at test; 0: CROP_SIZE.
+    # Shorter side in pixels at test, of which views show CROP_SIZE, from the middle; 0: CROP_SIZE, all of it.
     video.TEST.SHORT_SIDE = 0

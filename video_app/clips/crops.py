@@ -96,10 +96,15 @@ class TrainCrop:
         return Crop((height - h) // 2, (width - w) // 2, max(1, h), max(1, w), flip)
 
 
-def view_crops(height: int, width: int, count: int) -> Sequence[Crop]:
-    """Squares of the shorter side: ``count`` along the longer one, from end to end; the middle one if 1."""
+def view_crops(height: int, width: int, count: int, size_px: int) -> Sequence[Crop]:
+    """Squares of ``size_px``, of the shorter side where that is less, in its middle.
+
+    Along the longer side ``count`` from end to end, the middle one if 1.
+    """
     if count < 1:
         raise ValueError(f"VIDEO.TEST.CROPS is {count}; it must be at least 1.")
-    side, room = min(height, width), abs(height - width)
-    offsets = [round(room * i / (count - 1)) for i in range(count)] if count > 1 else [room // 2]
-    return [Crop(o, 0, side, side) if height > width else Crop(0, o, side, side) for o in offsets]
+    side = min(size_px, height, width)
+    across, along = min(height, width) - side, max(height, width) - side
+    offsets = [round(along * i / (count - 1)) for i in range(count)] if count > 1 else [along // 2]
+    middle = across // 2
+    return [Crop(o, middle, side, side) if height > width else Crop(middle, o, side, side) for o in offsets]

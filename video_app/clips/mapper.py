@@ -57,7 +57,7 @@ class ClipMapper:
         Raises:
             ValueError: a number of crops that cannot be.
         """
-        view_crops(size_px, size_px, num_crops)  # else it would be told by the first video of a test
+        view_crops(size_px, size_px, num_crops, size_px)  # else it would be told by the first video of a test
         self.reading = reading
         self.decoder = ClipDecoder(reading)
         self.plan = plan
@@ -166,7 +166,7 @@ class ClipMapper:
         if self.train_crop is not None:
             crops = [self.train_crop.draw(height, width, random)]
         else:
-            crops = list(view_crops(height, width, self.num_crops))
+            crops = list(view_crops(height, width, self.num_crops, self.size_px))
         views = np.stack([crop.of(frames, self.size_px) for frames in clip.frames for crop in crops])
         if self.bgr:
             views = views[..., ::-1]

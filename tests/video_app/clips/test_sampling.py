@@ -66,9 +66,18 @@ def test_wrong_plans(wrong: dict) -> None:
 
 
 def test_view_crops_lie_along_the_longer_side() -> None:
-    assert [crop.left for crop in view_crops(10, 30, 3)] == [0, 10, 20]
-    assert [crop.top for crop in view_crops(31, 10, 2)] == [0, 21]
-    assert view_crops(10, 30, 1) == [Crop(0, 10, 10, 10)]
+    assert [crop.left for crop in view_crops(10, 30, 3, 10)] == [0, 10, 20]
+    assert [crop.top for crop in view_crops(31, 10, 2, 24)] == [0, 21]
+    assert view_crops(10, 30, 1, 10) == [Crop(0, 10, 10, 10)]
+
+
+def test_views_show_as_many_pixels_as_training_crops() -> None:
+    """VIDEO.TEST.SHORT_SIDE 256 and CROP_SIZE 224 are what they are elsewhere: squares of 224 in the middle."""
+    assert view_crops(256, 340, 3, 224) == [Crop(16, left, 224, 224) for left in (0, 58, 116)]
+    assert view_crops(340, 256, 1, 224) == [Crop(58, 16, 224, 224)]
+    for size in ((112, 149), (149, 112), (96, 96), (50, 200)):
+        trained = TrainCrop("centre", 96, flip=False).draw(*size, np.random.default_rng(0))
+        assert view_crops(*size, 1, 96) == [trained]
 
 
 @pytest.mark.parametrize("kind", KINDS)
