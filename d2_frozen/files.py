@@ -105,3 +105,21 @@ def drop_half_line(path: str | Path) -> None:
                 break
         if keep != end:
             file.truncate(keep)
+
+
+def walk(folder: str | Path) -> Iterator[tuple[str, list[str], list[str]]]:
+    """``os.walk`` over a user's data: through links to folders too, in the order of names, without hidden folders.
+
+    A caller may clear the list of folders. A link to a folder that it lies in would have no end, and is left out.
+    """
+    for place, folders, files in os.walk(folder, followlinks=True):
+        here = os.path.join(os.path.realpath(place), "")
+        folders[:] = sorted(
+            name for name in folders if not name.startswith(".") and not _leads_above(place, name, here)
+        )
+        yield place, folders, sorted(files)
+
+
+def _leads_above(place: str, name: str, here: str) -> bool:
+    path = os.path.join(place, name)
+    return os.path.islink(path) and here.startswith(os.path.join(os.path.realpath(path), ""))

@@ -5,8 +5,9 @@
     python -m video_app.prepare list --list train.txt --videos DIR --output DIR        # check a list that exists
 
 Out, under --output, for the split NAME (the name of the csv, the list, or --name): NAME.txt ("path label", paths
-relative to --videos), classes.txt, NAME_bad.txt (path, tab, why), NAME_missing.txt (of the csv), NAME_checked.jsonl
-(what was checked, with its size and time of change: an interrupted call goes on from there).
+relative to --videos), classes.txt, NAME_bad.txt (path, tab, label, tab, why), NAME_missing.txt (of the csv),
+NAME_checked.jsonl (what was checked, with its size and time of change: an interrupted call goes on from there; another
+--reader or --timeout looks at bad files again).
 """
 
 from __future__ import annotations
@@ -61,7 +62,8 @@ def prepare(
     output = Path(output)
     output.mkdir(parents=True, exist_ok=True)
     journal = output / f"{name}_checked.jsonl"
-    checked = _read_journal(journal, root)
+    how = {"reader": reading.reader, "timeout_s": reading.timeout_s}
+    checked = _read_journal(journal, root, how)
     todo = [path for path, _ in pairs if path not in checked]
     with open(journal, "a", encoding="utf-8") as file:
         results = _check(todo, root, reading, max(1, workers))
@@ -69,12 +71,14 @@ def prepare(
         pause = 0.5 if sys.stderr.isatty() else 30.0
         progress = {"unit": "video", "file": sys.stderr, "mininterval": pause, "maxinterval": pause}
         for result in tqdm(results, total=len(todo), disable=not todo, **progress):
-            checked[result["path"]] = result
+            checked[result["path"]] = result = {**result, **how}
             file.write(json.dumps(result) + "\n")
             file.flush()
     bad = {path: checked[path]["error"] for path, _ in pairs if checked[path]["error"]}
     write_list(output / f"{name}.txt", [(path, label) for path, label in pairs if path not in bad])
-    write_lines(output / f"{name}_bad.txt", [f"{path}\t{why}" for path, why in bad.items()])
+    label_of = dict(pairs)
+    lines = [f"{path}\t{label_of[path]}\t{why}" for path, why in bad.items()]
+    write_lines(output / f"{name}_bad.txt", lines)
     return bad
 
 
@@ -136,8 +140,11 @@ def _identity(place: str) -> dict[str, int]:
     return {"bytes": status.st_size, "changed_ns": status.st_mtime_ns}
 
 
-def _read_journal(journal: Path, root: str) -> dict[str, dict[str, Any]]:
-    """What was checked and is the same file still; a line that a killed run left half is dropped."""
+def _read_journal(journal: Path, root: str, how: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """What was checked and is the same file still, bad ones only if they were read in this way.
+
+    A line that a killed run left half is dropped.
+    """
     checked: dict[str, dict[str, Any]] = {}
     if not journal.is_file():
         return checked
@@ -153,6 +160,7 @@ def _read_journal(journal: Path, root: str) -> dict[str, dict[str, Any]]:
         path: result
         for path, result in checked.items()
         if _identity(os.path.join(root, path)) == {key: result[key] for key in ("bytes", "changed_ns")}
+        and (not result["error"] or how.items() <= result.items())
     }
 
 
@@ -234,9 +242,10 @@ def main(arguments: list[str] | None = None) -> None:
                     f"{classes_file} has other classes than {args.list}; choose another --output."
                 )
         reading = VideoReading(args.reader, short_side_px=64, timeout_s=args.timeout)
-        name = (
-            args.name or Path(args.csv if args.kind == "kinetics" else getattr(args, "list", "videos")).stem
-        )
+        given = getattr(args, "csv", None) or getattr(args, "list", None)
+        name = args.name or Path(given or "videos").stem
+        if given and (output / f"{name}.txt").resolve() == Path(given).resolve():
+            raise ValueError(f"{given} would be written over; choose another --output or --name.")
         if not pairs:
             raise ValueError(f"no video of the list is under {args.videos}")
         bad = prepare(pairs, args.videos, output, name, reading, args.workers)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -77,12 +78,13 @@ class SweepEvaluator(DatasetEvaluator):
     Args:
         count: of heads.
         output_dir: each head's files go to ``output_dir/head_NN``.
+        num_classes: as of :class:`TopKEvaluator`.
     """
 
-    def __init__(self, dataset_name: str, count: int, output_dir: str) -> None:
+    def __init__(self, dataset_name: str, count: int, output_dir: str, num_classes: int = 0) -> None:
+        folders = [os.path.join(output_dir, f"head_{index:02d}") for index in range(count)]
         self._of_heads = [
-            TopKEvaluator(dataset_name, output_dir=os.path.join(output_dir, f"head_{index:02d}"))
-            for index in range(count)
+            TopKEvaluator(dataset_name, output_dir=folder, num_classes=num_classes) for folder in folders
         ]
 
     def reset(self) -> None:
@@ -145,11 +147,16 @@ def report(cfg: CfgNode, model: FrozenVideoSweep, results: dict[str, Any]) -> di
         ),
     )
     logger.info("%s", _what_the_best_is_worth(cfg.DATASETS.TEST, per_set, best, len(rows)))
-    document = {"dataset": cfg.DATASETS.TEST[0], "best": best, "heads": rows}
+    saved = cfg.MODEL.VIDEO_HEAD.SWEEP.SAVE
+    document = {"dataset": cfg.DATASETS.TEST[0], "best": best, "saved": saved, "heads": rows}
     os.makedirs(cfg.OUTPUT_DIR, exist_ok=True)
+    before = _document_before(cfg)
     write_text(os.path.join(cfg.OUTPUT_DIR, "sweep.json"), json.dumps(document, indent=1))
-    for index in range(len(rows)) if cfg.MODEL.VIDEO_HEAD.SWEEP.SAVE == "all" else [best]:
+    for index in range(len(rows)) if saved == "all" else [best]:
         save_head(cfg, model, index)
+    if saved == before.get("saved") == "best" and before["best"] != best:
+        # From the middle of training, it would look like a result.
+        shutil.rmtree(_folder_of_head(cfg, before["best"]), ignore_errors=True)
     found = {name: {"video": of_set[_key(best)], **of_set} for name, of_set in per_set.items()}
     return found if several else found[cfg.DATASETS.TEST[0]]
 
@@ -158,7 +165,7 @@ def save_head(cfg: CfgNode, model: FrozenVideoSweep, index: int) -> Path:
     """Write OUTPUT_DIR/sweep/NN/{config.yaml, model_final.pth}, as a run of this head alone would leave them."""
     alone = model.candidates[index].config(cfg)
     alone.defrost()
-    alone.OUTPUT_DIR = os.path.join(cfg.OUTPUT_DIR, "sweep", f"{index:02d}")
+    alone.OUTPUT_DIR = _folder_of_head(cfg, index)
     alone.freeze()
     folder = Path(alone.OUTPUT_DIR)
     folder.mkdir(parents=True, exist_ok=True)
@@ -171,6 +178,18 @@ def save_head(cfg: CfgNode, model: FrozenVideoSweep, index: int) -> Path:
     )
     saver.save("model_final")
     return folder
+
+
+def _document_before(cfg: CfgNode) -> dict[str, Any]:
+    """sweep.json as the last evaluation left it."""
+    try:
+        return dict(json.loads(Path(cfg.OUTPUT_DIR, "sweep.json").read_text(encoding="utf-8")))
+    except (OSError, ValueError):
+        return {}
+
+
+def _folder_of_head(cfg: CfgNode, index: int) -> str:
+    return os.path.join(cfg.OUTPUT_DIR, "sweep", f"{index:02d}")
 
 
 def sweep_inside(model: nn.Module) -> FrozenVideoSweep | None:

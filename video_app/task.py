@@ -39,8 +39,9 @@ class VideoTask:
         from video_app.evaluation.evaluator import class_names
 
         # Lists with labels only know the classes up to the highest of them.
-        known = [class_names(name) for name in cfg.DATASETS.TRAIN]
-        names = next((names for names in known if len(names) == cfg.MODEL.VIDEO_HEAD.NUM_CLASSES), None)
+        count = cfg.MODEL.VIDEO_HEAD.NUM_CLASSES
+        known = [class_names(name, count) for name in cfg.DATASETS.TRAIN]
+        names = next((names for names in known if len(names) == count), None)
         return None if names is None else Classes(names, list(range(len(names))))
 
     def generated_batch(self, cfg: CfgNode, count: int) -> list[dict[str, Any]]:

@@ -54,9 +54,10 @@ class VideoTrainer(FrozenTrainer):
     ) -> DatasetEvaluator:
         """Top-1, top-5 and so on, of each head of a sweep; files go to ``OUTPUT_DIR/inference``."""
         folder = output_folder or os.path.join(cfg.OUTPUT_DIR, "inference")
+        classes = cfg.MODEL.VIDEO_HEAD.NUM_CLASSES
         if cfg.MODEL.META_ARCHITECTURE == SWEEP:
-            return SweepEvaluator(dataset_name, len(candidates(cfg)), output_dir=folder)
-        return TopKEvaluator(dataset_name, output_dir=folder)
+            return SweepEvaluator(dataset_name, len(candidates(cfg)), folder, classes)
+        return TopKEvaluator(dataset_name, output_dir=folder, num_classes=classes)
 
     @classmethod
     def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:

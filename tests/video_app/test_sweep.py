@@ -14,6 +14,7 @@ from d2_frozen.train_net import argument_parser, main, setup
 from detectron2.modeling import build_model
 from detectron2.utils import comm
 from video_app.models.sweep import Candidate, candidates
+from video_app.sweep import report, save_head
 from video_app.trainer import VideoTrainer
 
 SWEEP = (
@@ -134,6 +135,24 @@ def test_a_sweep_needs_a_frozen_backbone(tiny_config: Path) -> None:
     options = [*SWEEP, "MODEL.BACKBONE.FREEZE", "none", "MODEL.VIDEO_HEAD.NUM_CLASSES", "3"]
     with pytest.raises(ValueError, match="FREEZE: all"):
         build_model(tasks.read_config(tiny_config, options))
+
+
+def test_a_head_that_was_the_best_once_is_no_result(flags: Flags, tmp_path: Path) -> None:
+    """TEST.EVAL_PERIOD: the best head of the middle of training lay beside that of the end."""
+    cfg = setup(flags(*SWEEP, "TEST.PICTURES", "0"))
+    model = VideoTrainer.build_model(cfg)
+    for best in (0, 3, 3):
+        found = {f"head_{k:02d}": {"top1": 10.0 * (k == best)} for k in range(6)}
+        report(cfg, model, {**found, "head_05": {"top1": 5.0}})
+        folder = Path(cfg.OUTPUT_DIR, "sweep")
+        assert [path.name for path in folder.iterdir()] == [f"{best:02d}"]
+        assert (folder / f"{best:02d}/model_final.pth").is_file()
+    # Where all were asked for, none is removed.
+    save_head(cfg, model, 1)
+    cfg.defrost()
+    cfg.MODEL.VIDEO_HEAD.SWEEP.SAVE = "all"
+    report(cfg, model, {f"head_{k:02d}": {"top1": float(k == 4)} for k in range(6)})
+    assert len(list(folder.iterdir())) == 6
 
 
 def test_the_best_is_also_measured_where_it_was_not_chosen(flags: Flags, tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from d2_frozen.files import write_bytes
+from d2_frozen.files import walk, write_bytes
 from video_app.clips.frame_folder import PICTURES
 
 VIDEOS = (
@@ -42,6 +42,11 @@ def read_list(path: str | Path) -> list[tuple[str, int]]:
     if not pairs:
         raise ValueError(f'{path} names no video; its lines are "path label".')
     return pairs
+
+
+def only_numbered(classes: Sequence[str]) -> bool:
+    """Names that were made up from labels, so that their number says no more than the highest label."""
+    return list(classes) == [str(label) for label in range(len(classes))]
 
 
 def write_list(path: str | Path, pairs: Sequence[tuple[str, int]]) -> None:
@@ -89,8 +94,7 @@ def videos_below(folder: str | Path) -> Iterator[str]:
 
     Pictures beside videos are thumbnails of them, not frames.
     """
-    for place, folders, files in os.walk(folder):
-        folders[:] = [name for name in folders if not name.startswith(".")]
+    for place, folders, files in walk(folder):
         videos = [name for name in files if is_video(name)]
         pictures = [name for name in files if name.lower().endswith(PICTURES) and not name.startswith(".")]
         if place != str(folder) and pictures and not videos:

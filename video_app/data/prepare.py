@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 from collections import Counter
-from collections.abc import Sequence
 from typing import Any
 
 from d2_frozen.data import register_from_config
@@ -15,6 +14,7 @@ from d2_frozen.data.problems import BadDataError, Problem
 from d2_frozen.data.subset import check_subset
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
+from video_app.data.lists import only_numbered
 
 logger = logging.getLogger("d2_frozen.video_app.data")
 
@@ -30,7 +30,8 @@ def prepare_datasets(cfg: CfgNode, train: bool = True) -> None:
 
     Args:
         cfg: gets MODEL.VIDEO_HEAD.NUM_CLASSES where that is -1.
-        train: False for evaluation only: DATASETS.TRAIN is not looked at.
+        train: False for evaluation only: DATASETS.TRAIN is not looked at, but for the number of classes where those of
+            DATASETS.TEST have numbers only.
     Raises:
         BadDataError: datasets that differ in their classes, or with VIDEO.STRICT a missing file.
         ValueError, FileNotFoundError: wrong entries or lists, another class count than the config's, settings that are
@@ -55,6 +56,8 @@ def prepare_datasets(cfg: CfgNode, train: bool = True) -> None:
     register_from_config(cfg, used=names)
     records = {name: DatasetCatalog.get(name) for name in names}  # this sets the classes, too
     classes = {name: MetadataCatalog.get(name).get("classes", None) for name in names}
+    if not train and cfg.MODEL.VIDEO_HEAD.NUM_CLASSES < 0:
+        classes |= _classes_of_training(cfg, classes)
     problems = _differences(classes)
     error, missing = on_first_process(lambda: _missing_files(cfg, records))
     if error is not None:
@@ -64,7 +67,7 @@ def prepare_datasets(cfg: CfgNode, train: bool = True) -> None:
         raise BadDataError(problems)
     if train:
         _tell_absent_classes(cfg, records, classes)
-    _resolve_classes(cfg, classes)
+    _resolve_classes(cfg, classes, train)
 
 
 def _differences(classes: dict[str, list[str] | None]) -> list[Problem]:
@@ -74,7 +77,7 @@ def _differences(classes: dict[str, list[str] | None]) -> list[Problem]:
         return []
     problems = []
     for name, known in classes.items():
-        if known is None or known == first[1] or (_only_numbered(known) and len(known) <= len(first[1])):
+        if known is None or known == first[1] or (only_numbered(known) and len(known) <= len(first[1])):
             continue
         seen = difference(first[1], known, first[0], name)
         if set(known) < set(first[1]):
@@ -87,13 +90,22 @@ def _differences(classes: dict[str, list[str] | None]) -> list[Problem]:
 def _classes_of_all(classes: dict[str, list[str] | None]) -> tuple[str, list[str]] | None:
     """(dataset, its classes): the first that names them, else the one with the highest label."""
     given = [(name, list(known)) for name, known in classes.items() if known]
-    named = [one for one in given if not _only_numbered(one[1])]
+    named = [one for one in given if not only_numbered(one[1])]
     return named[0] if named else max(given, key=lambda one: len(one[1]), default=None)
 
 
-def _only_numbered(classes: Sequence[str]) -> bool:
-    """Names that were made up from labels, so that their number says no more than the highest label."""
-    return list(classes) == [str(label) for label in range(len(classes))]
+def _classes_of_training(cfg: CfgNode, classes: dict[str, list[str] | None]) -> dict[str, list[str] | None]:
+    """Of the lists of DATASETS.TRAIN that are there, where test lists do not name their classes."""
+    if not all(known and only_numbered(known) for known in classes.values()):
+        return {}
+    found: dict[str, list[str] | None] = {}
+    for name in cfg.DATASETS.TRAIN:
+        try:
+            DatasetCatalog.get(name)
+        except (OSError, KeyError, ValueError):
+            continue  # an evaluation can do without it
+        found[name] = MetadataCatalog.get(name).get("classes", None)
+    return found
 
 
 def _missing_files(cfg: CfgNode, records: dict[str, list[dict[str, Any]]]) -> dict[str, list[str]]:
@@ -139,7 +151,7 @@ def _tell_absent_classes(
             )  # fmt: skip
 
 
-def _resolve_classes(cfg: CfgNode, classes: dict[str, list[str] | None]) -> None:
+def _resolve_classes(cfg: CfgNode, classes: dict[str, list[str] | None], train: bool) -> None:
     head = cfg.MODEL.VIDEO_HEAD
     found = _classes_of_all(classes)
     if found is None:
@@ -152,7 +164,9 @@ def _resolve_classes(cfg: CfgNode, classes: dict[str, list[str] | None]) -> None
     name, known = found
     if head.NUM_CLASSES < 0:
         head.NUM_CLASSES = len(known)
-    elif len(known) != head.NUM_CLASSES:
+    elif len(known) != head.NUM_CLASSES and not (
+        not train and only_numbered(known) and len(known) < head.NUM_CLASSES
+    ):
         shown = ", ".join(known[:12]) + ", ..." * (len(known) > 12)
         raise ValueError(
             f"MODEL.VIDEO_HEAD.NUM_CLASSES is {head.NUM_CLASSES}, but dataset {name} has {len(known)} classes "

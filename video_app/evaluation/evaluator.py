@@ -19,10 +19,12 @@ import torch
 from tabulate import tabulate
 
 from d2_frozen.confusion import confusion_picture, mostly_taken_for
+from d2_frozen.data.written import file_name_of
 from d2_frozen.files import by_the_way, write_bytes
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.evaluation import DatasetEvaluator
 from detectron2.utils import comm
+from video_app.data.lists import only_numbered
 
 logger = logging.getLogger("d2_frozen.video_app.evaluation")
 
@@ -49,11 +51,18 @@ class TopKEvaluator(DatasetEvaluator):
         dataset_name: a registered dataset with ``classes`` in its metadata.
         output_dir: for predictions_NAME.jsonl and confusion_NAME.png; None writes nothing.
         distributed: each process has seen a part of the dataset, and the first evaluates all of it.
+        num_classes: of the model, as of :func:`class_names`.
     """
 
-    def __init__(self, dataset_name: str, output_dir: str | None = None, distributed: bool = True) -> None:
+    def __init__(
+        self,
+        dataset_name: str,
+        output_dir: str | None = None,
+        distributed: bool = True,
+        num_classes: int = 0,
+    ) -> None:
         self._name = dataset_name
-        self._classes = class_names(dataset_name)
+        self._classes = class_names(dataset_name, num_classes)
         self._output_dir = output_dir
         self._distributed = distributed
         self._seen: dict[int, _Seen] = {}
@@ -137,11 +146,11 @@ class TopKEvaluator(DatasetEvaluator):
         with by_the_way(f"Predictions and confusions of {self._name} are not written"):
             os.makedirs(self._output_dir, exist_ok=True)
             write_bytes(
-                Path(self._output_dir, f"predictions_{self._name}.jsonl"),
+                Path(self._output_dir, f"predictions_{file_name_of(self._name)}.jsonl"),
                 "".join(lines).encode(),
             )
             write_bytes(
-                Path(self._output_dir, f"confusion_{self._name}.png"),
+                Path(self._output_dir, f"confusion_{file_name_of(self._name)}.png"),
                 cv2.imencode(".png", picture)[1].tobytes(),
             )
 
@@ -160,12 +169,20 @@ class TopKEvaluator(DatasetEvaluator):
         return {**document, "bad": video.bad} if video.bad else document
 
 
-def class_names(dataset_name: str) -> list[str]:
-    """Names of a registered dataset's classes; it is loaded if it has not been."""
+def class_names(dataset_name: str, num_classes: int = 0) -> list[str]:
+    """Names of a registered dataset's classes; it is loaded if it has not been.
+
+    Args:
+        num_classes: of the model. A list of numbers without names has classes up to its highest label, and gets those
+            that it has no video of.
+    """
     facts = MetadataCatalog.get(dataset_name)
     if facts.get("classes", None) is None:
         DatasetCatalog.get(dataset_name)
-    return [str(name) for name in facts.classes]
+    names = [str(name) for name in facts.classes]
+    if only_numbered(names):
+        names += [str(label) for label in range(len(names), num_classes)]
+    return names
 
 
 def confusion_counts(videos: Sequence[_Seen], classes: int) -> np.ndarray:

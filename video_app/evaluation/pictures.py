@@ -34,7 +34,7 @@ def write_contact_sheet(cfg: CfgNode, model: nn.Module, dataset_name: str, count
     Returns:
         Path of ``OUTPUT_DIR/inference/predictions_NAME.jpg``, or None.
     """
-    classes = class_names(dataset_name)
+    classes = class_names(dataset_name, cfg.MODEL.VIDEO_HEAD.NUM_CLASSES)
     mapper = ClipMapper.from_config(cfg, is_train=False)
 
     def strip(item: dict[str, Any], result: dict[str, Any]) -> np.ndarray:

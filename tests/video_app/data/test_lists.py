@@ -18,7 +18,7 @@ from video_app.clips.bad_clips import read_bad_clips
 from video_app.clips.mapper import ClipMapper
 from video_app.config import add_video_config
 from video_app.data import builtin, load_video_folder, load_video_list
-from video_app.data.lists import folder_list, read_kinetics_csv, read_list
+from video_app.data.lists import folder_list, read_kinetics_csv, read_list, videos_below
 from video_app.data.prepare import prepare_datasets
 from video_app.prepare import main
 
@@ -277,6 +277,71 @@ def test_a_checked_list_keeps_its_class_names(tmp_path: Path, video: Path) -> No
     assert (tmp_path / "out/classes.txt").read_text() == "jump\nrun\n"
     with pytest.raises(SystemExit, match="other classes"):
         prepare("yours")
+
+
+def test_a_list_is_not_written_over_the_one_that_is_checked(tmp_path: Path, video: Path) -> None:
+    """Its bad videos would lose their labels."""
+    shutil.copy(video, tmp_path / "a.mp4")
+    (tmp_path / "bad.mp4").touch()
+    text = "# mine\na.mp4 0\nbad.mp4 3\n"
+    (tmp_path / "train.txt").write_text(text)
+    call = ["list", "--list", str(tmp_path / "train.txt"), "--videos", str(tmp_path), "--workers", "1"]
+    with pytest.raises(SystemExit, match="would be written over; choose another --output or --name"):
+        main([*call, "--output", str(tmp_path)])
+    assert (tmp_path / "train.txt").read_text() == text
+    main([*call, "--output", str(tmp_path), "--name", "good"])
+    assert (tmp_path / "good.txt").read_text() == "a.mp4 0\n"
+    assert (tmp_path / "good_bad.txt").read_text().startswith("bad.mp4\t3\t")
+
+
+def test_what_took_too_long_is_looked_at_again_with_more_time(tmp_path: Path, video: Path) -> None:
+    (tmp_path / "list.txt").write_text(f"{video.name} 0\n")
+    call = ["list", "--list", str(tmp_path / "list.txt"), "--videos", str(video.parent), "--workers", "1"]
+    call += ["--output", str(tmp_path / "out")]
+    known = {"bytes": video.stat().st_size, "changed_ns": video.stat().st_mtime_ns}
+    how = {"reader": "auto", "timeout_s": 1.0}
+    (tmp_path / "out").mkdir()
+    journal = tmp_path / "out/list_checked.jsonl"
+    journal.write_text(
+        json.dumps({"path": video.name, "error": "took longer than 1 s", **known, **how}) + "\n"
+    )
+    with pytest.raises(SystemExit, match="none of the videos can be read"):
+        main([*call, "--timeout", "1"])
+    main([*call, "--timeout", "60"])
+    assert (tmp_path / "out/list.txt").read_text() == f"{video.name} 0\n"
+
+
+def test_folders_may_be_links(tmp_path: Path) -> None:
+    for name in ("real/a.mp4", "frames/v1/0.jpg", "here/x"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    (tmp_path / "here/videos").symlink_to(tmp_path / "real")
+    (tmp_path / "here/pictures").symlink_to(tmp_path / "frames")
+    (tmp_path / "here/up").symlink_to(tmp_path)  # would have no end
+    found = sorted(path.removeprefix(str(tmp_path)) for path in videos_below(tmp_path / "here"))
+    assert found == ["/here/pictures/v1", "/here/videos/a.mp4"]
+
+
+@pytest.mark.parametrize("train", [True, False])
+def test_numbers_of_a_test_list_without_the_highest_class(
+    cfg: CfgNode, tmp_path: Path, video: Path, train: bool
+) -> None:
+    for name, labels in (("t_ten", (0, 9)), ("t_nine", (0, 8))):
+        (tmp_path / f"{name}.txt").write_text("".join(f"{video} {label}\n" for label in labels))
+    entries = [
+        {"name": f"{name}_{train}", "type": "video_list", "list": str(tmp_path / f"{name}.txt")}
+        for name in ("t_ten", "t_nine")
+    ]
+    cfg.DATASETS.REGISTER, cfg.DATALOADER.ASPECT_RATIO_GROUPING = entries, False
+    cfg.DATASETS.TRAIN, cfg.DATASETS.TEST = (f"t_ten_{train}",), (f"t_nine_{train}",)
+    cfg.MODEL.VIDEO_HEAD.NUM_CLASSES = -1
+    trained = cfg.clone()
+    prepare_datasets(cfg, train=train)
+    assert cfg.MODEL.VIDEO_HEAD.NUM_CLASSES == 10
+    # From config.yaml of a run, on a machine without the training list.
+    trained.MODEL.VIDEO_HEAD.NUM_CLASSES, trained.DATASETS.TRAIN = 10, ()
+    prepare_datasets(trained, train=False)
+    assert trained.MODEL.VIDEO_HEAD.NUM_CLASSES == 10
 
 
 def test_a_bad_list_in_a_folder_that_cannot_be(tmp_path: Path) -> None:

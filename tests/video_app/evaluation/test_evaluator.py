@@ -126,6 +126,25 @@ def test_bad_videos_count_as_wrong_and_are_counted(register: Register, tmp_path:
     assert cells == [[247, 251, 255], [8, 48, 107], [247, 251, 255]]
 
 
+def test_a_list_of_numbers_that_lacks_the_highest_class(tmp_path: Path) -> None:
+    """Trained on ten classes, tested on videos of nine: the training ended with an error."""
+    name = "my/numbers"
+    DatasetCatalog.register(name, lambda: [])
+    MetadataCatalog.get(name).classes = ["0", "1"]
+    try:
+        with pytest.raises(ValueError, match="has 2 classes"):
+            result_of(TopKEvaluator(name), [1], [[0.1, 0.2, 0.7]])
+        evaluator = TopKEvaluator(name, str(tmp_path), num_classes=3)
+        assert result_of(evaluator, [1, 0], [[0.1, 0.2, 0.7], [0.5, 0.2, 0.3]])["top1"] == 50.0
+    finally:
+        DatasetCatalog.remove(name)
+        MetadataCatalog.remove(name)
+    # A name may have characters that a file name has not.
+    lines = (tmp_path / "predictions_my_numbers.jsonl").read_text().splitlines()
+    assert json.loads(lines[0])["top5"][0]["class"] == "2" and len(lines) == 2
+    assert (tmp_path / "confusion_my_numbers.png").is_file()
+
+
 def test_a_video_that_comes_twice_counts_once(register: Register) -> None:
     evaluator = TopKEvaluator(register(2))
     evaluator.reset()
