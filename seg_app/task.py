@@ -43,7 +43,8 @@ class SegmentationTask:
     def generated_batch(self, cfg: CfgNode, count: int) -> list[dict[str, Any]]:
         from d2_frozen.data.generated import generated_label_batch, training_side
 
-        return generated_label_batch(training_side(cfg), count, cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES)
+        classes, channels = cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES, len(cfg.MODEL.PIXEL_MEAN)
+        return generated_label_batch(training_side(cfg), count, classes, channels)
 
     def data_view(self, cfg: CfgNode) -> DataView:
         from seg_app.data_view import SegmentationData

@@ -44,6 +44,11 @@ class SegmentationTrainer(FrozenTrainer):
     @classmethod
     def check_testing(cls, cfg: CfgNode, model: nn.Module) -> None:
         """See :class:`FrozenTrainer`."""
+        if not getattr(model, "semantic_on", True):
+            raise ValueError(
+                "MODEL.MASK_FORMER.TEST.SEMANTIC_ON is False, but it is what is evaluated; set it to True, or "
+                "DATASETS.TEST to ()."
+            )
         if cfg.TEST.AUG.ENABLED:
             MultiScaleModel.from_config(cfg, model)
         else:

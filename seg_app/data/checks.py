@@ -138,11 +138,16 @@ def _check_files(
             )
         ignored = any(ignore_label in present for _, present in results if present is not None)
         report.ignored_label = ignore_label if ignored and values is None else None
-        if training and len(report.classes) == 2 and report.present == {0} and report.ignored_label == 255:
+        if training and len(report.classes) <= 2 and report.present == {0} and report.ignored_label == 255:
+            wanted = "label_values: [0, 255] in the entry makes it the second class"
+            if len(report.classes) == 1:
+                wanted = (
+                    f"classes: [background, {report.classes[0]}] and label_values: [0, 255] make it a class"
+                )
             report.add(
                 "masks in black and white, of which white (255) is ignored",
                 f"{len(records)} images",
-                "label_values: [0, 255] in the entry makes it the second class",
+                wanted,
                 skippable=False,
             )
 

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from d2_frozen.data import entry_type
 from d2_frozen.data.register import read_class_list
+from d2_frozen.files import walk
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
 _IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".ppm")
@@ -74,8 +75,18 @@ def find_pairs(images: str, labels: str, image_suffix: str = "", label_suffix: s
             ("_leftImg8bit.png"); "" stands for the usual extensions.
     """
     doubles: list[str] = []
-    image_of = _by_stem(images, (image_suffix,) if image_suffix else _IMAGE_SUFFIXES, doubles)
-    label_of = _by_stem(labels, (label_suffix,) if label_suffix else _LABEL_SUFFIXES, doubles)
+    # One folder may lie in the other, or be the same, where a suffix says which files are label maps.
+    inside = os.path.join(images, "") if images.startswith(os.path.join(labels, "")) else None
+    label_of = _by_stem(
+        labels,
+        (label_suffix,) if label_suffix else _LABEL_SUFFIXES,
+        doubles,
+        lambda path: inside is not None and path.startswith(inside),
+    )
+    taken = set(label_of.values()) if label_suffix or images != labels else set()
+    image_of = _by_stem(
+        images, (image_suffix,) if image_suffix else _IMAGE_SUFFIXES, doubles, taken.__contains__
+    )
     both = sorted(image_of.keys() & label_of.keys())
     return Pairs(
         [(image_of[stem], label_of[stem]) for stem in both],
@@ -85,15 +96,16 @@ def find_pairs(images: str, labels: str, image_suffix: str = "", label_suffix: s
     )
 
 
-def _by_stem(folder: str, suffixes: Sequence[str], doubles: list[str]) -> dict[str, str]:
+def _by_stem(
+    folder: str, suffixes: Sequence[str], doubles: list[str], is_other: Callable[[str], bool]
+) -> dict[str, str]:
     found: dict[str, str] = {}
-    for parent, folders, names in os.walk(folder, followlinks=True):
-        folders.sort()
-        for name in sorted(names):
+    for parent, _, names in walk(folder):
+        for name in names:
             suffix = next((s for s in suffixes if name.lower().endswith(s.lower())), None)
-            if suffix is None or name.startswith("."):
-                continue
             path = os.path.join(parent, name)
+            if suffix is None or name.startswith(".") or is_other(path):
+                continue
             stem = os.path.relpath(path, folder)[: -len(suffix)].replace(os.sep, "/")
             if stem in found:
                 doubles.append(path)

@@ -20,6 +20,7 @@ from tabulate import tabulate
 
 from d2_frozen.confusion import confusion_picture, mostly_taken_for
 from d2_frozen.data.label_maps import read_label_map
+from d2_frozen.data.written import file_name_of
 from d2_frozen.files import by_the_way, write_bytes
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.evaluation import SemSegEvaluator
@@ -82,7 +83,8 @@ class LabelMapEvaluator(SemSegEvaluator):
         if self._output_dir:
             picture = cv2.imencode(".png", confusion_picture(self._classes, counts)[..., ::-1])[1]
             with by_the_way(f"The picture of {self._name}'s confusions is not written"):
-                write_bytes(Path(self._output_dir, f"confusion_{self._name}.png"), picture.tobytes())
+                path = Path(self._output_dir, f"confusion_{file_name_of(self._name)}.png")
+                write_bytes(path, picture.tobytes())
         return results
 
 

@@ -53,6 +53,7 @@ def test_test_time_augmentation_and_windows(flags: Flags) -> None:
     [
         (["TEST.SLIDING_WINDOW.OVERLAP", "1.5"], "TEST.SLIDING_WINDOW: SIZE 0, OVERLAP 1.5"),
         (["TEST.AUG.ENABLED", "True", "TEST.AUG.MIN_SIZES", "()"], "TEST.AUG.MIN_SIZES is empty"),
+        (["MODEL.MASK_FORMER.TEST.SEMANTIC_ON", "False"], "MASK_FORMER.TEST.SEMANTIC_ON is False"),
     ],
 )
 def test_settings_of_testing_are_looked_at_before_training(

@@ -67,6 +67,10 @@ def test_masks_in_black_and_white_do_not_train_on_black_alone(label_folders, tmp
     cfg.DATASETS.TRAIN, cfg.DATASETS.TEST = (), ("mine_train",)
     prepare_datasets(cfg)
     assert "have no pixel: crack; 255 occurs, and is ignored." in caplog.text
+    cfg = config_of(*folders, tmp_path, name="mine_alone", classes=["crack"])
+    cfg.DATASETS.TRAIN = ("mine_alone",)
+    with pytest.raises(BadDataError, match=r"classes: \[background, crack\] and label_values: \[0, 255\]"):
+        prepare_datasets(cfg)
     cfg = config_of(
         *folders, tmp_path, name="mine_bw", classes=["background", "crack"], label_values=[0, 255]
     )
@@ -81,6 +85,28 @@ def test_names_that_differ_in_their_ends(label_folders, tmp_path: Path) -> None:
     (labels / "a.png").rename(labels / "a_mask.png")
     with pytest.raises(BadDataError, match="give image_suffix and label_suffix"):
         prepare_datasets(config_of(images, labels, tmp_path, classes=["a", "b", "c"]))
+
+
+@pytest.mark.parametrize("layout", ["beside", "label maps inside", "images inside"])
+def test_images_and_label_maps_in_one_tree(layout: str, label_folders, tmp_path: Path) -> None:
+    """Label maps were taken for images that have none, or images for label maps."""
+    images, labels = label_folders({"a": GOOD, "b": GOOD})
+    suffixes = {}
+    if layout == "beside":
+        for path in sorted(labels.iterdir()):
+            path.rename(images / f"{path.stem}_mask.png")
+        labels, suffixes = images, {"image_suffix": ".png", "label_suffix": "_mask.png"}
+    elif layout == "label maps inside":
+        labels = labels.rename(images / "masks")
+    else:
+        images = images.rename(labels / "photos")
+    name = f"mine_{layout.replace(' ', '_')}"
+    cfg = config_of(images, labels, tmp_path, name=name, classes=["a", "b", "c"], **suffixes)
+    cfg.DATASETS.TRAIN = (name,)
+    prepare_datasets(cfg)
+    found = [(r["file_name"], r["sem_seg_file_name"]) for r in DatasetCatalog.get(name)]
+    end = "_mask.png" if layout == "beside" else ".png"
+    assert found == [(str(images / f"{stem}.png"), str(labels / f"{stem}{end}")) for stem in "ab"]
 
 
 def test_another_class_count_or_none_at_all_is_an_error(label_folders, tmp_path: Path) -> None:
