@@ -16,7 +16,9 @@ _SEED = 0
 _PATCHES_PER_SIDE = 3
 
 
-def generated_batch(size: int, count: int, num_classes: int, objects: int = 8) -> list[dict[str, Any]]:
+def generated_batch(
+    size: int, count: int, num_classes: int, objects: int = 8, channels: int = 3
+) -> list[dict[str, Any]]:
     """Blurred noise with octagons on it, as DatasetMapper would give it.
 
     Args:
@@ -25,7 +27,7 @@ def generated_batch(size: int, count: int, num_classes: int, objects: int = 8) -
     draw = np.random.default_rng(_SEED)
     batch = []
     for _ in range(count):
-        image = blurred_noise(draw, size)
+        image = blurred_noise(draw, size, channels)
         truth = Instances((size, size))
         side = draw.uniform(size / 16, size / 2, (objects, 1))
         center = side / 2 + draw.uniform(0, 1, (objects, 2)) * (size - side)
@@ -40,7 +42,7 @@ def generated_batch(size: int, count: int, num_classes: int, objects: int = 8) -
     return batch
 
 
-def generated_label_batch(size: int, count: int, num_classes: int) -> list[dict[str, Any]]:
+def generated_label_batch(size: int, count: int, num_classes: int, channels: int = 3) -> list[dict[str, Any]]:
     """Blurred noise, and a class for each pixel, in 3 x 3 patches."""
     draw = np.random.default_rng(_SEED)
     batch = []
@@ -48,13 +50,15 @@ def generated_label_batch(size: int, count: int, num_classes: int) -> list[dict[
         coarse = draw.integers(0, num_classes, (_PATCHES_PER_SIDE, _PATCHES_PER_SIDE))
         place = np.arange(size) * _PATCHES_PER_SIDE // size
         labels = torch.from_numpy(coarse[place][:, place])
-        batch.append({"image": blurred_noise(draw, size), "height": size, "width": size, "sem_seg": labels})
+        image = blurred_noise(draw, size, channels)
+        batch.append({"image": image, "height": size, "width": size, "sem_seg": labels})
     return batch
 
 
-def blurred_noise(draw: np.random.Generator, size: int) -> torch.Tensor:
-    """(3, size, size) uint8."""
-    coarse = torch.from_numpy(draw.uniform(0, 255, (1, 3, max(1, size // 16), max(1, size // 16)))).float()
+def blurred_noise(draw: np.random.Generator, size: int, channels: int = 3) -> torch.Tensor:
+    """(channels, size, size) uint8."""
+    squares = max(1, size // 16)
+    coarse = torch.from_numpy(draw.uniform(0, 255, (1, channels, squares, squares))).float()
     return torch.nn.functional.interpolate(coarse, (size, size), mode="bilinear")[0].to(torch.uint8)
 
 

@@ -47,7 +47,8 @@ class DetectionTask:
         # An untrained network proposes nothing that fits an object, so that only the objects themselves are positive
         # RoIs. A trained one proposes up to this share, which mask heads then work on.
         positive = max(1, round(heads.BATCH_SIZE_PER_IMAGE * heads.POSITIVE_FRACTION))
-        batch = generated_batch(training_side(cfg), count, heads.NUM_CLASSES, positive)
+        channels = len(cfg.MODEL.PIXEL_MEAN)
+        batch = generated_batch(training_side(cfg), count, heads.NUM_CLASSES, positive, channels)
         if cfg.MODEL.HTC.SEMANTIC_ON:
             for sample in batch:
                 sample["sem_seg"] = sample["image"][0].long() % cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES

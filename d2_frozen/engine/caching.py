@@ -16,11 +16,15 @@ from d2_frozen.caching.features import DTYPES
 from d2_frozen.caching.keys import canonical
 from d2_frozen.caching.store import gib
 from d2_frozen.data.loader import TrainLoader
-from detectron2.config import CfgNode
+from d2_frozen.tasks import task_of
+from detectron2.config import CfgNode, get_cfg
 from detectron2.engine import HookBase
 from detectron2.utils import comm
 
 logger = logging.getLogger(__name__)
+
+# Builders of Detectron2 that MODEL.RESNETS shapes.
+_RESNETS = ("build_resnet_backbone",)
 
 
 def check_cache_settings(cfg: CfgNode) -> None:
@@ -213,9 +217,26 @@ class CacheReport(HookBase):
 
 def _network_settings(cfg: CfgNode) -> str:
     """What shapes a bottom-up network without being among its weights."""
-    unimportant = ("PRETRAINED", "DROP_PATH_RATE")
-    if cfg.MODEL.FROZEN.BOTTOM_UP == "build_timm_backbone":
-        node = {key: value for key, value in cfg.MODEL.TIMM.items() if key not in unimportant}
-    else:
+    builder = cfg.MODEL.FROZEN.BOTTOM_UP
+    timm = {
+        key: value for key, value in cfg.MODEL.TIMM.items() if key not in ("PRETRAINED", "DROP_PATH_RATE")
+    }
+    if builder == "build_timm_backbone":
+        node = timm
+    elif builder in _RESNETS:
         node = dict(cfg.MODEL.RESNETS)
-    return f"{cfg.MODEL.FROZEN.BOTTOM_UP} {canonical(node)}"
+    else:  # of a network of the user's own, keys that are the user's own may be settings
+        known = task_of(cfg).add_config(get_cfg())
+        node = {"TIMM": timm, "RESNETS": dict(cfg.MODEL.RESNETS), "others": _keys_beside(cfg, known)}
+    return f"{builder} {canonical(node)}"
+
+
+def _keys_beside(node: CfgNode, known: CfgNode) -> dict[str, Any]:
+    """What ``node`` has and ``known`` has not, with the names of the nodes that it is in."""
+    found: dict[str, Any] = {}
+    for key, value in node.items():
+        if key not in known:
+            found[key] = value
+        elif isinstance(value, CfgNode) and isinstance(known[key], CfgNode):
+            found |= {f"{key}.{name}": one for name, one in _keys_beside(value, known[key]).items()}
+    return found

@@ -60,7 +60,7 @@ class SeedEachIteration(HookBase):
 class KeepNewestCheckpoints(HookBase):
     """Remove older periodic checkpoints (``model_0004999.pth``) of a run, those of before an interruption too.
 
-    Must come after the hook that writes them.
+    Must come after the hook that writes them. Those of later iterations are of another run in this folder, and stay.
 
     Args:
         folder: of the run.
@@ -73,10 +73,11 @@ class KeepNewestCheckpoints(HookBase):
         self.folder, self.kept = Path(folder), kept
 
     def after_step(self) -> None:
-        if comm.is_main_process() and (self.folder / f"model_{self.trainer.iter:07d}.pth").exists():
+        newest = self.folder / f"model_{self.trainer.iter:07d}.pth"
+        if comm.is_main_process() and newest.exists():
             written = sorted(self.folder.glob("model_" + "[0-9]" * 7 + ".pth"))
             with by_the_way("An older checkpoint is not removed"):
-                for path in written[: -self.kept]:
+                for path in written[: written.index(newest) + 1][: -self.kept]:
                     path.unlink(missing_ok=True)
 
 

@@ -12,6 +12,7 @@ import numpy as np
 from PIL import Image
 
 from d2_frozen.data.checks import more_than_8_bits
+from d2_frozen.files import walk
 from detectron2.data import detection_utils
 
 PICTURES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".ppm", ".pgm", ".gif", ".jfif")
@@ -73,7 +74,12 @@ def find_items(inputs: Sequence[str | Path], output: str | Path | None = None) -
                     f"{given} is both an input and the folder for results. Choose another --output, such as "
                     f"{given / 'predictions'}."
                 )
-            inside = sorted(path for path in given.rglob("*") if _is_media(path, given))
+            inside = sorted(
+                path
+                for place, _, names in walk(given)
+                for name in names
+                if _is_media(path := Path(place, name))
+            )
             if results is not None and given.resolve() in results.parents:
                 inside = [path for path in inside if results not in path.resolve().parents]
             if not inside:
@@ -109,9 +115,8 @@ def read_picture(path: Path) -> np.ndarray:
     return np.ascontiguousarray(detection_utils.read_image(str(path), format="RGB"))
 
 
-def _is_media(path: Path, root: Path) -> bool:
-    hidden = any(part.startswith(".") for part in path.relative_to(root).parts)
-    return not hidden and path.suffix.lower() in PICTURES + VIDEOS and path.is_file()
+def _is_media(path: Path) -> bool:
+    return not path.name.startswith(".") and path.suffix.lower() in PICTURES + VIDEOS and path.is_file()
 
 
 def _named(found: list[tuple[Path, str]]) -> list[Item]:

@@ -14,6 +14,7 @@ from d2_frozen.caching import spaces_in
 from d2_frozen.engine import FrozenTrainer
 from d2_frozen.engine.caching import space_of
 from d2_frozen.train_net import setup
+from detectron2.config import CfgNode
 
 Flags = Callable[..., Namespace]
 VIEWS = ("MODEL.FROZEN.CACHE.VIEWS", "2")
@@ -139,6 +140,21 @@ def test_the_same_weights_in_another_network_have_another_space(flags: Flags, tm
     other.defrost()
     other.MODEL.TIMM.ARGS.window_size = 4
     assert space_of(cfg, model).id != space_of(other, model).id
+
+
+def test_keys_of_ones_own_may_be_settings_of_a_network_of_ones_own(flags: Flags, tmp_path: Path) -> None:
+    """A dilation, say: the same weights, other features. They had one space."""
+    cfg = setup(flags(*VIEWS, "MODEL.FROZEN.CACHE.DIR", str(tmp_path / "cache")))
+    model = FrozenTrainer.build_model(cfg)
+    cfg.defrost()
+    cfg.MODEL.BACKBONE.DILATION, cfg.MINE = 1, CfgNode({"WINDOW": 4})
+    spaces = []
+    for builder in ("build_timm_backbone", "build_mine"):
+        cfg.MODEL.FROZEN.BOTTOM_UP = builder
+        for dilation, window in ((1, 4), (2, 4), (1, 8)):
+            cfg.MODEL.BACKBONE.DILATION, cfg.MINE.WINDOW = dilation, window
+            spaces.append(space_of(cfg, model).id)
+    assert len(set(spaces[:3])) == 1 and len(set(spaces[3:])) == 3
 
 
 @pytest.mark.parametrize(

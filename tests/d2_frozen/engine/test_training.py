@@ -277,6 +277,17 @@ def test_the_newest_checkpoints_stay_also_over_an_interruption(flags: Flags, tmp
     main(flags("--resume", *one))
     left = {path.name for path in (tmp_path / "out").glob("model_*.pth")}
     assert left == {"model_0000005.pth", "model_final.pth"}
+    # Begun anew in the same folder and stopped: what was just written was removed, for its number was the lower one.
+    again = FrozenTrainer(setup(flags(*one)))
+    again.register_hooks([SignalAfter(2, signal.SIGTERM)])
+    again.resume_or_load(resume=False)
+    with pytest.raises(StoppedBySignal):
+        again.train()
+    assert {path.name for path in (tmp_path / "out").glob("model_*.pth")} >= {
+        "model_0000001.pth",
+        "model_0000002.pth",
+    }
+    assert (tmp_path / "out/last_checkpoint").read_text() == "model_0000002.pth"
     with pytest.raises(ValueError, match="CHECKPOINTS_KEPT is -1"):
         FrozenTrainer(setup(flags("SOLVER.CHECKPOINTS_KEPT", "-1")))
 

@@ -300,6 +300,13 @@ def test_inputs_of_equal_names_get_distinct_ones(tmp_path: Path) -> None:
     for name in ("x/a.jpg", "y/a.jpg", "x/a.png", "x/.hidden.jpg", "x/notes.txt", "x/film.MP4"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
+    (tmp_path / "z").mkdir()
+    (tmp_path / "z/link").symlink_to(tmp_path / "x")
+    assert [item.name for item in find_items([tmp_path / "z"])] == [
+        "link/a.jpg",
+        "link/a.png",
+        "link/film.MP4",
+    ]
     items = find_items([tmp_path / "x", tmp_path / "y", tmp_path / "x/a.jpg"])
     assert [item.name for item in items] == ["a.jpg", "a.png", "film.MP4", "y/a.jpg"]
     assert [item.stem for item in items] == ["a.jpg", "a.png", "film", "y/a"]  # two files are called a

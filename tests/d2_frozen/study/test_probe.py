@@ -45,6 +45,11 @@ def job_of(config: str, *options: str) -> Job:
         ("coco/table2/fpn_mask_frozen.yaml", ("INPUT.SCALE_CROP.SIZE", "64"), (3, 64, 64)),
         ("ade20k/table3/encoder_1_decoder_3_frozen.yaml", ("INPUT.CROP.SIZE", "(48, 48)"), (3, 48, 48)),
         (
+            "coco/table2/fpn_mask_frozen.yaml",
+            ("INPUT.SCALE_CROP.SIZE", "64", "MODEL.PIXEL_MEAN", "[120.0]", "MODEL.PIXEL_STD", "[58.0]"),
+            (1, 64, 64),
+        ),
+        (
             "kinetics400/table4/linear_frozen.yaml",
             ("VIDEO.NUM_FRAMES", "2", "VIDEO.CROP_SIZE", "64"),
             (1, 2, 3, 64, 64),
