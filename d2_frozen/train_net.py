@@ -23,6 +23,7 @@ from d2_frozen.files import by_the_way
 from d2_frozen.processes import run_processes
 from detectron2.config import CfgNode
 from detectron2.engine import default_argument_parser, default_setup
+from detectron2.evaluation import verify_results
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 
@@ -99,16 +100,26 @@ def _run(args: argparse.Namespace, cfg: CfgNode) -> dict[str, Any] | None:
         model = evaluation_model(cfg, resume=args.resume)
         measured = evaluate(cfg, model)
         finish(cfg, model, measured, trained=False)
+        _verify(cfg, measured)
         return measured
     trainer = tasks.task_of(cfg).trainer()(cfg)
     trainer.resume_or_load(resume=args.resume)
     if trainer.start_iter >= trainer.max_iter:
         logger.info("Training is already complete at iteration %d.", trainer.start_iter)
-        results: dict[str, Any] | None = evaluate(cfg, trainer.model)
-    else:
-        results = trainer.train()
+        found = evaluate(cfg, trainer.model)
+        trainer.record_last_evaluation(found)
+        finish(cfg, trainer.model, found)
+        _verify(cfg, found)
+        return found
+    results: dict[str, Any] | None = trainer.train()
     finish(cfg, trainer.model, results)
     return results
+
+
+def _verify(cfg: CfgNode, results: dict[str, Any]) -> None:
+    """Detectron2's TEST.EXPECTED_RESULTS: ends the process with 1 where they differ. A training does it itself."""
+    if len(cfg.TEST.EXPECTED_RESULTS) and comm.is_main_process():
+        verify_results(cfg, results)
 
 
 def evaluate(cfg: CfgNode, model: nn.Module) -> dict[str, Any]:

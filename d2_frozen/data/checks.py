@@ -18,6 +18,7 @@ from functools import partial
 from typing import Any
 from urllib.parse import unquote
 
+import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from d2_frozen.cpus import usable_cpus
@@ -442,6 +443,9 @@ def _annotation_fault(
         )
     if annotation.get("iscrowd", 0) not in (0, 1):  # True and False are 1 and 0
         return "iscrowd is neither 0 nor 1", f"iscrowd {annotation['iscrowd']!r}"
+    if annotation.get("ignore", 0) != 0:
+        seen = f"ignore {annotation['ignore']!r}, which COCO's evaluation does not have; iscrowd: 1 is its word for it"
+        return "annotation that is to be ignored", seen
     return None
 
 
@@ -562,11 +566,34 @@ def _rle_fault(rle: dict, width: int, height: int) -> tuple[str, str] | None:
         return "malformed RLE", f"{rle!r:.60}; RLE has size [height, width] and counts"
     if size != [height, width]:
         return "RLE of another size than the image", f"{size}, image [height, width] is {[height, width]}"
-    if isinstance(counts, str):
-        return None
-    if not all(isinstance(c, int) and c >= 0 for c in counts) or sum(counts) != width * height:
+    runs = _runs_of_text(counts) if isinstance(counts, str) else counts
+    if runs is None:
+        return "malformed RLE", f"{rle!r:.60}; the text of counts is none that COCO's compression gives"
+    if not all(isinstance(c, int) and c >= 0 for c in runs) or sum(runs) != width * height:
         return "RLE whose counts do not fill the image", f"sum is not {width * height}"
-    return None if any(counts[1::2]) else ("RLE of an empty mask", "")
+    return None if any(runs[1::2]) else ("RLE of an empty mask", "")
+
+
+def _runs_of_text(text: str) -> list[int] | None:
+    """Lengths of the runs of a compressed RLE; None where the text is none.
+
+    A number is groups of 5 bits, the lowest first, in characters from "0" on: 32 more where another follows, and 16 in
+    the last one is the sign. From the fourth number on it is the difference to the one two before.
+    """
+    codes = np.frombuffer(text.encode(errors="replace"), np.uint8).astype(np.int64) - ord("0")
+    last = (codes & 32) == 0
+    if ((codes < 0) | (codes > 63)).any() or not last[-1]:
+        return None
+    ends = np.flatnonzero(last)
+    starts = np.concatenate(([0], ends[:-1] + 1))
+    if (ends - starts).max() > 6:  # more than 35 bits
+        return None
+    place = np.arange(len(codes)) - np.repeat(starts, ends - starts + 1)
+    numbers = np.add.reduceat((codes & 31) << 5 * place, starts)
+    numbers -= np.where(codes[ends] & 16, 1 << 5 * (place[ends] + 1), 0)
+    numbers[1::2] = np.cumsum(numbers[1::2])
+    numbers[2::2] = np.cumsum(numbers[2::2])
+    return [int(number) for number in numbers]
 
 
 def _check_something_is_left(report: CocoReport, training: bool) -> None:

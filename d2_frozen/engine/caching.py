@@ -114,9 +114,12 @@ def space_of(cfg: CfgNode, model: nn.Module) -> Space:
 
 
 def arithmetic_of(cfg: CfgNode) -> str:
-    """All of MODEL.FROZEN that decides how the forward computes, as text."""
+    """All of the config that decides how the frozen forward computes, as text."""
     others = ("CACHE", "SAVE_FULL_MODEL", "BOTTOM_UP")
-    return canonical({key: value for key, value in cfg.MODEL.FROZEN.items() if key not in others})
+    settings = {key: value for key, value in cfg.MODEL.FROZEN.items() if key not in others}
+    if (precision := cfg.get("FLOAT32_PRECISION", "")) not in ("", "highest"):
+        settings["FLOAT32_PRECISION"] = precision
+    return canonical(settings)
 
 
 def maps_used(model: nn.Module) -> list[str]:

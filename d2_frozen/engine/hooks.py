@@ -96,12 +96,22 @@ class KeepBestCheckpoint(HookBase):
     def __init__(self, checkpointer: Checkpointer, metric: str) -> None:
         self.checkpointer, self.metric = checkpointer, metric
         self._best: float | None = None
+        self._resumed = False
         self._seen_at: int | None = None
         self._told = False
 
+    def state_dict(self) -> dict[str, Any]:
+        return {"best": {self.metric: self._best}}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """A checkpoint says how good its run was; model_best.pth may be of another one in this folder."""
+        self._best, self._resumed = state["best"].get(self.metric), True
+
     def before_train(self) -> None:
         path = Path(self.checkpointer.save_dir, f"{self.FILE}.pth")
-        if self.trainer.start_iter > 0 and path.is_file():
+        if (
+            not self._resumed and self.trainer.start_iter > 0 and path.is_file()
+        ):  # of before checkpoints said it
             try:
                 content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
                 self._best = content["best_metric"].get(self.metric)
@@ -109,13 +119,16 @@ class KeepBestCheckpoint(HookBase):
                 logger.warning("%s does not say how good it is (%s); the best starts anew.", path, err)
 
     def after_step(self) -> None:
-        self._look()
+        self._look(self.trainer.iter)
 
     def after_train(self) -> None:
         if self.trainer.iter + 1 >= self.trainer.max_iter:
-            self._look()
+            self._look(self.trainer.iter - 1)
 
-    def _look(self) -> None:
+    def _look(self, done: int) -> None:
+        """``done`` is the iteration that was trained last."""
+        if not comm.is_main_process():
+            return
         value, evaluated_at = self.trainer.storage.latest().get(self.metric, (math.nan, None))
         if evaluated_at is None:
             self._tell_of_other_metrics()
@@ -127,8 +140,12 @@ class KeepBestCheckpoint(HookBase):
             return
         before, self._best = self._best, float(value)
         with by_the_way(f"{self.FILE}.pth is not written"):
-            best = {self.metric: self._best}
-            self.checkpointer.save(self.FILE, iteration=self.trainer.iter, best_metric=best)
+            now, self.trainer.iter = self.trainer.iter, done
+            try:
+                best = {self.metric: self._best}
+                self.checkpointer.save(self.FILE, iteration=done, best_metric=best)
+            finally:
+                self.trainer.iter = now
             than = "" if before is None else f" (before: {before:.4f})"
             logger.info("%s is %.4f, the best so far%s.", self.metric, value, than)
 

@@ -7,6 +7,7 @@ uninterrupted one; checkpoints hold the trained part; signals and Ctrl-C save an
 from __future__ import annotations
 
 import inspect
+import json
 import logging
 import os
 import weakref
@@ -49,8 +50,9 @@ from detectron2.engine import AMPTrainer, DefaultTrainer, HookBase, SimpleTraine
 from detectron2.engine.defaults import create_ddp_model
 from detectron2.engine.hooks import EvalHook, PeriodicCheckpointer, PeriodicWriter
 from detectron2.evaluation import COCOEvaluator, DatasetEvaluator
+from detectron2.evaluation.testing import flatten_results_dict
 from detectron2.utils import comm
-from detectron2.utils.events import EventWriter, JSONWriter, TensorboardXWriter
+from detectron2.utils.events import EventStorage, EventWriter, JSONWriter, TensorboardXWriter
 
 logger = logging.getLogger(__name__)
 
@@ -159,6 +161,23 @@ class FrozenTrainer(DefaultTrainer):
         super().train()
         return getattr(self, "_last_eval_results", None)
 
+    def record_last_evaluation(self, results: dict[str, Any]) -> None:
+        """What the end of a training does with its evaluation, for one that was complete but interrupted in that.
+
+        Nothing to do where metrics.json has it.
+        """
+        numbers = flatten_results_dict(results or {})
+        path = os.path.join(self.cfg.OUTPUT_DIR, "metrics.json")
+        if not numbers or not comm.is_main_process() or _has_evaluation(path, self.start_iter, numbers):
+            return
+        self.iter = self.start_iter
+        with EventStorage(self.iter) as self.storage:
+            self.storage.put_scalars(**numbers, smoothing_hint=False)
+            for hook in self._hooks:
+                if isinstance(hook, KeepBestCheckpoint | PeriodicWriter):
+                    hook.before_train()
+                    hook.after_train()
+
     def run_step(self) -> None:
         """One iteration. Where a GPU has too little memory for it, the log says what would need less."""
         try:
@@ -197,7 +216,7 @@ class FrozenTrainer(DefaultTrainer):
         evaluated: list[HookBase] = []
         if self.cfg.TEST.AUG.ENABLED:
             evaluated.append(EvalHook(0, self._test_with_augmentation))
-        if self.cfg.SOLVER.BEST_CHECKPOINT and comm.is_main_process():
+        if self.cfg.SOLVER.BEST_CHECKPOINT:
             evaluated.append(KeepBestCheckpoint(self.checkpointer, self.cfg.SOLVER.BEST_CHECKPOINT))
         writers = [i for i, hook in enumerate(hooks) if isinstance(hook, PeriodicWriter)]
         place = writers[0] if writers else len(hooks)
@@ -312,6 +331,15 @@ class FrozenTrainer(DefaultTrainer):
         if cfg.MODEL.KEYPOINT_ON:  # an installed Detectron2 has heads for them
             found, keypoints = (*found, "keypoints"), {"kpt_oks_sigmas": cfg.TEST.KEYPOINT_OKS_SIGMAS}
         return COCOEvaluator(dataset_name, tasks=found, distributed=True, output_dir=folder, **keypoints)
+
+
+def _has_evaluation(path: str, iteration: int, numbers: dict[str, Any]) -> bool:
+    try:
+        with open(path, encoding="utf-8") as file:
+            last = json.loads(list(file)[-1])
+    except (OSError, IndexError, ValueError):
+        return False
+    return last.get("iteration") == iteration and not numbers.keys().isdisjoint(last)
 
 
 def facts_for_prediction(cfg: CfgNode) -> dict[str, Any]:

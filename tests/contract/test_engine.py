@@ -354,6 +354,20 @@ def test_flags():
     assert args.opts == ["SOLVER.BASE_LR", "0.1"]
 
 
+def test_the_precision_of_float32_products_is_set(tmp_path: Path):
+    before = torch.get_float32_matmul_precision()
+    try:
+        for wanted, found in (("medium", "medium"), ("", "medium"), ("highest", "highest")):
+            cfg = get_cfg()
+            cfg.OUTPUT_DIR, cfg.FLOAT32_PRECISION = str(tmp_path / "out"), wanted
+            default_setup(cfg, default_argument_parser().parse_args([]))
+            assert torch.get_float32_matmul_precision() == found
+    finally:
+        torch.set_float32_matmul_precision(before)
+        for name in ("detectron2", "fvcore"):
+            logging.getLogger(name).handlers.clear()
+
+
 def test_default_setup_records_the_run(tmp_path: Path):
     cfg = get_cfg()
     cfg.OUTPUT_DIR = str(tmp_path / "out")

@@ -12,7 +12,8 @@ from torch import nn
 
 import detectron2
 from detectron2.checkpoint import DetectionCheckpointer
-from detectron2.engine import AMPTrainer, HookBase, hooks, launch
+from detectron2.config import get_cfg
+from detectron2.engine import AMPTrainer, HookBase, default_argument_parser, default_setup, hooks, launch
 from detectron2.utils.logger import setup_logger
 
 if not hasattr(detectron2, "EMBEDDED_IN"):
@@ -30,6 +31,13 @@ def test_amp_is_that_of_the_device_of_what_trains():
     model = nn.Sequential(nn.Linear(4, 4, device="meta").requires_grad_(False), nn.Linear(4, 1))
     trainer = AMPTrainer(model, [], torch.optim.SGD(model[1].parameters(), lr=0.1))
     assert trainer.device_type == "cpu" and trainer.precision is torch.bfloat16
+
+
+def test_a_precision_that_is_none_is_told_before_anything_runs(tmp_path: Path):
+    cfg = get_cfg()
+    cfg.OUTPUT_DIR, cfg.FLOAT32_PRECISION = str(tmp_path), "tf32"
+    with pytest.raises(ValueError, match=r"FLOAT32_PRECISION is 'tf32'; choose highest, high or medium"):
+        default_setup(cfg, default_argument_parser().parse_args([]))
 
 
 def test_amp_on_cpu_is_bfloat16_and_needs_no_scaling():

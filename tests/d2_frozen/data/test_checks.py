@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from pycocotools import mask as mask_util
 
 from d2_frozen.data import BadDataError, build_train_loader, prepare_datasets, resolve_num_classes
-from d2_frozen.data.checks import check_coco
+from d2_frozen.data.checks import _runs_of_text, check_coco
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
 WIDTH, HEIGHT = 20, 10
@@ -65,6 +66,11 @@ def rle(size=(HEIGHT, WIDTH), counts=(5, 10, 185)):
     return {"size": list(size), "counts": list(counts)}
 
 
+def compressed(mask):
+    """As pycocotools and most tools write it: counts are text."""
+    return {"size": [HEIGHT, WIDTH], "counts": mask_util.encode(np.asfortranarray(mask))["counts"].decode()}
+
+
 FAULTS = {
     "bbox is not four numbers": [{"bbox": [1, 2, 3]}, {"bbox": None}, {"bbox": [1, 2, 3, "4"]}],
     "bbox has NaN or infinity": [{"bbox": [1, float("nan"), 3, 4]}, {"bbox": [1, 1, float("inf"), 4]}],
@@ -79,6 +85,7 @@ FAULTS = {
     "annotation of an image that is not listed": [{"image_id": 99}],
     "duplicate annotation id": [{"id": 11}],
     "annotation without a whole number or text as its id": [{"id": None}, {"id": 22.0}],
+    "annotation that is to be ignored": [{"ignore": 1}],
     "iscrowd is neither 0 nor 1": [{"iscrowd": "0"}, {"iscrowd": None}],
     "no segmentation, but MODEL.MASK_ON is True": [{"segmentation": []}, {"segmentation": None}],
     "segmentation is neither polygons nor RLE": [{"segmentation": "x"}],
@@ -87,10 +94,22 @@ FAULTS = {
     "malformed polygon": [{"segmentation": ["x"]}, {"segmentation": [[1, 1, 5, "1", 5, 5]]}],
     "segmentation is one polygon instead of a list of them": [{"segmentation": [1, 1, 5, 1, 5, 5.5]}],
     "polygon with NaN or infinity": [{"segmentation": [[1, 1, 5, float("nan"), 5, 5]]}],
-    "malformed RLE": [{"segmentation": {"counts": [1]}}],
+    "malformed RLE": [
+        {"segmentation": {"counts": [1]}},
+        {"segmentation": {"size": [HEIGHT, WIDTH], "counts": "zzzzabc!!~~"}},
+        {"segmentation": {"size": [HEIGHT, WIDTH], "counts": "04é"}},
+        {"segmentation": {"size": [HEIGHT, WIDTH], "counts": "ooooooooooo0"}},
+    ],
     "RLE of another size than the image": [{"segmentation": rle(size=(WIDTH, HEIGHT))}],
-    "RLE whose counts do not fill the image": [{"segmentation": rle(counts=(5, 10))}],
-    "RLE of an empty mask": [{"segmentation": rle(counts=(200,))}],
+    "RLE whose counts do not fill the image": [
+        {"segmentation": rle(counts=(5, 10))},
+        {"segmentation": {"size": [HEIGHT, WIDTH], "counts": "04<"}},
+        {"segmentation": {**compressed(np.eye(7, dtype=np.uint8)), "size": [HEIGHT, WIDTH]}},
+    ],
+    "RLE of an empty mask": [
+        {"segmentation": rle(counts=(200,))},
+        {"segmentation": compressed(np.zeros((HEIGHT, WIDTH), np.uint8))},
+    ],
 }
 
 
@@ -135,8 +154,23 @@ def test_masks_are_ignored_where_none_are_used(check, world):
 
 def test_rle_and_crowd_are_fine(check, world):
     world["annotations"][0] |= {"segmentation": rle(), "iscrowd": 1}
-    world["annotations"][1] |= {"segmentation": {"size": [HEIGHT, WIDTH], "counts": "04<"}}
+    world["annotations"][1] |= {
+        "segmentation": compressed(np.eye(HEIGHT, WIDTH, dtype=np.uint8)),
+        "ignore": 0,
+    }
     assert kinds(check()) == []
+
+
+@pytest.mark.parametrize("height, width", [(HEIGHT, WIDTH), (1, 1), (700, 900)])
+@pytest.mark.parametrize("share", [0.0, 0.01, 0.5, 1.0])
+def test_runs_of_compressed_masks_are_those_of_the_mask(height, width, share):
+    """Down the columns, background first; differences between runs may be negative and of several characters."""
+    mask = np.random.default_rng(0).random((height, width)) < share
+    mask[: height // 2] = mask[: height // 2, :1]
+    flat = mask.ravel(order="F")
+    changes = np.flatnonzero(np.diff(flat, prepend=False))
+    text = mask_util.encode(np.asfortranarray(mask.astype(np.uint8)))["counts"].decode()
+    assert _runs_of_text(text) == np.diff([0, *changes, flat.size]).tolist()
 
 
 def save_sideways(path, size):

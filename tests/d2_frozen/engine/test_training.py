@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -124,6 +125,18 @@ def test_a_loader_overridden_as_in_detectron2_trains_and_says_that_a_resumed_run
         trainer.train()
         assert trainer.iter == iterations
         assert ("data begins anew" in caplog.text) == (iterations == 3)
+
+
+def test_expected_results_are_compared_without_a_training_too(flags: Flags, tmp_path: Path) -> None:
+    """As in Detectron2: a test job of one's own counts on the exit code."""
+    measured = main(flags("SOLVER.MAX_ITER", "1"))
+    weights = ("MODEL.WEIGHTS", str(tmp_path / "out" / "model_final.pth"))
+    right, wrong = (f"[['bbox','AP',{measured['bbox']['AP'] + more},0.1]]" for more in (0.0, 50.0))
+    main(flags("--eval-only", *weights, "TEST.EXPECTED_RESULTS", right))
+    for call in (("--eval-only", *weights), ("--resume", "SOLVER.MAX_ITER", "1")):
+        with pytest.raises(SystemExit) as ended:
+            main(flags(*call, "TEST.EXPECTED_RESULTS", wrong))
+        assert ended.value.code == 1
 
 
 def test_eval_only_repeats_the_result_to_the_last_digit(flags: Flags, tmp_path: Path) -> None:
@@ -292,6 +305,38 @@ def test_the_newest_checkpoints_stay_also_over_an_interruption(flags: Flags, tmp
         FrozenTrainer(setup(flags("SOLVER.CHECKPOINTS_KEPT", "-1")))
 
 
+def test_a_last_evaluation_that_was_interrupted_is_made_up_for(flags: Flags, tmp_path: Path) -> None:
+    """--resume of a complete run printed it only. And the best model of the end is of the last iteration, not after."""
+
+    class Graded(FrozenTrainer):
+        scores = iter([20.0, KeyboardInterrupt, 40.0, 40.0])
+
+        @classmethod
+        def test(cls, cfg: CfgNode, model: nn.Module, evaluators: Any = None) -> dict:
+            score = next(cls.scores)
+            if score is KeyboardInterrupt:
+                raise KeyboardInterrupt
+            return {"bbox": {"AP": score}}
+
+    options = ("TEST.EVAL_PERIOD", "4", "SOLVER.BEST_CHECKPOINT", "bbox/AP")
+    with pytest.raises(KeyboardInterrupt):
+        Graded(setup(flags(*options))).train()
+    for _ in range(2):  # a second time changes nothing
+        trainer = Graded(setup(flags("--resume", *options)))
+        trainer.resume_or_load(resume=True)
+        assert trainer.start_iter == trainer.max_iter == 6
+        trainer.record_last_evaluation(trainer.test(trainer.cfg, trainer.model))
+        rows = [json.loads(line) for line in (tmp_path / "out/metrics.json").read_text().splitlines()]
+        assert [(row["iteration"], row["bbox/AP"]) for row in rows if "bbox/AP" in row] == [
+            (3, 20.0),
+            (6, 40.0),
+        ]
+        best, final = read(tmp_path / "out" / "model_best.pth"), read(tmp_path / "out" / "model_final.pth")
+        assert (best["iteration"], final["iteration"]) == (5, 5)
+        assert best["best_metric"] == {"bbox/AP": 40.0}
+        assert best["trainer"]["iteration"] == final["trainer"]["iteration"] == 5
+
+
 def test_the_best_checkpoint_stays_also_over_an_interruption(
     flags: Flags, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -316,6 +361,18 @@ def test_the_best_checkpoint_stays_also_over_an_interruption(
     assert (best["iteration"], final["iteration"]) == (3, 5)
     assert_same_weights(tmp_path / "out" / "model_best.pth", tmp_path / "out" / "model_0000003.pth")
     assert "bbox/AP is 40.0000, the best so far (before: 20.0000)" in caplog.text
+
+    # Begun anew in the folder and stopped before an evaluation: the best of the other run is none of this one's.
+    Graded.scores = iter([5.0, 10.0, 7.0])
+    trainer = Graded(setup(flags(*options)))
+    trainer.register_hooks([SignalAfter(1, signal.SIGTERM)])
+    with pytest.raises(StoppedBySignal):
+        trainer.train()
+    resumed = Graded(setup(flags("--resume", *options)))
+    resumed.resume_or_load(resume=True)
+    resumed.train()
+    best = read(tmp_path / "out" / "model_best.pth")
+    assert (best["iteration"], best["best_metric"]) == (5, {"bbox/AP": 10.0})
 
     with pytest.raises(ValueError, match="nothing is evaluated before the end"):
         setup(flags("SOLVER.BEST_CHECKPOINT", "bbox/AP"))
