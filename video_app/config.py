@@ -27,8 +27,8 @@ def add_video_config(cfg: CfgNode) -> CfgNode:
 
 
 def _add_reading_keys(video: CfgNode) -> None:
-    # What reads video files: "decord", "pyav", "torchcodec" (needs an installed FFmpeg), or "auto": the first of these
-    # that is installed. Where it fails on a file, the next one that is installed tries.
+    # What reads video files: "decord", "pyav", "torchcodec" (needs an installed FFmpeg), or "auto": of those that are
+    # installed the first that is right for the file (docs/video_data.md). Where it fails on a file, the next one tries.
     video.READER = "auto"
     # Seconds for one file and one reader; then its process is killed and the other reader tries.
     video.TIMEOUT = 30.0

@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 
 from video_app.clips.decoder_process import HEADER
-from video_app.clips.reader import reader_order
+from video_app.clips.reader import order_for_file, reader_order
 from video_app.clips.sampling import SamplingPlan
 
 _ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
@@ -107,8 +107,9 @@ class ClipDecoder:
 
     def _read(self, path: str, plan: SamplingPlan) -> DecodedClip:
         said: list[str] = []
-        no_reader = 0
-        for reader in self.readers:
+        no_reader = passed_on = 0
+        auto = self.reading.reader == "auto"
+        for reader in order_for_file(self.readers, path) if auto else self.readers:
             try:
                 answer, frames = self._ask(path, plan, reader)
             except _Died as err:
@@ -118,10 +119,11 @@ class ClipDecoder:
                 return DecodedClip(
                     frames,
                     np.array(answer.pop("indices")),
-                    fault="; ".join(said),
+                    fault="; ".join(said) if len(said) > passed_on else "",
                     **_without(answer, "shape"),
                 )
             no_reader += answer["kind"] == "reader"
+            passed_on += auto and answer["kind"] == "other"
             said.append(f"{reader}: {answer['error']}")
             if not os.path.exists(path):
                 break  # nothing that another reader could do

@@ -16,7 +16,7 @@ from typing import Any, BinaryIO
 import cv2
 import numpy as np
 
-from video_app.clips.reader import ClipError, FewerFrames, ReaderMissing, open_clip
+from video_app.clips.reader import ClipError, FewerFrames, OtherReader, ReaderMissing, open_clip
 from video_app.clips.sampling import SamplingPlan
 
 HEADER = struct.Struct("<IQ")
@@ -50,6 +50,8 @@ def _answer(request: dict[str, Any]) -> tuple[dict[str, Any], np.ndarray | None]
         return _read(request)
     except ReaderMissing as err:
         return {"error": str(err), "kind": "reader"}, None
+    except OtherReader as err:
+        return {"error": str(err), "kind": "other"}, None
     except ClipError as err:
         return {"error": str(err), "kind": "clip"}, None
     except Exception as err:  # whatever a reader raises about this file, the next one is not affected

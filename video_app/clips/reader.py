@@ -28,10 +28,16 @@ _READERS = {
     "torchcodec": ("video_app.clips.reader_torchcodec", "torchcodec"),
 }
 READER_NAMES = tuple(_READERS)
+# Here decord is right, and the fastest; in others it may scramble frames (reader_decord.py), and PyAV goes first.
+_DECORD_SUFFIXES = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".3gp")
 
 
 class ClipError(Exception):
     """This file cannot be read as video: what is wrong with it."""
+
+
+class OtherReader(ClipError):
+    """The file is fine, but not for this reader."""
 
 
 class ReaderMissing(ImportError):
@@ -140,8 +146,14 @@ def installed_readers() -> list[str]:
     return [name for name, (_, package) in _READERS.items() if importlib.util.find_spec(package) is not None]
 
 
+def order_for_file(readers: list[str], path: str) -> list[str]:
+    """``reader_order("auto")`` as it is for this file: PyAV before decord, but for the containers named above."""
+    decord_first = readers[:2] == ["decord", "pyav"]
+    return readers[::-1] if decord_first and not path.lower().endswith(_DECORD_SUFFIXES) else readers
+
+
 def reader_order(choice: str) -> list[str]:
-    """The reader to use, then the one to try where it fails.
+    """The reader to use, then the one to try where it fails. With "auto", see also :func:`order_for_file`.
 
     Args:
         choice: VIDEO.READER.

@@ -1,7 +1,8 @@
 """Video files by PyAV, whose wheels bring FFmpeg with them.
 
 Opening reads the packets without decoding them: that gives the number of frames and their times without trust in the
-header. Reading goes to the last key frame before a wanted frame and decodes from there.
+header. Reading goes through the packets once more, and decodes from the last key frame before a wanted frame. It does
+not seek: MPEG-PS and MPEG-TS land beside the key frame, and MPEG-PS then gives other times to the same packets.
 """
 
 from __future__ import annotations
@@ -20,13 +21,27 @@ _OPTIONS = {"metadata_errors": "ignore"} if int(av.__version__.split(".")[0]) < 
 
 
 class PyAVClip(Clip):
-    """``pts`` are FFmpeg's presentation times, in units of the stream's time base."""
+    """``pts`` are FFmpeg's presentation times, in units of the stream's time base. Packets are numbered as they come.
+
+    Attributes:
+        container: FFmpeg's name of the format, by the file's content: "mov,mp4,m4a,3gp,3g2,mj2", "avi", "mpegts".
+        open_gops: frames follow a key frame in the file and are shown before it, or one does not reset the decoder
+            (H.264 in mp4, mkv and the like): they may need frames from before it.
+    """
 
     reader = "pyav"
 
     def __init__(self, path: str):
+        self._path = path
+        self._open()
+        self.container = self._file.format.name
+        # Key frames to go back beyond the last one before a wanted frame (_decode).
+        self._back = 0
+        self._index()
+
+    def _open(self) -> None:
         try:
-            self._file = av.open(path, **_OPTIONS)
+            self._file = av.open(self._path, **_OPTIONS)
         except (av.FFmpegError, OSError) as err:
             raise ClipError(f"FFmpeg: {_short(err)}") from err
         if not self._file.streams.video:
@@ -36,37 +51,57 @@ class PyAVClip(Clip):
         # Frame-parallel decoding would make the result of broken files depend on timing; workers are the parallelism.
         self._stream.thread_type = "NONE"
         self._stream.codec_context.thread_count = 1
-        self._index()
 
     def _index(self) -> None:
         pts: list[int] = []
-        key_frames: list[tuple[int, int]] = []  # (pts, where to seek to)
-        timed = True
-        try:
-            for packet in self._file.demux(self._stream):
-                if packet.size == 0 or packet.is_discard:
-                    continue
-                if packet.pts is None:
-                    timed = False
-                    pts.append(len(pts))
-                else:
-                    pts.append(packet.pts)
-                    if packet.is_keyframe:
-                        key_frames.append((packet.pts, packet.dts if packet.dts is not None else packet.pts))
-        except (av.FFmpegError, OSError):
-            pass  # the packets before the damage count
-        # Without times (raw streams, some AVI), frames are numbered as they come out of the decoder.
+        key_frames: list[tuple[int, int]] = []  # (pts, number of the packet)
+        self.open_gops = False
+        # AVI has no times; what FFmpeg makes up for H.264 with B-frames is in the order of the file.
+        timed = not (self.container == "avi" and self._stream.codec_context.has_b_frames)
+        for number, packet in self._packets():
+            if packet.size == 0 or packet.is_discard:
+                continue
+            if packet.pts is None:
+                timed = False
+                pts.append(len(pts))
+                continue
+            pts.append(packet.pts)
+            if packet.is_keyframe:
+                self.open_gops |= bool(key_frames) and self._is_plain_picture(packet)
+                key_frames.append((packet.pts, number))
+            elif key_frames and packet.pts < key_frames[-1][0]:
+                self.open_gops = True
+        # MPEG-PS gives a time to some frames only; between them FFmpeg counts, and may come to the same time twice.
+        if self.container == "mpeg" and len(set(pts)) < len(pts):
+            timed = False
+        # Without times (also raw streams, some AVI), frames are numbered as they come out of the decoder.
         self._timed = timed and bool(pts)
         if not self._timed:
             pts = list(range(len(pts)))
         self._pts = np.unique(np.array(pts, np.int64))
-        self._key_frames = sorted(key_frames) if self._timed else []
+        keys = sorted(key_frames) if self._timed else []
+        self._key_frames = np.array(keys, np.int64).reshape(-1, 2)
         if self._timed:
             seconds = float(self._stream.time_base or 1)
         else:
             rate = self._stream.average_rate or self._stream.guessed_rate
             seconds = 1 / float(rate) if rate else 1 / 30
         self.times_s = (self._pts - self._pts[:1]) * seconds
+
+    def _is_plain_picture(self, packet: av.Packet) -> bool:
+        """Of H.264, and no IDR picture, where the header says how the packet is divided (avcC, ISO 14496-15)."""
+        codec = self._stream.codec_context
+        header = codec.extradata or b""
+        if codec.codec.canonical_name != "h264" or len(header) < 5 or header[0] != 1:
+            return False
+        bytes_of_length = (header[4] & 3) + 1
+        data, place = bytes(packet), 0
+        while place + bytes_of_length < len(data):
+            unit = place + bytes_of_length
+            if data[unit] & 31 == 5:
+                return False
+            place = unit + int.from_bytes(data[place:unit], "big")
+        return True
 
     def read(self, indices: Sequence[int], short_side_px: int = 0) -> np.ndarray:
         asked = checked(indices, len(self))
@@ -78,19 +113,25 @@ class PyAVClip(Clip):
 
     def _decode(self, wanted: list[int], short_side_px: int) -> dict[int, np.ndarray]:
         found: dict[int, np.ndarray] = {}
-        frames: Iterator[tuple[int, av.VideoFrame]] | None = None
-        at: int | None = None  # pts of the frame that came last
-        sought: tuple[int, int] | None = None
-        last_seen: int | None = None
+        frames: Iterator[tuple[int, int, av.VideoFrame]] | None = None
+        packets = self._packets_again()
+        begun = fed = 0  # numbers of packets: where ``frames`` began, and the last one in the decoder
+        last_seen: int | None = None  # pts
         size: tuple[int, int] | None = None
         queue = list(wanted)
         while queue:
             target = int(self._pts[queue[0]])
-            key_frame = self._key_frame_before(target)
-            ahead = key_frame is not None and at is not None and key_frame[0] > at
-            if frames is None or (ahead and key_frame != sought):
-                frames, sought = self._frames_from(key_frame, target), key_frame
+            first = self._first_packet(target)
+            if frames is None or first > fed:
+                frames, begun, last_seen = self._frames(packets, first), first, None
             item = next(frames, None)
+            if begun > 0 and self._back == 0 and (item is None or item[1] > target):
+                # The frame did not come. Some key frames do not do alone (a picture that is renewed in parts, flags
+                # that are wrong): from here on, the one before is taken. Once per file, as in damaged ones
+                # nothing helps.
+                self._back = 1
+                frames, packets = None, self._packets_again()
+                continue
             if item is None:
                 # The last frame that decodes, by its time, tells how many the file holds.
                 if last_seen is None:
@@ -101,7 +142,7 @@ class PyAVClip(Clip):
                 if held == 0 or held > queue[0]:
                     raise ClipError(f"frame {queue[0]} does not decode")
                 raise FewerFrames(held, len(self))
-            at, frame = item
+            fed, at, frame = item
             last_seen = at if last_seen is None else max(at, last_seen)
             if at < target:
                 continue
@@ -115,52 +156,46 @@ class PyAVClip(Clip):
                 raise ClipError("the size of the picture changes")
         return found
 
-    def _frames_from(
-        self, key_frame: tuple[int, int] | None, target: int
-    ) -> Iterator[tuple[int, av.VideoFrame]]:
-        """Frames with their pts, from the key frame on; from the start of the file where seeking fails."""
-        # Containers differ in the clock by which they seek: presentation time, else decoding time.
-        for position in key_frame if key_frame is not None and key_frame[0] > int(self._pts[0]) else ():
-            frames = self._from_position(position)
-            first = next(frames, None)
-            if first is not None and first[0] <= target:
-                yield first
-                yield from frames
-                return
-        yield from self._from_position(None)
+    def _first_packet(self, target: int) -> int:
+        """Number of the packet to decode from, to come to the pts ``target``."""
+        place = int(np.searchsorted(self._key_frames[:, 0], target, side="right")) - 1 - self._back
+        return int(self._key_frames[place, 1]) if place >= 0 else 0
 
-    def _from_position(self, position: int | None) -> Iterator[tuple[int, av.VideoFrame]]:
-        start = int(self._stream.start_time or 0) if position is None else position
+    def _packets(self) -> Iterator[tuple[int, av.Packet]]:
+        """With their numbers; those before the damage where the container is broken."""
         try:
-            self._file.seek(start, stream=self._stream, backward=True)
+            yield from enumerate(self._file.demux(self._stream))
         except (av.FFmpegError, OSError):
-            self._file.seek(0)
-        self._stream.codec_context.flush_buffers()
-        for count, frame in enumerate(self._decoded()):
-            yield (frame.pts if self._timed and frame.pts is not None else count), frame
+            return
 
-    def _decoded(self) -> Iterator[av.VideoFrame]:
-        """Packets that do not decode are left out."""
-        packets = self._file.demux(self._stream)
-        while True:
-            try:
-                packet = next(packets)
-            except (StopIteration, av.FFmpegError, OSError):
-                break
-            try:
-                yield from packet.decode()
-            except (av.FFmpegError, OSError):
+    def _packets_again(self) -> Iterator[tuple[int, av.Packet]]:
+        """From the start, in a file opened anew: in MPEG-TS, a seek to the start lands behind the first key frame."""
+        self._file.close()
+        self._open()
+        return self._packets()
+
+    def _frames(
+        self, packets: Iterator[tuple[int, av.Packet]], first: int
+    ) -> Iterator[tuple[int, int, av.VideoFrame]]:
+        """(number of the packet that went in last, pts, frame), decoded from packet ``first`` on."""
+        self._stream.codec_context.flush_buffers()
+        count = 0
+        for number, packet in packets:
+            if number < first:
                 continue
+            try:
+                decoded = packet.decode()
+            except (av.FFmpegError, OSError):
+                continue  # packets that do not decode are left out
+            for frame in decoded:
+                yield number, frame.pts if self._timed and frame.pts is not None else count, frame
+                count += 1
 
     def _last_pts(self) -> int | None:
         last = None
-        for pts, _ in self._from_position(None):
+        for _, pts, _ in self._frames(self._packets_again(), 0):
             last = pts
         return last
-
-    def _key_frame_before(self, target: int) -> tuple[int, int] | None:
-        place = int(np.searchsorted([pts for pts, _ in self._key_frames], target, side="right")) - 1
-        return self._key_frames[place] if place >= 0 else None
 
     def _pixels(self, frame: av.VideoFrame) -> np.ndarray:
         # FFmpeg counts counter-clockwise, from -180 to 180.

@@ -42,7 +42,7 @@ each_reader = pytest.mark.parametrize("reader", READERS)
 
 @each_reader
 @pytest.mark.parametrize(
-    "name, codec", [("a.mp4", "libx264"), ("a.mkv", "libx264"), ("a.avi", "mpeg4"), ("a.webm", "libvpx")]
+    "name, codec", [("a.mp4", "libx264"), ("a.mkv", "libx264"), ("b.mp4", "mpeg4"), ("a.webm", "libvpx")]
 )
 def test_frames_by_number(
     write_video: WriteVideo, numbers_of: Numbers, reader: str, name: str, codec: str
