@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from tabulate import tabulate
 
+from d2_frozen import tasks
 from d2_frozen.benchmarks.measuring import (
     Clock,
     Seconds,
@@ -33,7 +34,12 @@ _SUBJECTS = {"frozen": "all", "full": "none"}  # name -> MODEL.BACKBONE.FREEZE
 def compare(
     config_file: str, options: list[str], rounds: int, warmup: int, cpu_time: bool = False
 ) -> dict[str, Any]:
-    """Both models in one run, in turns; their memory in a process of its own each."""
+    """Both models in one run, in turns; their memory in a process of its own each.
+
+    Raises:
+        ValueError: a model that cannot be fine-tuned, or nothing to evaluate.
+    """
+    _check(read_config(config_file, options))
     if not torch.cuda.is_available():
         keep_freed_memory()  # as train_net.py does
     result: dict[str, Any] = {"machine": machine_facts(), "config": config_file, "options": options}
@@ -85,15 +91,13 @@ class _Subject:
     """One model with its loader and optimiser; runs single timed steps."""
 
     def __init__(self, cfg: CfgNode, now: Clock) -> None:
-        from d2_frozen.data import build_test_loader, build_train_loader
-        from d2_frozen.engine import FrozenTrainer
-
         self.now = now
+        trainer = tasks.task_of(cfg).trainer()
         torch.manual_seed(cfg.SEED)
-        self.model = FrozenTrainer.build_model(cfg)
-        self.optimizer = FrozenTrainer.build_optimizer(cfg, self.model)
-        self.batches = iter(build_train_loader(cfg))
-        self.test_batches = _cycle(lambda: build_test_loader(cfg, cfg.DATASETS.TEST[0]))
+        self.model = trainer.build_model(cfg)
+        self.optimizer = trainer.build_optimizer(cfg, self.model)
+        self.batches = iter(trainer.build_train_loader(cfg))
+        self.test_batches = _cycle(lambda: trainer.build_test_loader(cfg, cfg.DATASETS.TEST[0]))
         self.backbone = Watch(getattr(self.model.backbone, "bottom_up", self.model.backbone), now)
         self.precision = MixedPrecision(cfg.SOLVER.AMP.ENABLED, torch.device(cfg.MODEL.DEVICE).type)
 
@@ -132,15 +136,25 @@ def _memory_in_children(config_file: str, options: list[str]) -> dict[str, float
     return found
 
 
+def _check(cfg: CfgNode) -> None:
+    if cfg.MODEL.META_ARCHITECTURE == "FrozenVideoSweep":
+        raise ValueError(
+            "a sweep trains its heads on one frozen backbone, so there is no full fine-tuning to compare with. Measure "
+            "one head, behind the flags: MODEL.META_ARCHITECTURE FrozenVideoClassifier MODEL.VIDEO_HEAD.NAME "
+            "GlobalVideoHead."
+        )
+    if not cfg.DATASETS.TEST:
+        raise ValueError("DATASETS.TEST is empty: there is no image to evaluate.")
+
+
 def _config(config_file: str, options: list[str], freeze: str, folder: str) -> CfgNode:
     """Args: folder: for what preparing the data writes."""
-    from d2_frozen.data import prepare_datasets
-
     cfg = read_config(config_file, options)
     cfg.MODEL.BACKBONE.FREEZE = freeze
     cfg.SEED = max(cfg.SEED, 0)
     cfg.OUTPUT_DIR = folder
-    prepare_datasets(cfg, train=True)
+    cfg.MODEL.FROZEN.CACHE.DIR = ""  # which full fine-tuning cannot use
+    tasks.task_of(cfg).prepare_datasets(cfg, train=True)
     return cfg
 
 

@@ -4,7 +4,7 @@
     python -m d2_frozen.study table 6 --scale mini --cells percent_1_frozen percent_1_full
     python -m d2_frozen.study sweep bifpn_layers --scale mini --seeds 3
     python -m d2_frozen.study pretrain --kind contrastive
-    python -m d2_frozen.study cka bifpn --run output/quickstart
+    python -m d2_frozen.study cka bifpn --run output/quickstart_detection
     python -m d2_frozen.study findings --scale mini
     python -m d2_frozen.study report --scale mini
 
@@ -32,13 +32,13 @@ from d2_frozen.study.findings import write_findings
 from d2_frozen.study.jobs import Job
 from d2_frozen.study.layout import write_sweep, write_table
 from d2_frozen.study.paper import paper_numbers
-from d2_frozen.study.pretraining import KINDS, SIZES, Machine, Pretraining, pretrain
+from d2_frozen.study.pretraining import KINDS, SIZES, Machine, Pretraining, check_pretrained, pretrain
 from d2_frozen.study.probe import Estimate, count_up, disk_free_mib, probe, probe_synthetic
 from d2_frozen.study.queue import LocalQueue
 from d2_frozen.study.report import write_report
 from d2_frozen.study.slurm import SlurmQueue
 from d2_frozen.study.sweeps import SWEEPS, points_of
-from d2_frozen.study.tables import TITLES, cells_of
+from d2_frozen.study.tables import TITLES, cells_of, named_cells
 
 logger = logging.getLogger("d2_frozen.study")
 
@@ -78,7 +78,7 @@ def run_table(args: argparse.Namespace) -> int:
     seeds = _seeds(args, f"table{args.number}/*/*")
     finished = {
         cell: runs
-        for cell in cells_of(args.number, args.scale, args.configs)
+        for cell in named_cells(args.number, args.scale, args.configs)
         if (runs := _finished(cell.jobs(seeds, args.options), root)) or cell in cells
     }
     return _report(write_table(finished, args.number, root, numbers), left, root)
@@ -145,18 +145,22 @@ def _run(
     root = _root(args)
     jobs = [job for of_seed in zip(*groups) for job in of_seed]
     left = [job for job in jobs if job.result(root) is None]
-    if args.scale == "mini" and left and not (args.no_probe or args.probe_synthetic):
-        _generate(tasks)
+    settings = dict(_setting(text) for text in args.slurm or ())
     if args.dry_run:
+        if args.scale == "mini" and left and not (args.no_probe or args.probe_synthetic):
+            _generate(tasks)
         print(_plan(args, jobs, left, len(groups)))
         return None
-    _pretrain_missing(left)
+    # What can be wrong is said before the hours of pretraining.
     queue: LocalQueue | SlurmQueue
     if args.slurm is None:
         queue = LocalQueue(root, args.parallel, args.threads, args.gpus, args.num_gpus)
     else:
-        settings = dict(_setting(text) for text in args.slurm)
         queue = SlurmQueue(root, args.parallel, args.threads, args.num_gpus, settings)
+    _check_backbones(left)
+    if args.scale == "mini" and left:
+        _generate(tasks)
+    _pretrain_missing(left, args.slurm is not None)
     logger.info("%d of %d jobs have finished.", len(jobs) - len(left), len(jobs))
     return queue.run(left)
 
@@ -169,6 +173,10 @@ def _check_flags(args: argparse.Namespace, swept: str) -> None:
     for flag, least in (("seeds", 1), ("parallel", 1), ("threads", 0), ("num_gpus", 0)):
         if (number := getattr(args, flag)) < least:
             raise ValueError(f"--{flag.replace('_', '-')} {number}: give at least {least}.")
+    if args.gpus and args.slurm is not None:
+        raise ValueError(
+            "--gpus shares the GPUs of this machine; from Slurm, --num-gpus N asks for N for each run (gpus_per_node)."
+        )
     if args.gpus and len(args.gpus) < args.num_gpus:
         raise ValueError(
             f"--gpus names {len(args.gpus)} GPUs, and --num-gpus wants {args.num_gpus} for each run."
@@ -198,19 +206,43 @@ def _generate(tasks: set[str]) -> None:
         subprocess.run([sys.executable, "-m", *command], check=True)
 
 
-def _missing_backbone(job: Job) -> Path | None:
-    """The small backbone of the mini scale that this job needs, if it is not there yet."""
+def _small_backbone(job: Job) -> Path | None:
+    """The file that this job needs, if it is one of the small backbones of the mini scale."""
     try:
         path = Path(job.config().MODEL.TIMM.PRETRAINED)
     except (ValueError, FileNotFoundError):  # the job itself fails with that
         return None
-    return path if path.parent == _PRETRAINED and not path.exists() else None
+    return path if path.parent == _PRETRAINED else None
 
 
-def _pretrain_missing(jobs: Sequence[Job]) -> None:
-    for path in sorted({path for job in jobs if (path := _missing_backbone(job))}):
+def _missing_backbone(job: Job) -> Path | None:
+    path = _small_backbone(job)
+    return None if path is None or path.exists() else path
+
+
+def _check_backbones(jobs: Sequence[Job]) -> None:
+    """ValueError if one that is there is of another pretraining than the tables compare."""
+    for path in sorted({path for job in jobs if (path := _small_backbone(job)) and path.exists()}):
+        try:
+            what = Pretraining.of_name(path.stem)
+        except ValueError:  # a file of the user's own
+            continue
+        check_pretrained(what, path)
+
+
+def _pretrain_missing(jobs: Sequence[Job], on_cluster: bool) -> None:
+    missing = sorted({path for job in jobs if (path := _missing_backbone(job))})
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if missing and on_cluster:
+        logger.warning(
+            "Before anything is submitted, %s %s pretrained here, in this process, on %s: hours without a GPU. "
+            "To do that elsewhere first: study pretrain --kind ... --size ... --images ...",
+            ", ".join(path.stem for path in missing),
+            "is" if len(missing) == 1 else "are",
+            device,
+        )
+    for path in missing:
         logger.info("%s is missing; pretraining it.", path)
-        device = "cuda" if torch.cuda.is_available() else "cpu"
         pretrain(Pretraining.of_name(path.stem), _PRETRAINED, Machine(device))
 
 
@@ -267,8 +299,10 @@ def _plan(args: argparse.Namespace, jobs: Sequence[Job], left: Sequence[Job], mo
     else:
         found = probe(first, args.threads, args.num_gpus, args.gpus)
     estimates = dict(zip(training, found))
+    failed = {jobs[index].name: found for index, found in estimates.items() if isinstance(found, str)}
     rows: list[list[Any]] = []
     hours = disk = 0.0
+    unknown = 0
     for index, (job, state) in enumerate(zip(jobs, states)):
         estimate = estimates.get(index % models, "evaluates another job")
         if isinstance(estimate, Estimate):
@@ -277,15 +311,19 @@ def _plan(args: argparse.Namespace, jobs: Sequence[Job], left: Sequence[Job], mo
                 hours, disk = hours + estimate.hours, disk + estimate.disk_mib
         else:
             rows.append([job.name, state, "", "", "", estimate[:60], "", "", job.config_file])
+            unknown += state != "finished" and index % models in estimates
     headers = ["job", "state", "trainable", "iterations", "s each", "training", "memory", "disk", "config"]
     free = disk_free_mib(root)
     lines = [tabulate(rows, headers=headers, disable_numparse=True)]
+    lines += [f"error: {name}: {error}" for name, error in failed.items()]
     if not args.no_probe:
         lines.append(
             f"To do: {hours:.1f} h of training without evaluations, {hours / args.parallel:.1f} h with "
             f"{args.parallel} at a time."
         )
     lines.append(f"To do: {disk / 1024:.1f} GiB of checkpoints; {free / 1024:.1f} GiB of the disk are free.")
+    if unknown:
+        lines.append(f"Without {unknown} of {len(left)} jobs to do, which could not be estimated.")
     if args.probe_synthetic:
         lines.append(
             "Measured on a generated batch in memory, for one GPU of each run: without reading data and without what "

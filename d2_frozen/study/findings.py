@@ -242,7 +242,10 @@ def unlike(root: Path) -> list[str]:
 
 
 def _similarity(root: Path) -> Finding:
-    """Frozen detectors that have both, BiFPN and cascade, in ``cka/bifpn.json`` and ``cka/cascade.json``."""
+    """Frozen detectors that have both, BiFPN and cascade, in ``cka/bifpn.json`` and ``cka/cascade.json``.
+
+    A model without stages has ``cka/cascade.json`` too: of its one head, which is no cascade.
+    """
     finding = Finding("vii", "Layers of a BiFPN are less similar to their input than stages of a cascade")
     for folder in sorted(root.glob("table*/detection/*_frozen")):
         means = {
@@ -250,9 +253,9 @@ def _similarity(root: Path) -> Finding:
                 seed: mean
                 for path in folder.glob(f"seed*/cka/{preset}.json")
                 if (seed := _number_of(path.parent.parent)) is not None
-                and (mean := _mean_similarity(path)) is not None
+                and (mean := _mean_similarity(path, least_stages)) is not None
             }
-            for preset in ("bifpn", "cascade")
+            for preset, least_stages in (("bifpn", 0), ("cascade", 2))
         }
         if all(means.values()):
             finding.add(
@@ -262,15 +265,17 @@ def _similarity(root: Path) -> Finding:
     return finding
 
 
-def _mean_similarity(path: Path) -> float | None:
+def _mean_similarity(path: Path, least_stages: int = 0) -> float | None:
     """Of inputs with the layers behind them: every level of a BiFPN, the box head of every stage of a cascade.
 
-    None for a measurement that was interrupted.
+    None for a measurement that was interrupted, that compares two models, or of a model with fewer stages.
     """
     content = read_json(path)
-    if content is None or not content["complete"]:
+    if content is None or not content["complete"] or len(content["models"]) != 1:
         return None
     panel = content["panels"][0]
+    if len({_stage(row) for row in panel["rows"]} - {""}) < least_stages:
+        return None
     values = [
         value
         for row, of_row in zip(panel["rows"], panel["cka"])

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from d2_frozen import tasks
 from d2_frozen.files import write_text
 from detectron2.config import CfgNode
@@ -66,6 +68,8 @@ class Job:
             return tasks.read_config(self.config_file, self.options)
         except (AssertionError, KeyError) as err:  # unknown keys, and options that are no pairs
             raise ValueError(f"{self.config_file}: {err.args[0] if err.args else err!r}") from err
+        except yaml.YAMLError as err:
+            raise ValueError(f"{self.config_file}, or a _BASE_ of it, is no yaml: {err}") from err
 
     def settings(self) -> dict[str, Any]:
         """Every key of the complete config and its value, without those that do not change the result."""

@@ -14,7 +14,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from datetime import timedelta
@@ -26,6 +26,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torchvision.ops import roi_align
 
@@ -55,6 +56,7 @@ TEMPERATURE = 0.2
 # A class counts as shown from this share of the pixels on.
 _SHOWN = 0.01
 _SAVE_EVERY = 200
+_BATCH = 64
 
 
 @dataclass(frozen=True)
@@ -116,7 +118,9 @@ class Machine:
     compiled: bool = False
 
 
-def pretrain(what: Pretraining, folder: str | Path, machine: Machine = Machine(), batch: int = 64) -> Path:
+def pretrain(
+    what: Pretraining, folder: str | Path, machine: Machine = Machine(), batch: int = _BATCH
+) -> Path:
     """Train a backbone and write ``NAME.safetensors``; nothing to do where that exists.
 
     Returns:
@@ -124,20 +128,56 @@ def pretrain(what: Pretraining, folder: str | Path, machine: Machine = Machine()
     Raises:
         ImportError: contrastive pretraining without pytorch-metric-learning.
         FloatingPointError: the loss is no number.
+        ValueError: the file, or what an interrupted call left, is of another seed, length or batch.
     """
     folder = Path(folder)
     path, unfinished = folder / f"{what.name}.safetensors", folder / f"{what.name}.partial.pth"
-    if path.exists():
-        return path
-    folder.mkdir(parents=True, exist_ok=True)
-    with claimed(folder / f".{what.name}.in_use", wait=True):  # two queues may miss the same backbone
-        if not path.exists():
-            _train(what, path, unfinished, machine, batch)
+    if not path.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        with claimed(folder / f".{what.name}.in_use", wait=True):  # two queues may miss the same backbone
+            if not path.exists():
+                _train(what, path, unfinished, machine, batch)
+    check_pretrained(what, path, batch)
     return path
+
+
+def check_pretrained(what: Pretraining, path: Path, batch: int = _BATCH) -> None:
+    """Is the file of this pretraining? One that does not say its seed, as older ones, is of seed 0.
+
+    Raises:
+        ValueError: it is of another, or cannot be read.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            found = file.metadata() or {}
+    except SafetensorError as err:
+        raise ValueError(f"{path} is no complete safetensors file: {err}. Remove it.") from err
+    _require_same(what, batch, found, path)
+
+
+def _facts(what: Pretraining, batch: int) -> dict[str, int]:
+    """What the name of a file does not say."""
+    return {"seed": what.seed, "iterations": what.iterations, "batch": batch}
+
+
+def _require_same(what: Pretraining, batch: int, found: Mapping[str, Any], path: Path) -> None:
+    # Of files from before each fact was written down.
+    usual = {"seed": 0, "iterations": 2000, "batch": _BATCH}
+    differing = [
+        f"{fact} {seen}, not {wanted}"
+        for fact, wanted in _facts(what, batch).items()
+        if (seen := int(found.get(fact, usual[fact]))) != wanted
+    ]
+    if differing:
+        raise ValueError(
+            f"{path} is of another pretraining than the one that is wanted: {'; '.join(differing)}. Remove the file to "
+            "pretrain anew, or have the other one elsewhere: study pretrain --output DIR."
+        )
 
 
 def _train(what: Pretraining, path: Path, unfinished: Path, machine: Machine, batch: int) -> None:
     device = machine.device
+    saved = _saved(unfinished, what, batch, device)
     amp = device == "cuda" if machine.amp is None else machine.amp
     torch.manual_seed(what.seed)
     backbone = create_timm_backbone(PICO_NAME, arguments=SIZES[what.size], final_norm=True)
@@ -151,7 +191,11 @@ def _train(what: Pretraining, path: Path, unfinished: Path, machine: Machine, ba
     optimizer = torch.optim.AdamW(groups, lr=1e-3)
     scenes, shown = draw_scenes(what.seed, what.images, machine.workers)
     scenes, shown = scenes.to(device), shown.to(device)
-    first = _resume(unfinished, task, optimizer, device)
+    first = 0
+    if saved is not None:
+        task.load_state_dict(saved["task"])
+        optimizer.load_state_dict(saved["optimizer"])
+        first = int(saved["step"])
     begun = time.monotonic()
     for step in range(first, what.iterations):
         # Draws are functions of (seed, step), so an interrupted run ends as an uninterrupted one.
@@ -173,8 +217,10 @@ def _train(what: Pretraining, path: Path, unfinished: Path, machine: Machine, ba
             left = (time.monotonic() - begun) / (done - first) * (what.iterations - done)
             eta = timedelta(seconds=int(left))
             logger.info("%s  iter: %d  loss: %.4f  eta: %s", what.name, step, loss.item(), eta)
-            _save(unfinished, {"step": done, "task": task.state_dict(), "optimizer": optimizer.state_dict()})
-    about = {"kind": what.kind, "images": str(what.images), "iterations": str(what.iterations)}
+            states = {"task": task.state_dict(), "optimizer": optimizer.state_dict()}
+            _save(unfinished, {"step": done, **states, **_facts(what, batch)})
+    facts = {fact: str(value) for fact, value in _facts(what, batch).items()}
+    about = {"kind": what.kind, "images": str(what.images), **facts}
     state = {name: value.detach().cpu() for name, value in whole_state(backbone).items()}
     save_weights(state, path, metadata=about)
     unfinished.unlink(missing_ok=True)
@@ -341,13 +387,13 @@ def random_views(scenes: Tensor, generator: torch.Generator, smallest: float) ->
     return (views - middle) * gain + middle * gain.mean(dim=1, keepdim=True)
 
 
-def _resume(path: Path, task: nn.Module, optimizer: torch.optim.Optimizer, device: str) -> int:
+def _saved(path: Path, what: Pretraining, batch: int, device: str) -> dict[str, Any] | None:
+    """What an interrupted call left; ValueError if it was of another pretraining."""
     if not path.exists():
-        return 0
-    saved = torch.load(path, map_location=device, weights_only=True)
-    task.load_state_dict(saved["task"])
-    optimizer.load_state_dict(saved["optimizer"])
-    return int(saved["step"])
+        return None
+    saved: dict[str, Any] = torch.load(path, map_location=device, weights_only=True)
+    _require_same(what, batch, saved, path)
+    return saved
 
 
 def _save(path: Path, state: dict[str, Any]) -> None:

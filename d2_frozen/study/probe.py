@@ -113,8 +113,8 @@ def probe_synthetic(
     for cfg, step in _shared(
         jobs, _what_a_step_depends_on, lambda job, _: _step_in_process(job, threads, num_gpus, gpus)
     ):
-        if isinstance(step, str):
-            estimates.append(step)
+        if cfg is None or isinstance(step, str):
+            estimates.append(str(step))
         else:
             estimates.append(
                 Estimate(
@@ -132,6 +132,8 @@ def probe_synthetic(
 def measure_step(job: Job, num_gpus: int = 1, warm_up: int = _WARM_UP, timed: int = _TIMED) -> Step:
     """In this process: the trainer of the job, on a generated batch of its size for one GPU of ``num_gpus``.
 
+    Without GPUs (0) one process trains on the whole batch.
+
     Raises:
         ValueError: the batch cannot be shared evenly between the GPUs.
     """
@@ -142,7 +144,7 @@ def measure_step(job: Job, num_gpus: int = 1, warm_up: int = _WARM_UP, timed: in
     from detectron2.utils.events import EventStorage
 
     cfg = read_config(job.config_file, list(job.options))
-    images, rest = divmod(cfg.SOLVER.IMS_PER_BATCH, num_gpus)
+    images, rest = divmod(cfg.SOLVER.IMS_PER_BATCH, max(1, num_gpus))
     if rest:
         raise ValueError(
             f"SOLVER.IMS_PER_BATCH {cfg.SOLVER.IMS_PER_BATCH} cannot be shared by {num_gpus} GPUs."
@@ -191,8 +193,8 @@ def count_up(jobs: Sequence[Job]) -> list[Estimate | str]:
     """
     estimates: list[Estimate | str] = []
     for cfg, count in _shared(jobs, model_of, lambda _, cfg: _trainable(cfg)):
-        if isinstance(count, str):
-            estimates.append(count)
+        if cfg is None or isinstance(count, str):
+            estimates.append(str(count))
         else:
             size = 4 * count * (1 + _STATES[cfg.SOLVER.OPTIMIZER]) / 2**20
             solver = cfg.SOLVER
@@ -202,11 +204,18 @@ def count_up(jobs: Sequence[Job]) -> list[Estimate | str]:
 
 def _shared(
     jobs: Sequence[Job], key: Callable[[CfgNode], str], measure: Callable[[Job, CfgNode], _Found]
-) -> Iterator[tuple[CfgNode, _Found]]:
-    """Config of each job, and what was measured of it; jobs with an equal key share a measurement."""
+) -> Iterator[tuple[CfgNode | None, _Found | str]]:
+    """Config of each job, and what was measured of it; jobs with an equal key share a measurement.
+
+    Of a job that has no config: None, and why.
+    """
     known: dict[str, _Found] = {}
     for job in jobs:
-        cfg = job.config()
+        try:
+            cfg = job.config()
+        except (ValueError, FileNotFoundError) as err:  # the plan names it, and goes on with the next job
+            yield None, f"{type(err).__name__}: {err}"
+            continue
         of_job = key(cfg)
         if of_job not in known:
             known[of_job] = measure(job, cfg)
@@ -273,7 +282,8 @@ def _tensors(content: Any) -> Iterator[torch.Tensor]:
 
 def _kept(solver: CfgNode) -> int:
     """Checkpoints at the end of a whole training."""
-    written = solver.MAX_ITER // solver.CHECKPOINT_PERIOD
+    period = solver.CHECKPOINT_PERIOD
+    written = solver.MAX_ITER // period if period > 0 else 0  # which training refuses
     return min(written, solver.CHECKPOINTS_KEPT or written) + 1
 
 

@@ -32,6 +32,7 @@ class SlurmQueue:
         cluster: "slurm", or submitit's "local" (processes on this machine).
     Raises:
         ImportError: submitit is not installed.
+        ValueError: this machine is of no cluster, or there are no such settings.
     """
 
     def __init__(
@@ -50,11 +51,19 @@ class SlurmQueue:
         self.root = str(root)
         self.threads = threads
         self.num_gpus = num_gpus
-        self._executor = submitit.AutoExecutor(folder=Path(root) / "submitit" / "%j", cluster=cluster)
+        try:
+            self._executor = submitit.AutoExecutor(folder=Path(root) / "submitit" / "%j", cluster=cluster)
+        except RuntimeError as err:
+            raise ValueError(
+                f"--slurm: {err} Run the command where srun is found (a login node), or leave the flag out."
+            ) from err
         wanted: dict[str, Any] = {"name": "d2_frozen_study", "timeout_min": 1440, "gpus_per_node": num_gpus}
         if cluster == "slurm":
             wanted["slurm_array_parallelism"] = parallel
-        self._executor.update_parameters(**{**wanted, **(settings or {})})
+        try:
+            self._executor.update_parameters(**{**wanted, **(settings or {})})
+        except (NameError, AssertionError) as err:  # of an unknown setting, of a value of another type
+            raise ValueError(f"--slurm: submitit does not take these settings. {err}") from err
 
     def run(self, jobs: Sequence[Job]) -> list[Job]:
         """Submit jobs that have not finished, and wait. Interrupted, this leaves the submitted tasks running.

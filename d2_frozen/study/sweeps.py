@@ -92,7 +92,7 @@ def points_of(
             raise ValueError(
                 f"study sweep {name} goes over the configs of table {sweep.table}; it takes no --values."
             )
-        cells = [c for c in cells_of(sweep.table, scale, configs, [sweep.task]) if c.setting == "frozen"]
+        cells = cells_of(sweep.table, scale, configs, [f"{sweep.task}/frozen"])
         return [Point(c.row, c, tuple(c.jobs(seeds, options))) for c in cells if "multiscale" not in c.name]
     if any(value < 1 for value in values):
         raise ValueError(f"--values {' '.join(map(str, values))}: numbers of layers are 1 or more.")

@@ -62,6 +62,11 @@ class Cell:
         return self.name.removesuffix(_MULTISCALE).rpartition("_")[2]
 
     @property
+    def is_named(self) -> bool:
+        """Does its name say in which column its scores are? A yaml that others are based on need not."""
+        return self.setting in SETTINGS
+
+    @property
     def metrics(self) -> dict[tuple[str, str], str]:
         """(task, metric) in the results -> heading."""
         if not self.name.endswith(_MULTISCALE):
@@ -99,19 +104,11 @@ def cells_of(
             ("video/frozen"). All if empty.
     Raises:
         FileNotFoundError: no config for the table.
-        ValueError: a wanted cell has no config; the nearest names are listed.
+        ValueError: a wanted cell has no config; the nearest names are listed. Or its name does not say its setting.
     """
-    cells = []
-    for task in TASKS:
-        folder = Path(configs) / (f"mini/{task}" if scale == "mini" else _FULL_SCALE[task]) / f"table{table}"
-        cells += [Cell(table, task, path.stem, str(path)) for path in folder.glob("*.yaml")]
-    if not cells:
-        raise FileNotFoundError(
-            f"{configs} has no configs of table {table} at scale {scale}. Run from the repository, or give --configs."
-        )
-    cells.sort(key=_place)
+    cells = _files(table, scale, configs)
     if not wanted:
-        return cells
+        return _named(cells)
     names = {
         cell: {cell.name, cell.row, cell.task}
         | {f"{cell.task}/{part}" for part in (cell.name, cell.row, cell.setting)}
@@ -126,7 +123,35 @@ def cells_of(
             )
     chosen = [cell for cell in cells if names[cell] & set(wanted)]
     needed = {(cell.task, cell.name.removesuffix(_MULTISCALE)) for cell in chosen}
-    return [cell for cell in cells if cell in chosen or (cell.task, cell.name) in needed]
+    return _named([cell for cell in cells if cell in chosen or (cell.task, cell.name) in needed])
+
+
+def named_cells(table: int, scale: str, configs: str | Path = "configs") -> list[Cell]:
+    """As :func:`cells_of`, all whose name says their setting."""
+    return [cell for cell in _files(table, scale, configs) if cell.is_named]
+
+
+def _files(table: int, scale: str, configs: str | Path) -> list[Cell]:
+    cells = []
+    for task in TASKS:
+        folder = Path(configs) / (f"mini/{task}" if scale == "mini" else _FULL_SCALE[task]) / f"table{table}"
+        cells += [Cell(table, task, path.stem, str(path)) for path in folder.glob("*.yaml")]
+    if not cells:
+        raise FileNotFoundError(
+            f"{configs} has no configs of table {table} at scale {scale}. Run from the repository, or give --configs."
+        )
+    return sorted(cells, key=_place)
+
+
+def _named(cells: list[Cell]) -> list[Cell]:
+    for cell in cells:
+        if not cell.is_named:
+            stem = cell.name.removesuffix(_MULTISCALE)
+            raise ValueError(
+                f"{cell.config_file}: a cell's name ends in its column. Call it {stem}_frozen.yaml or "
+                f"{stem}_full.yaml; move it elsewhere if it is no cell, or name the cells to run (--cells)."
+            )
+    return cells
 
 
 def _place(cell: Cell) -> tuple:

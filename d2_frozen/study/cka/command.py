@@ -1,15 +1,17 @@
 """``study cka``: models and images by config -> similarities of feature maps as json, npz and a heatmap.
 
-python -m d2_frozen.study cka bifpn --run output/quickstart
+python -m d2_frozen.study cka bifpn --run output/quickstart_detection
 python -m d2_frozen.study cka backbone --run output/frozen --other-run output/full
-python -m d2_frozen.study cka --x 'backbone[p*]' --y 'roi_heads.box_head.fc*' --run output/quickstart
-python -m d2_frozen.study cka --list --run output/quickstart
+python -m d2_frozen.study cka --x 'backbone[p*]' --y 'roi_heads.box_head.fc*' --run output/quickstart_detection
+python -m d2_frozen.study cka --list --run output/quickstart_detection
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import logging
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,7 @@ import numpy as np
 from tabulate import tabulate
 
 from d2_frozen.study.cka.presets import PRESETS, Comparison, of_globs
+from d2_frozen.study.jobs import read_json
 
 logger = logging.getLogger("d2_frozen.study")
 
@@ -69,7 +72,9 @@ def add_cka_command(commands: Any) -> None:
     )
     parser.add_argument("--seed", type=int, default=1, help="of the order of images, and of the RoIs")
     parser.add_argument("--output", default="", metavar="DIR", help="default: RUN/cka, or output/study/cka")
-    parser.add_argument("--name", default="", help="of the files; default: that of the preset, or globs")
+    parser.add_argument(
+        "--name", default="", help="of the files; default: of the preset or globs, and of a second model"
+    )
     parser.set_defaults(run=run_cka)
 
 
@@ -124,13 +129,13 @@ def _what_is_asked(args: argparse.Namespace) -> tuple[Comparison | None, list[An
 
 def _list(args: argparse.Namespace, model: Any) -> int:
     from d2_frozen.study.cka.collect import GramCollector
-    from d2_frozen.study.cka.inputs import Batches
+    from d2_frozen.study.cka.inputs import first_samples
 
-    batches = Batches(model.cfg, args.batch, args.batch, args.size, args.seed)
+    batch = first_samples(model.cfg, args.batch, args.size, args.seed)
     with GramCollector(model.network, lambda _: False) as collector:
-        collector.grams(next(iter(batches)))
+        collector.grams(batch)
     rows = [(name, "x".join(map(str, shape)), example) for name, (shape, example) in collector.seen.items()]
-    print(tabulate(rows, headers=["feature map", f"shape, batch of {args.batch}", "an example is one"]))
+    print(tabulate(rows, headers=["feature map", f"shape, batch of {len(batch)}", "an example is one"]))
     return 0
 
 
@@ -155,14 +160,17 @@ def _compare(args: argparse.Namespace, comparison: Comparison, models: list[Any]
     folder = Path(
         args.output or (Path(args.folder_of_first, "cka") if args.folder_of_first else "output/study/cka")
     )
-    name = args.name or args.preset or "globs"
+    name, complete = args.name or _default_name(args), result.batches == len(batches)
+    if not complete and (read_json(folder / f"{name}.json") or {}).get("complete"):
+        print(f"{folder / name}.json is of all its batches and stays as it is", file=sys.stderr)
+        name = f"{name}_incomplete"
     about = {
         things: result.examples,
         "batch": args.batch,
         "side_px": batches.side if things == "images" else models[0].cfg.VIDEO.CROP_SIZE,
         "rois_per_image": args.rois,
         "seed": args.seed,
-        "complete": result.batches == len(batches),
+        "complete": complete,
         "datasets": list(models[0].cfg.DATASETS.TEST),
         "models": [model.about() for model in models],
         **machine_facts(),
@@ -173,10 +181,24 @@ def _compare(args: argparse.Namespace, comparison: Comparison, models: list[Any]
     caption = f"{names}: linear CKA, {result.examples} {things} in batches of {args.batch}"
     files = result.write(folder, name, about, caption)
     print("written: " + ", ".join(str(file) for file in files))
-    if result.batches < len(batches):
+    if not complete:
         print(f"interrupted: {result.batches} of {len(batches)} batches", file=sys.stderr)
         return _INTERRUPTED
     return 0
+
+
+def _default_name(args: argparse.Namespace) -> str:
+    """Another one for other maps, and for another second model."""
+    name = args.preset or f"globs_{_short(f'{args.x} and {args.y}')}"
+    if other := args.folder_of_other or args.other_config_file:
+        name += f"_and_{_short(' '.join([str(Path(other)), *args.other_options]))}"
+    return name
+
+
+def _short(text: str) -> str:
+    """Its end as part of a file name, and a few digits that tell texts apart which look the same in one."""
+    readable = re.sub(r"[^\w.-]+", "_", text, flags=re.ASCII)[-40:].strip("_.")
+    return f"{readable}_{hashlib.sha256(text.encode()).hexdigest()[:6]}"
 
 
 def _print(panel: Any) -> None:

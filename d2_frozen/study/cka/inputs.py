@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import signal
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -127,10 +128,15 @@ def check_same_input(first: CfgNode, other: CfgNode) -> None:
 
 
 def side_of(cfg: CfgNode) -> int:
-    """Side in pixels to which images are brought: that of the config's training crop, or its test size."""
-    if cfg.INPUT.AUGMENTATION == "scale_crop":
-        return cfg.INPUT.SCALE_CROP.SIZE
-    return cfg.INPUT.MIN_SIZE_TEST
+    """Side in pixels to which images are brought: that of the config's training crop, or its test size.
+
+    Raises:
+        ValueError: the config has none.
+    """
+    side = cfg.INPUT.SCALE_CROP.SIZE if cfg.INPUT.AUGMENTATION == "scale_crop" else cfg.INPUT.MIN_SIZE_TEST
+    if side < 1:
+        raise ValueError(f"the config gives images no size (INPUT.MIN_SIZE_TEST is {side}); give --size.")
+    return side
 
 
 class Batches:
@@ -155,9 +161,7 @@ class Batches:
                 f"--batch {batch}: the unbiased estimate divides by n (n - 3) for n examples per batch; give at "
                 f"least {MIN_EXAMPLES}."
             )
-        trainer = tasks.task_of(cfg).trainer()
-        sets = [trainer.build_test_loader(cfg, name).dataset for name in cfg.DATASETS.TEST]
-        records: ConcatDataset[Sample] = ConcatDataset(sets)
+        records = _records_of(cfg)
         name, there = ", ".join(cfg.DATASETS.TEST), len(records)
         if images > there:
             raise ValueError(f"--images {images}, but {name} has {there}. Give at most so many.")
@@ -169,13 +173,8 @@ class Batches:
             )
         self.batch = batch
         self.number = count // batch
-        order = torch.randperm(there, generator=torch.Generator().manual_seed(seed))
-        self._records = Subset(records, order[: self.number * batch].tolist())
+        self._records = Subset(records, _order(there, seed)[: self.number * batch])
         self.side = side or side_of(cfg)
-        if self.side < 1:
-            raise ValueError(
-                f"the config gives images no size (INPUT.MIN_SIZE_TEST is {self.side}); give --size."
-            )
         self._workers = cfg.DATALOADER.NUM_WORKERS
 
     @property
@@ -194,8 +193,37 @@ class Batches:
             worker_init_fn=_leave_ctrl_c_to_the_first_process,
         )
         for batch in loader:
-            # A video that cannot be read comes without clip.
-            yield [scaled(one, self.side) for one in batch if "image" in one or "video" in one]
+            yield [scaled(one, self.side) for one in batch if _was_read(one)]
+
+
+def first_samples(cfg: CfgNode, count: int, side: int, seed: int) -> list[Sample]:
+    """The first of :class:`Batches`, or all where there are fewer: enough to see what the maps are.
+
+    Raises:
+        ValueError: none can be read; no size.
+    """
+    if count < 1:
+        raise ValueError(f"--batch {count}: give at least 1.")
+    records, side = _records_of(cfg), side or side_of(cfg)
+    samples = (records[index] for index in _order(len(records), seed))
+    found = [scaled(one, side) for one in itertools.islice(filter(_was_read, samples), count)]
+    if not found:
+        raise ValueError(f"nothing of {', '.join(cfg.DATASETS.TEST)} can be read.")
+    return found
+
+
+def _records_of(cfg: CfgNode) -> ConcatDataset[Sample]:
+    trainer = tasks.task_of(cfg).trainer()
+    return ConcatDataset([trainer.build_test_loader(cfg, name).dataset for name in cfg.DATASETS.TEST])
+
+
+def _order(count: int, seed: int) -> list[int]:
+    return torch.randperm(count, generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+def _was_read(sample: Sample) -> bool:
+    """A video that cannot be read comes without clip."""
+    return "image" in sample or "video" in sample
 
 
 def scaled(sample: Sample, side: int) -> Sample:

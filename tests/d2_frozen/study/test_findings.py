@@ -133,11 +133,17 @@ def test_runs_with_other_options_are_pointed_out(tmp_path: Path) -> None:
 
 
 def similarity(
-    folder: Path, name: str, values: list[list[float | None]], labels: tuple, complete: bool = True
+    folder: Path,
+    name: str,
+    values: list[list[float | None]],
+    labels: tuple,
+    complete: bool = True,
+    models: int = 1,
 ) -> None:
     rows, columns = labels
     panel = {"rows": rows, "columns": columns, "cka": values}
-    write_json(folder / "cka" / f"{name}.json", {"panels": [panel], "complete": complete})
+    content = {"panels": [panel], "complete": complete, "models": [{}] * models}
+    write_json(folder / "cka" / f"{name}.json", content)
 
 
 def test_similarities_of_a_cascade_are_those_inside_a_stage(tmp_path: Path) -> None:
@@ -159,6 +165,18 @@ def test_similarities_of_a_cascade_are_those_inside_a_stage(tmp_path: Path) -> N
     assert line.difference.mean == pytest.approx(0.8 - 0.81 / 3) and found.verdict == HOLDS
     similarity(folder, "cascade", values, cascade, complete=False)
     assert verdict(tmp_path, "vii").verdict == NOISE  # one seed is left
+    similarity(folder, "cascade", values, cascade, models=2)
+    assert verdict(tmp_path, "vii").verdict == NOISE
+
+
+def test_one_head_is_no_cascade(tmp_path: Path) -> None:
+    folder = tmp_path / "table2" / "detection" / "bifpn_mask_frozen" / "seed1"
+    similarity(folder, "bifpn", [[0.2]], (["p2"], ["layer 1"]))
+    similarity(folder, "cascade", [[0.9, 0.9]], (["input"], ["fc1", "fc2"]))
+    runs(tmp_path, 2, "detection", "bifpn_mask_frozen", 50.0)
+    runs(tmp_path, 2, "detection", "fpn_mask_frozen", 40.0)
+    runs(tmp_path, 4, "video", "linear_frozen", 10.0)
+    assert verdict(tmp_path, "vii").lines == []
 
 
 def test_command_and_report(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

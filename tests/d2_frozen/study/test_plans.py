@@ -5,7 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 
+from d2_frozen.backbone.weights import save_weights
+from d2_frozen.study import __main__ as command
 from d2_frozen.study.__main__ import main
 from d2_frozen.study.jobs import Job
 from d2_frozen.study.layout import sweep_markdown
@@ -56,6 +59,107 @@ def test_dry_run_counts_up_a_few_iterations(
     assert "900000" in frozen and " h " in frozen and "MiB" in frozen and "to do" in frozen
     assert "NUM_CLASSES is 2" in broken
     assert "h of training" in out and not (tmp_path / "out").exists()
+
+
+def test_a_plan_says_what_it_could_not_estimate(
+    configs: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    bad = configs / "coco/table6/percent_1_full.yaml"
+    bad.write_text("MODEL: {NO_SUCH_KEY: 1}\n")
+    flags = ["table", "6", "--scale", "full", "--configs", str(configs), "--output", str(tmp_path / "out")]
+    wanted = ["--cells", "percent_1_full", "percent_10_frozen", "--seeds", "2"]
+    assert main([*flags, "--dry-run", "--no-probe", *wanted]) == 0
+    out = capsys.readouterr().out
+    rows = [line for line in out.splitlines() if line.startswith("table6/")]
+    assert ["MiB" in row for row in rows] == [False, True, False, True]
+    assert (
+        f"error: table6/detection/percent_1_full/seed1: ValueError: {bad}: " in out and "NO_SUCH_KEY" in out
+    )
+    assert "Without 2 of 4 jobs to do, which could not be estimated." in out
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--slurm", "slurm_partition"], "--slurm takes NAME=VALUE"),
+        (["--slurm", "slurm_partition=gpu", "slurm_partitoin=gpu"], "slurm_partitoin"),
+        (["--slurm", "timeout_min=long"], "timeout_min"),
+        (["--slurm", "slurm_partition=gpu", "--gpus", "0"], "--num-gpus N asks for N for each run"),
+    ],
+)
+def test_mistakes_of_slurm_are_found_before_pretraining(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+    flags: list[str],
+    message: str,
+) -> None:
+    (tmp_path / "srun").touch(mode=0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert error_of_a_table_on_a_cluster(flags, tmp_path, monkeypatch, capsys, message)
+
+
+def test_no_cluster_is_found_before_pretraining(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    flags = ["--slurm", "slurm_partition=gpu"]
+    assert error_of_a_table_on_a_cluster(flags, tmp_path, monkeypatch, capsys, '"srun"')
+
+
+def error_of_a_table_on_a_cluster(
+    flags: list[str],
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+    message: str,
+) -> bool:
+    """Is it said before anything is generated or pretrained?"""
+
+    def too_late(*_: object) -> None:
+        raise AssertionError("too late")
+
+    monkeypatch.setattr(command, "_generate", too_late)
+    monkeypatch.setattr(command, "pretrain", too_late)
+    monkeypatch.chdir(folder)
+    table = ["table", "1", "--cells", "detection/masked_frozen", "--configs", str(CONFIGS), "--output", "out"]
+    assert main([*table, *flags]) == 2
+    err = capsys.readouterr().err
+    return err.startswith("error: ") and message in err
+
+
+def test_before_submission_it_is_said_where_backbones_are_pretrained(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Queue:
+        def __init__(self, *_: object) -> None: ...
+
+        def run(self, jobs: list[Job]) -> list[Job]:
+            return jobs
+
+    monkeypatch.setattr(command, "SlurmQueue", Queue)
+    monkeypatch.setattr(command, "_generate", lambda tasks: None)
+    monkeypatch.setattr(command, "pretrain", lambda *_: None)
+    monkeypatch.chdir(tmp_path)
+    table = ["table", "1", "--cells", "detection/masked_frozen", "--configs", str(CONFIGS), "--output", "out"]
+    assert main([*table, "--slurm", "slurm_partition=gpu"]) == 1
+    assert "masked_pico_4000 is pretrained here, in this process" in caplog.text
+    assert "study pretrain --kind" in caplog.text
+
+
+def test_a_table_does_not_take_a_backbone_of_another_pretraining(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(command, "_generate", lambda tasks: None)
+    monkeypatch.setattr(command.LocalQueue, "run", lambda self, jobs: [])
+    table = ["table", "1", "--cells", "detection/masked_frozen", "--configs", str(CONFIGS), "--output", "out"]
+    path = Path("output/study/pretrained/masked_pico_4000.safetensors")
+    for facts, code in (({"iterations": "2000"}, 0), ({"iterations": "10", "seed": "0"}, 2)):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_weights({"a": torch.zeros(1)}, path, metadata=facts)
+        assert main(table) == code
+    assert f"{path} is of another pretraining" in capsys.readouterr().err
 
 
 def test_submitit_runs_a_job_and_reports_a_failure(configs: Path, tmp_path: Path) -> None:

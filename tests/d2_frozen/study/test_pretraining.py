@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from d2_frozen.backbone.pretraining.scenes import IGNORE
 from d2_frozen.backbone.pretraining.shapes import NUM_SHAPES
 from d2_frozen.backbone.swin_v2 import PICO_NAME
 from d2_frozen.backbone.timm_backbone import create_timm_backbone
+from d2_frozen.backbone.weights import save_weights
 from d2_frozen.study import pretraining
 from d2_frozen.study.pretraining import KINDS, SIZES, Machine, Pretraining, pretrain
 
@@ -86,6 +88,49 @@ def test_an_interrupted_run_ends_as_an_uninterrupted_one(
     monkeypatch.setattr(pretraining, "learning_rate", rate)
     resumed, once = (load_file(path) for path in (pretrain(what, tmp_path / "broken", batch=2), whole))
     assert resumed.keys() == once.keys() and all(torch.equal(resumed[key], once[key]) for key in once)
+
+
+@pytest.mark.parametrize("fact, other", [("seed", {"seed": 5}), ("iterations", {"iterations": 2})])
+def test_a_file_of_another_pretraining_is_not_taken(
+    fact: str, other: dict[str, int], scenes: None, tmp_path: Path
+) -> None:
+    usual = {"images": 4, "iterations": 1}
+    path = pretrain(Pretraining("supervised", **usual), tmp_path, batch=2)
+    assert pretrain(Pretraining("supervised", **usual), tmp_path, batch=2) == path
+    with pytest.raises(ValueError, match=rf"{path.name} .*: {fact} .*Remove the file .*--output"):
+        pretrain(Pretraining("supervised", **{**usual, **other}), tmp_path, batch=2)
+    with pytest.raises(ValueError, match="batch 2, not 64"):
+        pretrain(Pretraining("supervised", **usual), tmp_path)
+
+
+def test_what_another_pretraining_left_is_not_gone_on_with(
+    scenes: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pretraining, "_SAVE_EVERY", 1)
+    what = Pretraining("supervised", images=4, iterations=1)
+    with monkeypatch.context() as broken, pytest.raises(KeyboardInterrupt):
+        broken.setattr(pretraining, "whole_state", interrupted)
+        pretrain(what, tmp_path, batch=2)
+    unfinished = tmp_path / "supervised_pico_4.partial.pth"
+    for other in (replace(what, seed=5), replace(what, iterations=3)):
+        with pytest.raises(ValueError, match=rf"{unfinished.name} .*another pretraining"):
+            pretrain(other, tmp_path, batch=2)
+    assert pretrain(what, tmp_path, batch=2).exists() and not unfinished.exists()
+
+
+def interrupted(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+def test_older_files_are_of_seed_0_and_the_usual_length(scenes: None, tmp_path: Path) -> None:
+    older = {"kind": "supervised", "images": "4", "iterations": "2000"}
+    save_weights({"a": torch.zeros(1)}, tmp_path / "supervised_pico_4.safetensors", metadata=older)
+    assert pretrain(Pretraining("supervised", images=4), tmp_path).exists()
+    with pytest.raises(ValueError, match="seed 0, not 1"):
+        pretrain(Pretraining("supervised", images=4, seed=1), tmp_path)
+    torch.save({"step": 200}, tmp_path / "masked_pico_4.partial.pth")
+    with pytest.raises(ValueError, match="iterations 2000, not 500; batch 64, not 2"):
+        pretrain(Pretraining("masked", images=4, iterations=500), tmp_path, batch=2)
 
 
 def test_only_hidden_pixels_count_and_the_backbone_does_not_see_them() -> None:

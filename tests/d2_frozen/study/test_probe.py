@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -95,6 +96,27 @@ def test_the_mask_head_has_as_many_rois_as_that_of_a_trained_network() -> None:
 def test_a_batch_that_gpus_cannot_share_is_refused() -> None:
     with pytest.raises(ValueError, match="IMS_PER_BATCH 16 cannot be shared by 3 GPUs"):
         probe.measure_step(job_of("coco/table2/fpn_mask_frozen.yaml"), num_gpus=3)
+
+
+def test_without_gpus_one_process_has_the_whole_batch() -> None:
+    options = ("INPUT.SCALE_CROP.SIZE", "64", "SOLVER.IMS_PER_BATCH", "2", *SMALL_HEADS)
+    step = probe.measure_step(job_of("coco/table2/fpn_mask_frozen.yaml", *options), 0, warm_up=1, timed=1)
+    assert step.images == 2
+
+
+@pytest.mark.parametrize("estimate", [probe.count_up, probe.probe_synthetic])
+def test_a_job_without_config_is_told_and_the_others_are_estimated(
+    estimate: Callable, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(probe, "_step_in_process", lambda *_: probe.Step(5, 2, 0.5, 100.0, 10.0, "a device"))
+    (tmp_path / "unknown_key.yaml").write_text("MODEL: {NO_SUCH_KEY: 1}\n")
+    (tmp_path / "no_yaml.yaml").write_text("MODEL: [\n")
+    bad = [Job(name, str(tmp_path / f"{name}.yaml")) for name in ("unknown_key", "no_yaml", "missing")]
+    good = job_of("coco/table2/fpn_mask_frozen.yaml", "SOLVER.CHECKPOINT_PERIOD", "0")
+    *errors, found = estimate([*bad, good])
+    assert isinstance(found, probe.Estimate) and found.checkpoints == 1  # the last
+    for error, said in zip(errors, ("NO_SUCH_KEY", "no_yaml.yaml, or a _BASE_ of it", "no config file")):
+        assert isinstance(error, str) and said in error
 
 
 def test_jobs_with_the_same_step_are_measured_once(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,7 +10,7 @@ import pytest
 from d2_frozen.study.__main__ import main
 from d2_frozen.study.layout import Score, csv_text, gap, markdown, write_table
 from d2_frozen.study.paper import PaperNumber, paper_numbers
-from d2_frozen.study.tables import Cell, cells_of
+from d2_frozen.study.tables import Cell, cells_of, named_cells
 
 CONFIGS = Path(__file__).resolve().parents[3] / "configs"
 
@@ -57,6 +57,33 @@ def test_a_row_or_a_task_brings_its_cells() -> None:
         ("segmentation", "masked_frozen"),
         ("segmentation", "masked_full"),
     }
+
+
+def test_a_yaml_whose_name_says_no_column_is_refused_where_it_is_asked_for(tmp_path: Path) -> None:
+    folder = tmp_path / "mini/detection/table2"
+    folder.mkdir(parents=True)
+    for name in ("mine", "fpn_mask_frozen"):
+        (folder / f"{name}.yaml").touch()
+    (tmp_path / "mini/video/table2").mkdir(parents=True)
+    (tmp_path / "mini/video/table2/linear_frozen.yaml").touch()
+    for wanted in ([], ["mine"], ["detection"]):
+        with pytest.raises(ValueError, match=r"mine.yaml: .*mine_frozen.yaml or mine_full.yaml"):
+            cells_of(2, "mini", tmp_path, wanted)
+    for wanted in (["fpn_mask"], ["detection/frozen"]):
+        assert "fpn_mask_frozen" in [c.name for c in cells_of(2, "mini", tmp_path, wanted)]
+    assert [c.name for c in cells_of(2, "mini", tmp_path, ["video"])] == ["linear_frozen"]
+    assert [c.name for c in named_cells(2, "mini", tmp_path)] == ["fpn_mask_frozen", "linear_frozen"]
+
+
+def test_the_command_above_a_cell_runs_that_one() -> None:
+    commands = 0
+    for path in CONFIGS.glob("mini/*/table*/*.yaml"):
+        words = path.read_text().split("\n", 1)[0].split()
+        if "d2_frozen.study" in words:
+            commands += 1
+            chosen = cells_of(int(words[words.index("table") + 1]), "mini", CONFIGS, [words[-1]])
+            assert [cell.config_file for cell in chosen] == [str(path)]
+    assert commands >= 48  # of tables 1 and 5
 
 
 def test_mean_and_sample_deviation() -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
+import re
 import signal
 from pathlib import Path
 
@@ -13,7 +15,8 @@ import pytest
 from d2_frozen import train_net
 from d2_frozen.engine import FrozenCheckpointer
 from d2_frozen.study.__main__ import main
-from d2_frozen.study.cka import inputs, measure
+from d2_frozen.study.cka import command, inputs, measure
+from d2_frozen.study.cka.command import add_cka_command
 from d2_frozen.study.cka.presets import PRESETS
 from detectron2.utils.env import seed_all_rng
 
@@ -92,7 +95,8 @@ def test_residual_blocks_start_as_the_identity(cka, tmp_path: Path) -> None:
 
 def test_any_two_globs_rois_and_images_too(cka, tmp_path: Path) -> None:
     assert cka("--x", "backbone[p?]", "--y", "roi_heads.box_head*", options=("MODEL.NECK.NAME", "FPN")) == 0
-    (panel,) = result(tmp_path, "globs")["panels"]
+    (file,) = (tmp_path / "cka").glob("*.json")
+    (panel,) = result(tmp_path, file.stem)["panels"]
     assert panel["rows"] == [f"backbone[p{k}]" for k in range(2, 7)]
     assert "roi_heads.box_head.fc1" in panel["columns"] and "roi_heads.box_head" in panel["columns"]
     assert np.isfinite(np.array(panel["cka"], dtype=float)).all()
@@ -109,13 +113,23 @@ def test_list_prints_names_shapes_and_examples(cka, capsys: pytest.CaptureFixtur
     assert lines["roi_heads.box_head.fc1"][1] == "RoI"
 
 
+def test_fewer_images_than_a_batch_are_enough_for_a_list(cka, capsys: pytest.CaptureFixture) -> None:
+    assert cka("--list", "--batch", "100") == 0
+    listed = capsys.readouterr().out
+    assert "shape, batch of 12" in listed and "12x64x8x8" in listed
+    assert cka("--list", "--batch", "1") == 0 and "1x64x8x8" in capsys.readouterr().out
+    assert "give at least 1" in error_of(cka("--list", "--batch", "0"), capsys)
+
+
 def test_the_same_layers_of_two_models(cka, tmp_path: Path, tiny_config: Path) -> None:
     """The same pretrained backbone, frozen and not: equal before training, whatever stands on it."""
     shipped = ("MODEL.TIMM.PRETRAINED", "d2_frozen://swinv2_pico_fdsl.safetensors")
     other = ["MODEL.BACKBONE.FREEZE", "none", *shipped]
     flags = ["--other-config-file", str(tiny_config), "--other-options", *other]
     assert cka("backbone", *flags, options=shipped) == 0
-    same, pairs = result(tmp_path, "backbone")["panels"]
+    (file,) = (tmp_path / "cka").glob("*.json")
+    assert file.name.startswith("backbone_and_")
+    same, pairs = result(tmp_path, file.stem)["panels"]
     np.testing.assert_allclose(same["cka"], 1, atol=1e-9)
     stages = [(0, 2), (1, 2), (2, 4), (3, 2)]  # the depths of this network
     assert same["columns"] == [f"layers.{s}.blocks.{i}" for s, depth in stages for i in range(depth)]
@@ -155,6 +169,41 @@ def test_an_interrupted_run_writes_what_it_has(cka, tmp_path: Path, monkeypatch)
     assert (found["complete"], found["images"]) == (False, 4)
     assert found["panels"][0]["standard_error"][0][0] is None  # of one batch
     assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_a_complete_measurement_is_not_replaced_by_an_interrupted_one(
+    cka, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    assert cka("bifpn") == 0
+    monkeypatch.setattr(inputs.StopAsked, "__bool__", lambda self: True)
+    assert cka("bifpn") == 130
+    assert (result(tmp_path, "bifpn")["complete"], result(tmp_path, "bifpn")["images"]) == (True, 8)
+    assert result(tmp_path, "bifpn_incomplete")["complete"] is False
+    assert "bifpn.json is of all its batches and stays" in capsys.readouterr().err
+
+
+def default_name(*arguments: str) -> str:
+    parser = argparse.ArgumentParser()
+    add_cka_command(parser.add_subparsers())
+    return command._default_name(parser.parse_args(["cka", *arguments]))
+
+
+def test_other_maps_and_other_models_have_files_of_their_own() -> None:
+    long = "backbone.bottom_up.network.layers.*.blocks.*.attn"
+    names = [
+        default_name("bifpn", "--run", "a"),
+        default_name("bifpn", "--run", "a", "--other-run", "b/table2/seed1"),
+        default_name("bifpn", "--run", "a", "--other-run", "c/table2/seed1"),
+        default_name("bifpn", "--run", "a", "--other-run", "c/table2/seed1", "--other-options", "SEED", "2"),
+        default_name("--x", "backbone[p?]", "--y", "roi_heads.box_head*"),
+        default_name("--x", "backbone[p*]", "--y", "roi_heads.box_head*"),
+        default_name("--x", long, "--y", f"{long}.qkv"),
+        default_name("--x", f"{long}.proj", "--y", f"{long}.qkv"),
+    ]
+    assert names[0] == "bifpn" and len(set(names)) == len(names)
+    assert all(re.fullmatch(r"[\w.-]{1,80}", name) for name in names)
+    same = default_name("bifpn", "--run", "a", "--other-run", "b/table2/seed1/")
+    assert names[1] == same
 
 
 def test_a_run_is_its_folder(cka, flags, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
