@@ -55,7 +55,8 @@ def add_keys_of_others(cfg: CfgNode) -> CfgNode:
 def _add_model_keys(cfg: CfgNode) -> None:
     # What of the bottom-up network does not train: "all" (the paper's frozen setting), "none" (full fine-tuning), or
     # the last frozen stage: "stem" | "res2" | "res3" | "res4" (everything from the input up to and including it).
-    # Read by MODEL.BACKBONE.NAME: build_frozen_backbone; Detectron2's own builders read FREEZE_AT.
+    # Read by MODEL.BACKBONE.NAME: build_frozen_backbone, for every bottom-up network; Detectron2's own names of
+    # backbones read FREEZE_AT.
     cfg.MODEL.BACKBONE.FREEZE = "all"
 
     # True: trained layers that stand in a stack keep only their inputs, and compute again in backward: layers of BiFPN,

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from d2_frozen.backbone.by_sample import Batch
 from d2_frozen.backbone.fast import PRECISIONS, contiguous, fast_network
 from d2_frozen.backbone.stages import parameters_by_stage
+from d2_frozen.backbone.timm_backbone import TimmBackbone
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import Backbone
 
@@ -262,11 +263,14 @@ def freeze_stages(inner: Backbone, stages: int) -> Backbone:
         inner: a :class:`TimmBackbone`, or one with ``stem``, ``res2``, .. such as Detectron2's ResNet.
         stages: 0 returns ``inner`` unchanged.
     Raises:
-        ValueError: ``inner`` has fewer parts, or none that are known.
+        ValueError: ``inner`` has fewer parts, none that are known, or some that cannot be separated.
     """
     if stages == 0:
         return inner
-    parts = parameters_by_stage(inner)
+    # timm's stages are told apart as far as they are asked for: fused branches have a stem all the same.
+    parts = (
+        inner.parameters_by_stage(stages) if isinstance(inner, TimmBackbone) else parameters_by_stage(inner)
+    )
     if not 0 < stages <= len(parts):
         raise ValueError(
             f"MODEL.BACKBONE.FREEZE is {stages}, but {getattr(inner, 'name', type(inner).__name__)} has "

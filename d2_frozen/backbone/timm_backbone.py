@@ -10,12 +10,13 @@ import contextlib
 import difflib
 import logging
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import timm
 import torch
 from timm.models import group_parameters
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from d2_frozen.backbone import swin_v2_giant  # noqa: F401  (registers its names in timm)
 from d2_frozen.backbone.plain_vit import PlainViT, is_plain, plain_vit_arguments
@@ -30,6 +31,8 @@ from detectron2.modeling import BACKBONE_REGISTRY, Backbone
 STRIDE_NAMES = {4: "res2", 8: "res3", 16: "res4", 32: "res5"}
 # Where timm's networks have the norm in front of their classifier.
 _FINAL_NORMS = ("norm", "head_norm", "head.norm")
+# Sides in pixels that networks of one image size are built for; tried where timm's record of the size does not run.
+_USUAL_SIDES = (224, 256, 384, 448, 512)
 logger = logging.getLogger(__name__)
 
 
@@ -74,6 +77,8 @@ class TimmBackbone(Backbone):
         self._out_feature_channels = {f: channels[f] for f in self._out_features}
         self._out_feature_strides = {f: s for s, f in STRIDE_NAMES.items() if f in self._out_features}
         self._indices = [index_of[f] for f in self._out_features]
+        # Maps that are not asked for tell their stages too, as long as nothing of them is removed.
+        self._stage_indices = [i for i in sorted(index_of.values()) if i <= max(self._indices)]
         self._stage_names = _grouped_parameters(network, by_block=False)
         self._layer_names = _grouped_parameters(network, by_block=True)
         if final_norm and "res5" not in out_features:
@@ -89,18 +94,34 @@ class TimmBackbone(Backbone):
         self.final_norm = found
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
-        """(B, 3, H, W) normalised images -> {name: (B, C, H / stride, W / stride)}."""
-        maps = self.network.forward_intermediates(
-            images,
-            indices=self._indices,
-            norm=False,
-            stop_early=True,
-            output_fmt="NCHW",
-            intermediates_only=True,
-        )
+        """(B, 3, H, W) normalised images -> {name: (B, C, H / stride, W / stride)}.
+
+        Raises:
+            ValueError: the network is built for one image size, and these have another.
+        """
+        maps = self._maps(images)
         if self.final_norm is not None:
             maps = [*maps[:-1], _normalised(maps[-1], self.final_norm)]
         return dict(zip(self._out_features, maps))
+
+    def _maps(self, images: Tensor) -> list[Tensor]:
+        if torch.compiler.is_compiling():  # compilers before torch 2.7 do not follow every try
+            return _intermediates(self.network, images, self._indices)
+        try:
+            return _intermediates(self.network, images, self._indices)
+        except torch.cuda.OutOfMemoryError:
+            raise
+        except Exception as err:
+            # Not asked when it is built: at its own size such a network runs, and the images' size is not known there.
+            own = _one_size_of(self.network, self._indices, images)
+            if own is None:
+                raise
+            raise ValueError(
+                f"images of {images.shape[-2]}x{images.shape[-1]} pixels do not fit MODEL.TIMM.NAME {self.name}, which "
+                f"is built for its own image size alone, {own[0]}x{own[1]} pixels (timm: {err or type(err).__name__}). "
+                "Take a network for any size, such as swinv2_*, swin_*, convnext_*, resnet*, regnet* or a plain vit_*, "
+                "or let all images have that size, in training and in testing."
+            ) from err
 
     @property
     def map_indices(self) -> dict[str, int]:
@@ -117,13 +138,60 @@ class TimmBackbone(Backbone):
             for f in self._out_features
         }
 
-    def parameters_by_stage(self) -> list[list[str]]:
+    def parameters_by_stage(self, stages: int | None = None) -> list[list[str]]:
         """Names of the parameters of the stem and of each remaining stage, in the order of the forward pass.
 
+        Up to res_k there is what the map res_k depends on, and nothing behind: timm's groups where they are that, else
+        the parameters in the order of the modules.
+
+        Args:
+            stages: so many parts are asked for; those behind need not be separable. By default all are.
         Raises:
-            ValueError: timm does not say to which stage the parameters belong.
+            ValueError: timm does not say what the stem is, or a stage that is asked for cannot be separated.
         """
-        return self._remaining(self._stage_names)
+        stem, *groups = self._remaining(self._stage_names)
+        count = len(self._stage_indices)
+        parts = [stem, *groups[: count - 1], [name for part in groups[count - 1 :] for name in part]]
+        if stages is not None and stages < 2:
+            return parts
+        asked = count if stages is None else min(stages - 1, count)
+        seen = self._seen_by_maps()
+        if seen and _end_with_maps(parts, seen, asked):
+            return parts
+        parts = self._in_order(stem, seen, asked) if seen else []
+        if parts and _end_with_maps(parts, seen, asked):
+            return parts
+        raise ValueError(
+            f"MODEL.BACKBONE.FREEZE cannot be {list(STRIDE_NAMES.values())[asked - 1]!r} for MODEL.TIMM.NAME "
+            f"{self.name}: what of it lies up to the end of that stage, and what behind, cannot be told apart, as in "
+            "networks that fuse their branches. Set it to 'all', 'none' or 'stem', or take another network, such as "
+            "swinv2_*, swin_*, convnext_*, resnet* or regnet*."
+        )
+
+    def _seen_by_maps(self) -> list[set[str]]:
+        """Of each map, fine to coarse, the parameters that it depends on, by autograd; [] where that is not known."""
+        first = next((m for m in self.network.modules() if isinstance(m, nn.Conv2d)), None)
+        # Two images: batch norms in training need more than one cell.
+        shape, dtype = (2, first.in_channels if first else 3), next(self.parameters()).dtype
+        run = _first_dry_run(self.network, self._stage_indices, shape, dtype)
+        if run is None:
+            return []
+        names, parameters = list(run.parameters), list(run.parameters.values())
+        seen = []
+        for one in run.maps:
+            slopes = torch.autograd.grad(one.sum(), parameters, allow_unused=True, retain_graph=True)
+            seen.append({name for name, slope in zip(names, slopes) if slope is not None})
+        return seen
+
+    def _in_order(self, stem: list[str], seen: list[set[str]], count: int) -> list[list[str]]:
+        """Stem, the stages of ``count`` maps, and the rest, cut from the parameters in the order of the modules."""
+        names = [name for name, _ in self.named_parameters() if name.startswith("network.")]
+        used = [name for name in names if any(name in one for one in seen)]
+        ends = [len(set(stem) & set(used)), *(len(one) for one in seen[:count])]
+        parts = [used[begin:end] for begin, end in zip([0, *ends], ends)]
+        in_parts = {name for part in parts for name in part}
+        rest = [name for name in names if name not in in_parts]  # behind them, or of no map
+        return [*parts, rest] if count < len(seen) else [*parts[:-1], parts[-1] + rest]
 
     def parameters_by_layer(self) -> list[list[str]]:
         """Names of the parameters of the stem and of each remaining block; merging counts with the block behind it."""
@@ -281,6 +349,78 @@ def final_norm_of(network: nn.Module, channels: int) -> tuple[str, nn.Module | N
         if weight is not None and tuple(weight.shape) == (channels,):
             return name, norm
     return "", None
+
+
+class _DryRun(NamedTuple):
+    size: tuple[int, int]  # height and width of the images, in pixels
+    parameters: dict[str, Tensor]  # by the names that they have in TimmBackbone
+    maps: list[Tensor]
+
+
+class _Maps(nn.Module):
+    """A timm network whose forward gives maps."""
+
+    def __init__(self, network: nn.Module, indices: list[int]) -> None:
+        super().__init__()
+        self.network, self.indices = network, indices
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        return _intermediates(self.network, images, self.indices)
+
+
+def _intermediates(network: Any, images: Tensor, indices: list[int]) -> list[Tensor]:
+    return network.forward_intermediates(
+        images, indices=indices, norm=False, stop_early=True, output_fmt="NCHW", intermediates_only=True
+    )
+
+
+def _dry_run(
+    network: nn.Module, indices: list[int], shape: Sequence[int], dtype: torch.dtype
+) -> _DryRun | None:
+    """Maps and graph of autograd without memory or arithmetic, for images of (B, C, H, W); None where timm fails."""
+    module = _Maps(network, indices)
+    parameters = {
+        n: torch.empty_like(p, device="meta", requires_grad=True) for n, p in module.named_parameters()
+    }
+    buffers = {n: torch.empty_like(b, device="meta") for n, b in module.named_buffers()}
+    try:
+        with torch.enable_grad():
+            images = torch.empty(tuple(shape), dtype=dtype, device="meta")
+            maps = functional_call(module, {**parameters, **buffers}, (images,))
+    except Exception:
+        return None
+    return _DryRun((shape[-2], shape[-1]), parameters, maps)
+
+
+def _first_dry_run(
+    network: Any, indices: list[int], shape: Sequence[int], dtype: torch.dtype
+) -> _DryRun | None:
+    """Of images (B, C, ...) with the size of timm's record, or a usual one: MODEL.TIMM.ARGS may ask for another."""
+    record = getattr(network, "pretrained_cfg", None) or {}
+    recorded = tuple(record.get("input_size") or ())[-2:]
+    for size in (recorded, *((side, side) for side in _USUAL_SIDES)):
+        if len(size) == 2 and (run := _dry_run(network, indices, (*shape[:2], *size), dtype)):
+            return run
+    return None
+
+
+def _one_size_of(network: Any, indices: list[int], images: Tensor) -> tuple[int, int] | None:
+    """(height, width) that a network runs on where it is their size that keeps it from these images; else None."""
+    if images.dim() != 4 or _dry_run(network, indices, images.shape, images.dtype):
+        return None
+    run = _first_dry_run(network, indices, images.shape, images.dtype)
+    return run.size if run else None
+
+
+def _end_with_maps(parts: list[list[str]], seen: list[set[str]], count: int) -> bool:
+    """Do the stages of the first ``count`` maps end where these do? What no map depends on may be anywhere."""
+    used = set().union(*seen)
+    so_far = set(parts[0])
+    for part, one in zip(parts[1 : count + 1], seen):
+        so_far |= set(part)
+        if so_far & used != one:
+            return False
+    return len(parts) > count
 
 
 def _normalised(feature: Tensor, norm: nn.Module) -> Tensor:

@@ -8,7 +8,7 @@ from d2_frozen.backbone import PLAIN_FEATURE, freeze_backbone
 from d2_frozen.neck.bifpn import BiFPN, input_strides
 from d2_frozen.neck.padding import PadsForBottomUp
 from d2_frozen.neck.residual_fpn import ResidualFPN
-from d2_frozen.neck.simple_feature_pyramid import PlainPyramid, SimpleFeaturePyramid
+from d2_frozen.neck.simple_feature_pyramid import STRIDE_OF, PlainPyramid, SimpleFeaturePyramid
 from detectron2.config import CfgNode
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY
@@ -22,6 +22,17 @@ NECK_REGISTRY.__doc__ = """
 Necks of others by MODEL.NECK.NAME, under names of their own. Called with ``(cfg, bottom_up)``, they give a Detectron2
 Backbone that trains, with ``bottom_up`` as its attribute of that name. Detectron2 has no registry for them.
 """
+
+# Sections of MODEL with IN_FEATURES that a model does not read, by MODEL.META_ARCHITECTURE: necks', and other tasks'.
+_NO_BOXES = ("FPN", "RETINANET", "RPN", "ROI_HEADS")
+_UNREAD = {
+    "FrozenRCNN": ("FPN", "RETINANET", "SEM_SEG_HEAD"),
+    "GeneralizedRCNN": ("FPN", "RETINANET", "SEM_SEG_HEAD"),
+    "ProposalNetwork": ("FPN", "RETINANET", "SEM_SEG_HEAD", "ROI_HEADS"),
+    "FrozenSegmentor": _NO_BOXES,
+    "SemanticSegmentor": _NO_BOXES,
+    "MaskFormer": _NO_BOXES,
+}
 
 
 @BACKBONE_REGISTRY.register()
@@ -42,7 +53,7 @@ def build_frozen_bottom_up(cfg: CfgNode, input_shape: ShapeSpec) -> Backbone:
     Raises:
         As :func:`build_frozen_backbone`.
     """
-    bottom_up = BACKBONE_REGISTRY.get(cfg.MODEL.FROZEN.BOTTOM_UP)(cfg, input_shape)
+    bottom_up = BACKBONE_REGISTRY.get(cfg.MODEL.FROZEN.BOTTOM_UP)(_unfrozen_by_builder(cfg), input_shape)
     if cfg.MODEL.BACKBONE.FREEZE == "all" and cfg.MODEL.TIMM.DROP_PATH_RATE:
         logging.getLogger(__name__).warning(
             "MODEL.TIMM.DROP_PATH_RATE is %s, but MODEL.BACKBONE.FREEZE: all leaves nothing for it to act on.",
@@ -57,7 +68,7 @@ def build_neck(cfg: CfgNode, bottom_up: Backbone) -> Backbone:
 
     A plain ViT has one map: SimpleFeaturePyramid is a whole neck for it; the other necks get their inputs from the
     trained branches of the same pyramid (:class:`PlainPyramid`). "none" leaves res2..res5 as they are, for heads that
-    have a neck of their own.
+    have a neck of their own; of a plain ViT it makes those of them that the heads read.
 
     Raises:
         ValueError: no such neck, here or in NECK_REGISTRY, OUT_CHANNELS that its norm cannot divide, or IN_FEATURES
@@ -73,7 +84,7 @@ def build_neck(cfg: CfgNode, bottom_up: Backbone) -> Backbone:
         )
     plain = list(bottom_up.output_shape()) == [PLAIN_FEATURE]
     if name == "none":
-        return PlainPyramid(bottom_up) if plain else bottom_up
+        return PlainPyramid(bottom_up, _levels_of_heads(cfg)) if plain else bottom_up
     if name == "SimpleFeaturePyramid":
         if not plain:
             raise ValueError(
@@ -121,3 +132,29 @@ def build_neck(cfg: CfgNode, bottom_up: Backbone) -> Backbone:
 
 class PlainFPN(PadsForBottomUp, FPN):
     """Detectron2's FPN; only its padding rules also respect the bottom-up network's."""
+
+
+def _unfrozen_by_builder(cfg: CfgNode) -> CfgNode:
+    """The config for a builder of Detectron2's, whose FREEZE_AT (2 by default) would freeze more than FREEZE says.
+
+    Where FREEZE is "all" nothing of that shows, and frozen norms stay what they are.
+    """
+    if cfg.MODEL.BACKBONE.FREEZE == "all" or cfg.MODEL.BACKBONE.FREEZE_AT == 0:
+        return cfg
+    cfg = cfg.clone()
+    cfg.defrost()
+    cfg.MODEL.BACKBONE.FREEZE_AT = 0
+    return cfg
+
+
+def _levels_of_heads(cfg: CfgNode) -> list[str]:
+    """Of res2..res5, those that the heads of the config read; all of them where it does not tell."""
+    model = cfg.MODEL
+    unread = _UNREAD.get(model.META_ARCHITECTURE)
+    if unread is None:
+        return list(STRIDE_OF)
+    heads = [part for name, part in model.items() if name not in unread and isinstance(part, CfgNode)]
+    asked = {level for head in heads for level in head.get("IN_FEATURES", ())}
+    if model.HTC.SEMANTIC_ON:
+        asked.update(model.HTC.SEMANTIC_IN_FEATURES)
+    return [level for level in STRIDE_OF if level in asked] or list(STRIDE_OF)

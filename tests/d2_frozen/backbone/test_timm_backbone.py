@@ -319,3 +319,81 @@ def test_a_user_without_home_is_told_where_weights_may_go(monkeypatch):
     monkeypatch.setattr(timm, "create_model", fail)
     with pytest.raises(FileNotFoundError, match="home directory. Set HF_HOME to a folder"):
         create_timm_backbone("swinv2_tiny_window8_256", pretrained="hub")
+
+
+# ---- stages ----
+@pytest.mark.parametrize("name", [PICO_NAME, "efficientnet_lite0", "mobilenetv3_small_050", "dla46_c"])
+def test_up_to_a_stage_there_is_what_its_map_depends_on(name):
+    """By autograd through the real network; of the first one, timm's own groups are the stages."""
+    backbone = create_timm_backbone(name).eval()
+    parameters = dict(backbone.named_parameters())
+    maps = backbone(torch.randn(1, 3, 64, 64))
+    parts = backbone.parameters_by_stage()
+    assert len(parts) == 5 and sorted(sum(parts, [])) == sorted(parameters)
+    assert parts[0] and parts[0][0] == next(iter(parameters))
+    up_to = set(parts[0])
+    for part, feature in zip(parts[1:], maps.values()):
+        slopes = torch.autograd.grad(
+            feature.sum(), [*parameters.values()], allow_unused=True, retain_graph=True
+        )
+        up_to |= set(part)
+        assert up_to == {key for key, slope in zip(parameters, slopes) if slope is not None}
+
+
+def test_stages_of_maps_that_are_not_asked_for():
+    whole, some = (
+        create_timm_backbone("mobilenetv3_small_050", out_features=f)
+        for f in (["res2", "res3", "res4", "res5"], ["res2", "res4"])
+    )
+    assert some.parameters_by_stage() == whole.parameters_by_stage()[:4]
+    with pytest.raises(ValueError, match="MODEL.BACKBONE.FREEZE is 5, but mobilenetv3_small_050 has 4 parts"):
+        freeze_backbone(some, "res5")
+
+
+def test_frozen_stages_of_blocks_that_timm_counts_otherwise():
+    """Five groups of timm's for the blocks of an EfficientNet, four maps: res2 ends with the second of them."""
+    partly = freeze_backbone(create_timm_backbone("efficientnet_lite0"), "res2").train()
+    before = {key: value.clone() for key, value in partly.state_dict().items()}
+    maps = partly(torch.randn(2, 3, 64, 64))
+    assert not maps["res2"].requires_grad and maps["res3"].requires_grad
+    moved = {key for key, value in partly.state_dict().items() if not torch.equal(value, before[key])}
+    assert moved and all(key.startswith("network.blocks.") and int(key.split(".")[2]) > 1 for key in moved)
+    behind = {name for part in partly.inner.parameters_by_stage()[2:] for name in part}
+    assert {name for name, p in partly.named_parameters() if p.requires_grad} == behind
+
+
+def test_stages_of_fused_branches_are_refused():
+    """Each map of HRNet depends on all branches, but on some of the last fusions only."""
+    with torch.device("meta"):
+        backbone = create_timm_backbone("hrnet_w18_small")
+    for stage in ("res2", "res5"):
+        with pytest.raises(
+            ValueError, match=f"FREEZE cannot be '{stage}' for MODEL.TIMM.NAME hrnet_w18_small"
+        ):
+            freeze_backbone(backbone, stage)
+    frozen = freeze_backbone(backbone, "stem")
+    assert {n.split(".")[1] for n, p in frozen.named_parameters() if not p.requires_grad} == {
+        "conv1", "bn1", "conv2", "bn2",
+    }  # fmt: skip
+
+
+# ---- networks of one image size ----
+@pytest.mark.parametrize("freeze", ["all", "stem", "none"])
+@pytest.mark.parametrize("name", ["coatnet_pico_rw_224", "swinv2_cr_tiny_224"])
+def test_a_network_of_one_image_size_is_named_where_images_have_another(name, freeze):
+    arguments = {"depths": (1, 1, 1, 1)} if name.startswith("swinv2") else None
+    backbone = freeze_backbone(create_timm_backbone(name, arguments=arguments), freeze)
+    message = f"64x96 pixels do not fit MODEL.TIMM.NAME {name}, which is built for .*, 224x224 pixels .timm: "
+    with pytest.raises(ValueError, match=message):
+        backbone(torch.randn(2, 3, 64, 96))
+    assert backbone(torch.randn(2, 3, 224, 224))["res5"].shape[-2:] == (7, 7)
+
+
+def test_other_errors_stay_what_they_are():
+    """Images with a channel too many fit at no size; a network for any size may break for any reason."""
+    with pytest.raises(RuntimeError, match="channels"):
+        create_timm_backbone("coatnet_pico_rw_224")(torch.randn(1, 4, 64, 64))
+    backbone = create_timm_backbone("resnet18")
+    backbone.network.layer4.register_forward_pre_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        backbone(torch.randn(1, 3, 64, 64))

@@ -147,3 +147,27 @@ def test_a_neck_of_your_own_is_found_by_its_name(registered_bottom_up):
         "p2": (8, 16, 16), "p3": (8, 8, 8), "p4": (8, 4, 4), "p5": (8, 2, 2),
     }  # fmt: skip
     assert {name.split(".")[0] for name, p in neck.named_parameters() if p.requires_grad} == {"lateral"}
+
+
+RESNET = (
+    *("MODEL.FROZEN.BOTTOM_UP", "build_resnet_backbone", "MODEL.RESNETS.DEPTH", 18),
+    *("MODEL.RESNETS.RES2_OUT_CHANNELS", 64, "MODEL.RESNETS.OUT_FEATURES", ["res2", "res3", "res4", "res5"]),
+)
+
+
+@pytest.mark.parametrize(
+    ("freeze", "frozen"), [("none", []), ("stem", ["stem"]), ("res3", ["res2", "res3", "stem"])]
+)
+def test_freeze_decides_for_detectron2s_builders_too(freeze, frozen):
+    """Their FREEZE_AT is 2 by default: stem and res2. Norms of what is frozen keep their statistics, others do not."""
+    cfg = config(*RESNET, "MODEL.BACKBONE.FREEZE", freeze, "MODEL.RESNETS.NORM", "BN")
+    cfg.freeze()
+    resnet = BACKBONE_REGISTRY.get("build_frozen_bottom_up")(cfg, ShapeSpec(channels=3)).train()
+    assert cfg.MODEL.BACKBONE.FREEZE_AT == 2 and cfg.is_frozen()
+    assert sorted({n.split(".")[0] for n, p in resnet.named_parameters() if not p.requires_grad}) == frozen
+    before = {key: value.clone() for key, value in resnet.state_dict().items()}
+    resnet(torch.rand(2, 3, 64, 64))
+    moved = {
+        key.split(".")[0] for key, value in resnet.state_dict().items() if not torch.equal(value, before[key])
+    }
+    assert moved == {"stem", "res2", "res3", "res4", "res5"} - set(frozen)

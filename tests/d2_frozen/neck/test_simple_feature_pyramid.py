@@ -8,12 +8,14 @@ from torch import nn
 
 from d2_frozen import add_frozen_config
 from d2_frozen.backbone import FrozenBackbone
-from d2_frozen.neck import PlainPyramid, SimpleFeaturePyramid
+from d2_frozen.neck import PlainPyramid, SimpleFeaturePyramid, build_neck
 from d2_frozen.summary import backbone_parts
 from detectron2.config import get_cfg
 from detectron2.layers import ShapeSpec
-from detectron2.modeling import BACKBONE_REGISTRY
+from detectron2.modeling import BACKBONE_REGISTRY, build_model
 from detectron2.modeling.backbone import Backbone
+from detectron2.structures import Boxes, Instances
+from detectron2.utils.events import EventStorage
 
 
 class Plain(Backbone):
@@ -123,3 +125,52 @@ def test_wrong_uses_are_named():
         BACKBONE_REGISTRY.get("build_frozen_backbone")(cfg, ShapeSpec(channels=3))
     with pytest.raises(ValueError, match=r"MODEL.FPN.IN_FEATURES is \['res6'\]"):
         PlainPyramid(Plain(), ["res6"])
+
+
+BOXES = {"MODEL.RPN.IN_FEATURES": ["res4"], "MODEL.ROI_HEADS.IN_FEATURES": ["res4"]}
+PIXELS = {"MODEL.SEM_SEG_HEAD.IN_FEATURES": ["res2", "res5"]}
+
+
+@pytest.mark.parametrize(
+    ("architecture", "options", "levels"),
+    [
+        ("FrozenRCNN", BOXES, ["res4"]),
+        ("FrozenRCNN", {**BOXES, "MODEL.ROI_HEADS.IN_FEATURES": ["res5", "res4"]}, ["res4", "res5"]),
+        (
+            "FrozenRCNN",
+            {**BOXES, "MODEL.HTC.SEMANTIC_ON": True, "MODEL.HTC.SEMANTIC_IN_FEATURES": ["res3"]},
+            ["res3", "res4"],
+        ),
+        ("ProposalNetwork", {**BOXES, "MODEL.ROI_HEADS.IN_FEATURES": ["res2"]}, ["res4"]),
+        ("FrozenSegmentor", PIXELS, ["res2", "res5"]),
+        ("SomebodysOwn", BOXES, ["res2", "res3", "res4", "res5"]),
+    ],
+)
+def test_without_neck_a_vit_has_the_levels_that_heads_read(architecture, options, levels):
+    cfg = config("none")
+    cfg.merge_from_list(
+        ["MODEL.META_ARCHITECTURE", architecture, *(item for pair in options.items() for item in pair)]
+    )
+    assert list(build_neck(cfg, Plain()).output_shape()) == levels
+
+
+def test_without_neck_all_of_a_detector_on_a_vit_trains():
+    """A branch that no head reads would get no gradient, which DistributedDataParallel refuses."""
+    cfg = config("none")
+    cfg.merge_from_list(
+        [
+            *("MODEL.META_ARCHITECTURE", "FrozenRCNN", "MODEL.BACKBONE.NAME", "build_frozen_backbone"),
+            *("MODEL.RPN.IN_FEATURES", ["res3"], "MODEL.ROI_HEADS.IN_FEATURES", ["res3"]),
+            *("MODEL.ROI_HEADS.NAME", "StandardROIHeads", "MODEL.ROI_HEADS.NUM_CLASSES", 2),
+            *("MODEL.ROI_BOX_HEAD.NAME", "FastRCNNConvFCHead", "MODEL.ROI_BOX_HEAD.NUM_FC", 1),
+            *("MODEL.ROI_BOX_HEAD.FC_DIM", 16, "MODEL.DEVICE", "cpu"),
+            *("MODEL.PIXEL_MEAN", [120.0] * 3, "MODEL.PIXEL_STD", [60.0] * 3),
+        ]
+    )
+    model = build_model(cfg).train()
+    boxes = Boxes(torch.tensor([[8.0, 8.0, 56.0, 56.0]]))
+    objects = Instances((64, 96), gt_boxes=boxes, gt_classes=torch.tensor([1]))
+    with EventStorage():
+        sum(model([{"image": torch.full((3, 64, 96), 90.0), "instances": objects}]).values()).backward()
+    assert [n for n, p in model.named_parameters() if p.requires_grad and p.grad is None] == []
+    assert any("branches.res3" in n for n, _ in model.named_parameters())
