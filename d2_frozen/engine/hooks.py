@@ -108,10 +108,11 @@ class KeepBestCheckpoint(HookBase):
         self._best, self._resumed = state["best"].get(self.metric), True
 
     def before_train(self) -> None:
+        if self._resumed or self.trainer.start_iter == 0:
+            return
+        # Older checkpoints do not say it.
         path = Path(self.checkpointer.save_dir, f"{self.FILE}.pth")
-        if (
-            not self._resumed and self.trainer.start_iter > 0 and path.is_file()
-        ):  # of before checkpoints said it
+        if path.is_file():
             try:
                 content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
                 self._best = content["best_metric"].get(self.metric)

@@ -118,5 +118,6 @@ def _run_as_rank(
     comm.synchronize()
     main_func(*args)
     # Only after success: with a failed rank the others still wait in a collective, and this would wait for
-    # them.
+    # them. Nothing may be left of the groups: their threads would, rarely, abort the process as it ends.
+    comm._forget_groups()
     dist.destroy_process_group()

@@ -60,6 +60,13 @@ def create_local_process_group(num_workers_per_machine: int) -> None:
             _LOCAL_PROCESS_GROUP = group
 
 
+def _forget_groups() -> None:
+    global _LOCAL_PROCESS_GROUP
+    _LOCAL_PROCESS_GROUP = None
+    create_local_process_group.cache_clear()
+    _cpu_group.cache_clear()
+
+
 def get_local_process_group() -> dist.ProcessGroup:
     """The group of the processes on this machine.
 
