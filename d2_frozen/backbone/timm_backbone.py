@@ -486,7 +486,10 @@ def _grouped_parameters(network: Any, by_block: bool) -> list[list[str]]:
     """Stem, then one group per stage or block, as timm's groups of layer-wise learning rates have it."""
     if not hasattr(network, "group_matcher"):
         return []
-    groups = group_parameters(network, network.group_matcher(coarse=not by_block))
+    try:
+        groups = group_parameters(network, network.group_matcher(coarse=not by_block))
+    except AssertionError:  # RDNet has no coarse ones
+        return []
     head = _head_prefixes(network)
     parts = [[n for n in groups[key] if not n.startswith(head)] for key in sorted(groups)]
     return [part for part in parts if part]

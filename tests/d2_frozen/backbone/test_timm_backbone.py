@@ -397,3 +397,14 @@ def test_other_errors_stay_what_they_are():
     backbone.network.layer4.register_forward_pre_hook(lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         backbone(torch.randn(1, 3, 64, 64))
+
+
+def test_a_network_without_coarse_groups_is_frozen_as_a_whole() -> None:
+    """timm asserts that nobody asks RDNet for them, so that it could not even be built."""
+    backbone = create_timm_backbone("rdnet_tiny")
+    with torch.no_grad():
+        maps = backbone(torch.zeros(1, 3, 64, 64))
+    assert {name: x.shape[-1] for name, x in maps.items()} == {"res2": 16, "res3": 8, "res4": 4, "res5": 2}
+    assert all(not p.requires_grad for p in freeze_backbone(backbone, "all").parameters())
+    with pytest.raises(ValueError, match="timm gives no stages for rdnet_tiny"):
+        freeze_backbone(create_timm_backbone("rdnet_tiny"), "res2")
