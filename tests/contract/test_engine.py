@@ -354,16 +354,25 @@ def test_flags():
     assert args.opts == ["SOLVER.BASE_LR", "0.1"]
 
 
-def test_the_precision_of_float32_products_is_set(tmp_path: Path):
-    before = torch.get_float32_matmul_precision()
+def test_the_precision_of_float32_products_is_set_on_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
     try:
-        for wanted, found in (("medium", "medium"), ("", "medium"), ("highest", "highest")):
+        for gpu, wanted, found in (
+            (False, "medium", before),
+            (True, "medium", ("medium", True)),
+            (True, "", ("medium", True)),
+            (True, "highest", ("highest", False)),
+            (True, "high", ("high", True)),
+        ):
             cfg = get_cfg()
             cfg.OUTPUT_DIR, cfg.FLOAT32_PRECISION = str(tmp_path / "out"), wanted
+            monkeypatch.setattr(torch.cuda, "is_available", lambda gpu=gpu: gpu)
+            monkeypatch.setattr("detectron2.engine.defaults.collect_env_info", lambda: "")
             default_setup(cfg, default_argument_parser().parse_args([]))
-            assert torch.get_float32_matmul_precision() == found
+            assert (torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32) == found
     finally:
-        torch.set_float32_matmul_precision(before)
+        torch.set_float32_matmul_precision(before[0])
+        torch.backends.cudnn.allow_tf32 = before[1]
         for name in ("detectron2", "fvcore"):
             logging.getLogger(name).handlers.clear()
 

@@ -293,7 +293,7 @@ _C = CfgNode(
         "OUTPUT_DIR": "./output",
         "SEED": -1,  # negative: not seeded
         "CUDNN_BENCHMARK": False,  # pays off for fixed image sizes only
-        "FLOAT32_PRECISION": "",  # "" | "highest" | "high" | "medium": torch.set_float32_matmul_precision
+        "FLOAT32_PRECISION": "",  # on GPUs, "" | "highest" | "high" | "medium": torch.set_float32_matmul_precision
         "VIS_PERIOD": 0,  # steps between pictures of the training in TensorBoard; 0: none
         "GLOBAL": {"HACK": 1.0},  # free for quick experiments; nothing reads it
         "MODEL": _MODEL,

@@ -147,7 +147,7 @@ def default_setup(cfg: CfgNode, args: argparse.Namespace) -> None:
     log.info("Rank of current process: %d. World size: %d", rank, comm.get_world_size())
     log.info("Environment info:\n%s", collect_env_info())
     log.info("Command line arguments: %s", args)
-    _set_matmul_precision(cfg.FLOAT32_PRECISION)
+    _set_float32_precision(cfg.FLOAT32_PRECISION)
     config_file = getattr(args, "config_file", "")
     if config_file:
         with PathManager.open(config_file, "rb") as handle:
@@ -170,14 +170,16 @@ def default_setup(cfg: CfgNode, args: argparse.Namespace) -> None:
         torch.backends.cudnn.benchmark = cfg.CUDNN_BENCHMARK
 
 
-def _set_matmul_precision(wanted: str) -> None:
+def _set_float32_precision(wanted: str) -> None:
+    """Of products and convolutions on GPUs; a CPU's stay what they are."""
     if wanted not in ("", "highest", "high", "medium"):
         raise ValueError(
             f"FLOAT32_PRECISION is {wanted!r}; choose highest, high or medium, or '' to leave it."
         )
-    if wanted:
+    if wanted and torch.cuda.is_available():
         torch.set_float32_matmul_precision(wanted)
-        logging.getLogger(__name__).info("Products of float32 matrices: %s precision.", wanted)
+        torch.backends.cudnn.allow_tf32 = wanted != "highest"
+        logging.getLogger(__name__).info("Products and convolutions of float32: %s precision.", wanted)
 
 
 def default_writers(output_dir: str, max_iter: int | None = None) -> list[EventWriter]:
