@@ -15,6 +15,7 @@ from d2_frozen.cpus import usable_cpus
 from d2_frozen.data.checks import AUTO_FULL_UP_TO, IMAGE_CHECKS, ImageFileError, image_size
 from d2_frozen.data.label_maps import LabelMapError, check_id_mode, read_label_map
 from d2_frozen.data.problems import Problem
+from d2_frozen.files import walk
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.utils.file_io import PathManager
 from seg_app.data.ade20k import SPLITS as ADE20K
@@ -98,7 +99,7 @@ def _check_folders(report: LabelMapReport, facts: Any) -> bool:
     if not found.pairs:
         counts = f"{len(found.images_alone)} images, {len(found.labels_alone)} label maps"
         if not found.labels_alone and any(
-            name.lower().endswith((".jpg", ".jpeg")) for _, _, names in os.walk(labels) for name in names
+            name.lower().endswith((".jpg", ".jpeg")) for _, _, names in walk(labels) for name in names
         ):
             counts += "; JPEG is no format for label maps, since it changes numbers: save them as PNG"
         elif found.images_alone and found.labels_alone:
