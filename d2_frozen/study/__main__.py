@@ -32,7 +32,15 @@ from d2_frozen.study.findings import write_findings
 from d2_frozen.study.jobs import Job
 from d2_frozen.study.layout import write_sweep, write_table
 from d2_frozen.study.paper import paper_numbers
-from d2_frozen.study.pretraining import KINDS, SIZES, Machine, Pretraining, check_pretrained, pretrain
+from d2_frozen.study.pretraining import (
+    ITERATIONS,
+    KINDS,
+    SIZES,
+    Machine,
+    Pretraining,
+    check_pretrained,
+    pretrain,
+)
 from d2_frozen.study.probe import Estimate, count_up, disk_free_mib, probe, probe_synthetic
 from d2_frozen.study.queue import LocalQueue
 from d2_frozen.study.report import write_report
@@ -157,10 +165,10 @@ def _run(
         queue = LocalQueue(root, args.parallel, args.threads, args.gpus, args.num_gpus)
     else:
         queue = SlurmQueue(root, args.parallel, args.threads, args.num_gpus, settings)
-    _check_backbones(left)
+    _check_backbones(left, args.pretraining_iterations)
     if args.scale == "mini" and left:
         _generate(tasks)
-    _pretrain_missing(left, args.slurm is not None)
+    _pretrain_missing(left, args.pretraining_iterations, args.slurm is not None)
     logger.info("%d of %d jobs have finished.", len(jobs) - len(left), len(jobs))
     return queue.run(left)
 
@@ -170,7 +178,13 @@ def _check_flags(args: argparse.Namespace, swept: str) -> None:
         raise ValueError(
             "--no-probe and --probe-synthetic say how to make the plan of --dry-run: add that, or leave them out."
         )
-    for flag, least in (("seeds", 1), ("parallel", 1), ("threads", 0), ("num_gpus", 0)):
+    for flag, least in (
+        ("seeds", 1),
+        ("parallel", 1),
+        ("threads", 0),
+        ("num_gpus", 0),
+        ("pretraining_iterations", 1),
+    ):
         if (number := getattr(args, flag)) < least:
             raise ValueError(f"--{flag.replace('_', '-')} {number}: give at least {least}.")
     if args.gpus and args.slurm is not None:
@@ -220,17 +234,17 @@ def _missing_backbone(job: Job) -> Path | None:
     return None if path is None or path.exists() else path
 
 
-def _check_backbones(jobs: Sequence[Job]) -> None:
+def _check_backbones(jobs: Sequence[Job], iterations: int) -> None:
     """ValueError if one that is there is of another pretraining than the tables compare."""
     for path in sorted({path for job in jobs if (path := _small_backbone(job)) and path.exists()}):
         try:
-            what = Pretraining.of_name(path.stem)
+            what = Pretraining.of_name(path.stem, iterations=iterations)
         except ValueError:  # a file of the user's own
             continue
         check_pretrained(what, path)
 
 
-def _pretrain_missing(jobs: Sequence[Job], on_cluster: bool) -> None:
+def _pretrain_missing(jobs: Sequence[Job], iterations: int, on_cluster: bool) -> None:
     missing = sorted({path for job in jobs if (path := _missing_backbone(job))})
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if missing and on_cluster:
@@ -243,7 +257,7 @@ def _pretrain_missing(jobs: Sequence[Job], on_cluster: bool) -> None:
         )
     for path in missing:
         logger.info("%s is missing; pretraining it.", path)
-        pretrain(Pretraining.of_name(path.stem), _PRETRAINED, Machine(device))
+        pretrain(Pretraining.of_name(path.stem, iterations=iterations), _PRETRAINED, Machine(device))
 
 
 def _root(args: argparse.Namespace) -> Path:
@@ -391,7 +405,7 @@ def _parser() -> argparse.ArgumentParser:
     backbone.add_argument("--kind", choices=KINDS, required=True)
     backbone.add_argument("--size", choices=sorted(SIZES), default="pico")
     backbone.add_argument("--images", type=int, default=4000, help="generated scenes")
-    backbone.add_argument("--iterations", type=int, default=2000, help="of 64 images")
+    backbone.add_argument("--iterations", type=int, default=ITERATIONS, help="of 64 images")
     backbone.add_argument("--seed", type=int, default=0)
     backbone.add_argument("--output", default=str(_PRETRAINED), metavar="DIR")
     backbone.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -427,6 +441,13 @@ def _add_queue_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seeds", type=int, default=1, metavar="K", help="run each model with seeds 1 to K")
     parser.add_argument("--configs", default="configs", metavar="DIR", help="the repository's configs folder")
     parser.add_argument("--options", nargs="*", default=[], metavar="KEY VALUE", help="over all configs")
+    parser.add_argument(
+        "--pretraining-iterations",
+        type=int,
+        default=ITERATIONS,
+        metavar="N",
+        help="of the small backbones of tables 1 and 5 at mini scale",
+    )
     parser.add_argument(
         "--dry-run", action="store_true", help="say what would run, and how long it would take"
     )

@@ -17,6 +17,7 @@ import yaml
 
 from d2_frozen import tasks
 from d2_frozen.files import write_text
+from d2_frozen.study.pretraining import facts_of_file
 from detectron2.config import CfgNode
 
 logger = logging.getLogger("d2_frozen.study")
@@ -72,10 +73,15 @@ class Job:
             raise ValueError(f"{self.config_file}, or a _BASE_ of it, is no yaml: {err}") from err
 
     def settings(self) -> dict[str, Any]:
-        """Every key of the complete config and its value, without those that do not change the result."""
-        return {
-            key: value for key, value in tasks.leaves(self.config()) if key not in tasks.NOT_PART_OF_RESULT
-        }
+        """Every key of the complete config and its value, without those that do not change the result.
+
+        Of a small backbone of the mini scale also what its file's name does not say.
+        """
+        cfg = self.config()
+        settings = {key: value for key, value in tasks.leaves(cfg) if key not in tasks.NOT_PART_OF_RESULT}
+        if facts := facts_of_file(cfg.MODEL.TIMM.PRETRAINED):
+            settings["the backbone's pretraining"] = facts
+        return settings
 
     def check_settings(self, root: str | Path) -> None:
         """Is what lies in the job's folder of this config? Keys that are new since then do not matter.

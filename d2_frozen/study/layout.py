@@ -96,6 +96,8 @@ def _about(runs: Sequence[dict[str, Any]]) -> str:
     for name in ("commit", "device", "torch", "engine"):
         found = sorted({str(run[name]) for run in runs if name in run})
         facts += [f"{name} {', '.join(found)}"] if found else []
+    lengths = sorted({run["pretraining"]["iterations"] for run in runs if run.get("pretraining")})
+    facts += [f"backbones of {', '.join(map(str, lengths))} iterations"] if lengths else []
     several = sorted({run["test_sets"][0] for run in runs if len(set(run.get("test_sets", ()))) > 1})
     facts += [f"of several test sets the first, {', '.join(several)}"] if several else []
     time = timedelta(seconds=round(sum(run.get("seconds_of_last_start", 0.0) for run in runs)))

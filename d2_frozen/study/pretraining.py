@@ -56,7 +56,10 @@ TEMPERATURE = 0.2
 # A class counts as shown from this share of the pixels on.
 _SHOWN = 0.01
 _SAVE_EVERY = 200
+ITERATIONS = 2000
 _BATCH = 64
+# Of files from before each fact was written down.
+_USUAL = {"seed": 0, "iterations": ITERATIONS, "batch": _BATCH}
 
 
 @dataclass(frozen=True)
@@ -74,7 +77,7 @@ class Pretraining:
     kind: str
     size: str = "pico"
     images: int = 4000
-    iterations: int = 2000
+    iterations: int = ITERATIONS
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -155,23 +158,37 @@ def check_pretrained(what: Pretraining, path: Path, batch: int = _BATCH) -> None
     _require_same(what, batch, found, path)
 
 
+def facts_of_file(path: str | Path) -> dict[str, int]:
+    """Seed, iterations and batch of the pretraining whose file this is; nothing for any other file, or none."""
+    path = Path(path)
+    if path.suffix != ".safetensors" or not path.is_file():
+        return {}
+    try:
+        with safe_open(path, framework="pt") as file:
+            found = file.metadata() or {}
+    except SafetensorError:  # whoever loads it says so
+        return {}
+    if found.get("kind") not in KINDS:
+        return {}
+    return {fact: int(found.get(fact, usual)) for fact, usual in _USUAL.items()}
+
+
 def _facts(what: Pretraining, batch: int) -> dict[str, int]:
     """What the name of a file does not say."""
     return {"seed": what.seed, "iterations": what.iterations, "batch": batch}
 
 
 def _require_same(what: Pretraining, batch: int, found: Mapping[str, Any], path: Path) -> None:
-    # Of files from before each fact was written down.
-    usual = {"seed": 0, "iterations": 2000, "batch": _BATCH}
     differing = [
         f"{fact} {seen}, not {wanted}"
         for fact, wanted in _facts(what, batch).items()
-        if (seen := int(found.get(fact, usual[fact]))) != wanted
+        if (seen := int(found.get(fact, _USUAL[fact]))) != wanted
     ]
     if differing:
         raise ValueError(
             f"{path} is of another pretraining than the one that is wanted: {'; '.join(differing)}. Remove the file to "
-            "pretrain anew, or have the other one elsewhere: study pretrain --output DIR."
+            "pretrain anew, or have the other one elsewhere: study pretrain --output DIR. Tables compare backbones of "
+            "another length by --pretraining-iterations."
         )
 
 

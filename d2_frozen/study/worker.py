@@ -146,6 +146,7 @@ def about_run(folder: Path) -> dict[str, Any]:
     from d2_frozen import tasks
     from d2_frozen.benchmarks.measuring import machine_facts
     from d2_frozen.engine.hooks import peak_memory_mib
+    from d2_frozen.study.pretraining import facts_of_file
     from d2_frozen.summary import Counts, build_weightless
 
     cfg = tasks.read_config(folder / "config.yaml")
@@ -156,6 +157,7 @@ def about_run(folder: Path) -> dict[str, Any]:
         "iterations": cfg.SOLVER.MAX_ITER,
         "seed": cfg.SEED,
         "test_sets": list(cfg.DATASETS.TEST),
+        "pretraining": facts_of_file(cfg.MODEL.TIMM.PRETRAINED),
         "peak_memory_mib": peak_memory_mib(),
         **machine_facts(),
     }

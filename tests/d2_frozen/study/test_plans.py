@@ -12,6 +12,7 @@ from d2_frozen.study import __main__ as command
 from d2_frozen.study.__main__ import main
 from d2_frozen.study.jobs import Job
 from d2_frozen.study.layout import sweep_markdown
+from d2_frozen.study.pretraining import Pretraining
 from d2_frozen.study.slurm import SlurmQueue
 from d2_frozen.study.sweeps import SWEEPS, points_of
 
@@ -160,6 +161,20 @@ def test_a_table_does_not_take_a_backbone_of_another_pretraining(
         save_weights({"a": torch.zeros(1)}, path, metadata=facts)
         assert main(table) == code
     assert f"{path} is of another pretraining" in capsys.readouterr().err
+    assert main([*table, "--pretraining-iterations", "10"]) == 0
+
+
+def test_missing_backbones_are_pretrained_for_as_long_as_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pretrained = []
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(command, "_generate", lambda tasks: None)
+    monkeypatch.setattr(command.LocalQueue, "run", lambda self, jobs: [])
+    monkeypatch.setattr(command, "pretrain", lambda what, *_: pretrained.append(what))
+    table = ["table", "5", "--cells", "detection/nano_500", "--configs", str(CONFIGS), "--output", "out"]
+    assert main([*table, "--pretraining-iterations", "10"]) == 0
+    assert pretrained == [Pretraining("supervised", "nano", images=500, iterations=10)]
 
 
 def test_submitit_runs_a_job_and_reports_a_failure(configs: Path, tmp_path: Path) -> None:

@@ -12,7 +12,9 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
+from d2_frozen.backbone.weights import save_weights
 from d2_frozen.study.__main__ import main
 from d2_frozen.study.jobs import SETTINGS_FILE, Job, write_json
 from d2_frozen.study.worker import run_job
@@ -123,6 +125,23 @@ def test_a_result_of_another_config_is_not_taken_for_this_ones(configs: Path, tm
     del older["TEST.EVAL_PERIOD"]
     write_json(job.folder(tmp_path) / SETTINGS_FILE, older)
     assert job.result(tmp_path) == {}  # of a version that did not have this key
+
+
+def test_a_result_is_of_one_pretraining_of_its_backbone(
+    configs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "masked_pico_4000.safetensors"
+    config = str(configs / "coco/table6/percent_10_frozen.yaml")
+    job = Job("one", config, ("SEED", "1", "MODEL.TIMM.PRETRAINED", str(path)))
+    facts = {"kind": "masked", "images": "4000", "seed": "0", "batch": "64"}
+    save_weights({"a": torch.zeros(1)}, path, metadata={**facts, "iterations": "2000"})
+    job.write_settings(tmp_path)
+    write_json(job.folder(tmp_path) / "result.json", {})
+    path.unlink()
+    assert job.result(tmp_path) == {}  # nothing that says otherwise
+    save_weights({"a": torch.zeros(1)}, path, metadata={**facts, "iterations": "500"})
+    with pytest.raises(ValueError, match=r"pretraining \(.*2000.*, now .*500"):
+        job.result(tmp_path)
 
 
 def test_a_cell_without_config_is_an_error_with_the_nearest_names(

@@ -108,6 +108,12 @@ def test_the_gap_is_full_minus_frozen_of_the_same_seed() -> None:
     assert str(gap(Score(), full)) == "" and str(gap(Score({3: 98.0}), full)) == "1.0"
 
 
+def test_a_table_says_how_long_its_backbones_were_pretrained() -> None:
+    runs = [{**result(10, 20), "pretraining": {"iterations": 500}}, {**result(12, 22, 2), "pretraining": {}}]
+    assert "backbones of 500 iterations" in markdown({cell("a_frozen"): runs}, 5)
+    assert "iterations" not in markdown({cell("a_frozen"): runs[1:]}, 5)
+
+
 def test_csv_has_a_line_per_run_and_metric() -> None:
     lines = csv_text({cell("a_frozen"): [result(10, 20), result(12, 22, 2)]}).splitlines()
     assert len(lines) == 5
