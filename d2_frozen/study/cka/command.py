@@ -73,7 +73,9 @@ def add_cka_command(commands: Any) -> None:
     parser.add_argument("--seed", type=int, default=1, help="of the order of images, and of the RoIs")
     parser.add_argument("--output", default="", metavar="DIR", help="default: RUN/cka, or output/study/cka")
     parser.add_argument(
-        "--name", default="", help="of the files; default: of the preset or globs, and of a second model"
+        "--name",
+        default="",
+        help="of the files; default: of the preset or globs, and of config, options and a second model",
     )
     parser.set_defaults(run=run_cka)
 
@@ -188,8 +190,10 @@ def _compare(args: argparse.Namespace, comparison: Comparison, models: list[Any]
 
 
 def _default_name(args: argparse.Namespace) -> str:
-    """Another one for other maps, and for another second model."""
+    """Another one for other maps and other models. A run without options is told by its folder."""
     name = args.preset or f"globs_{_short(f'{args.x} and {args.y}')}"
+    if first := [*([] if args.folder_of_first else [args.config_file]), *args.options]:
+        name += f"_of_{_short(' '.join(first))}"
     if other := args.folder_of_other or args.other_config_file:
         name += f"_and_{_short(' '.join([str(Path(other)), *args.other_options]))}"
     return name
