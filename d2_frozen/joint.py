@@ -46,13 +46,15 @@ def _train(heads: list[JointHead]) -> dict[str, dict[str, Any] | None]:
     memory = joint.memory
     if memory.passes:
         logger.info("Backbones: %d passes, %d more answered from them.", memory.passes, memory.reused)
+    complete = [head for head in heads if head.name not in results]
     for head in heads:
         with head.names.active(), speaking(head.name):
             cfg, model = head.trainer.cfg, head.trainer.model
-            if head.name not in results:
-                logger.info("Training is already complete at iteration %d.", head.trainer.start_iter)
-                results[head.name] = train_net.evaluate(cfg, model)
+            if head in complete:
+                results[head.name] = train_net.evaluate_complete(head.trainer)
             train_net.finish(cfg, model, results[head.name])
+    for head in complete:
+        train_net.verify(head.trainer.cfg, results[head.name])
     return results
 
 

@@ -100,23 +100,29 @@ def _run(args: argparse.Namespace, cfg: CfgNode) -> dict[str, Any] | None:
         model = evaluation_model(cfg, resume=args.resume)
         measured = evaluate(cfg, model)
         finish(cfg, model, measured, trained=False)
-        _verify(cfg, measured)
+        verify(cfg, measured)
         return measured
     trainer = tasks.task_of(cfg).trainer()(cfg)
     trainer.resume_or_load(resume=args.resume)
     if trainer.start_iter >= trainer.max_iter:
-        logger.info("Training is already complete at iteration %d.", trainer.start_iter)
-        found = evaluate(cfg, trainer.model)
-        trainer.record_last_evaluation(found)
+        found = evaluate_complete(trainer)
         finish(cfg, trainer.model, found)
-        _verify(cfg, found)
+        verify(cfg, found)
         return found
     results: dict[str, Any] | None = trainer.train()
     finish(cfg, trainer.model, results)
     return results
 
 
-def _verify(cfg: CfgNode, results: dict[str, Any]) -> None:
+def evaluate_complete(trainer: Any) -> dict[str, Any]:
+    """Metrics of a training that was complete when it was resumed; noted where its last evaluation was interrupted."""
+    logger.info("Training is already complete at iteration %d.", trainer.start_iter)
+    found = evaluate(trainer.cfg, trainer.model)
+    trainer.record_last_evaluation(found)
+    return found
+
+
+def verify(cfg: CfgNode, results: dict[str, Any] | None) -> None:
     """Detectron2's TEST.EXPECTED_RESULTS: ends the process with 1 where they differ. A training does it itself."""
     if len(cfg.TEST.EXPECTED_RESULTS) and comm.is_main_process():
         verify_results(cfg, results)

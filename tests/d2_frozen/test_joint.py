@@ -215,6 +215,26 @@ def test_sigterm_while_one_head_is_evaluated_saves_all_at_once(
         assert_same(content(tmp_path / "whole" / name), content(tmp_path / "cut" / name))
 
 
+def test_a_last_evaluation_that_was_interrupted_is_made_up_for(detection: Yaml, tmp_path: Path) -> None:
+    """As by train_net: --resume of a complete head printed its results, and neither noted nor compared them."""
+    files = [detection("a")]
+    results = together(files, tmp_path / "joint", "SOLVER.MAX_ITER", "2")
+    metrics = tmp_path / "joint" / "a" / "metrics.json"
+    rows = metrics.read_text()
+    kept = [row for row in rows.splitlines(keepends=True) if "bbox/AP" not in row]
+    metrics.write_text("".join(kept))
+    assert metrics.read_text() != rows
+    wrong = f"[['bbox', 'AP', {results['a']['bbox']['AP'] + 50.0}, 1.0]]"
+    with pytest.raises(SystemExit):
+        together(
+            files,
+            tmp_path / "joint",
+            "--resume",
+            *("SOLVER.MAX_ITER", "2", "TEST.EXPECTED_RESULTS", wrong),
+        )
+    assert metrics.read_text() == rows
+
+
 class FailAt(HookBase):
     def __init__(self, at: int) -> None:
         self.at = at
