@@ -98,7 +98,7 @@ def space_of(cfg: CfgNode, model: nn.Module) -> Space:
         "backbone": frozen.name,
         "sha256": frozen.fingerprint()["sha256"],
         "arithmetic": arithmetic_of(cfg),
-        "network": _network_settings(cfg),
+        "network": network_settings(cfg),
         "pixel_mean": list(cfg.MODEL.PIXEL_MEAN),
         "pixel_std": list(cfg.MODEL.PIXEL_STD),
         "input_format": cfg.INPUT.FORMAT,
@@ -218,7 +218,7 @@ class CacheReport(HookBase):
         )  # fmt: skip
 
 
-def _network_settings(cfg: CfgNode) -> str:
+def network_settings(cfg: CfgNode) -> str:
     """What shapes a bottom-up network without being among its weights."""
     builder = cfg.MODEL.FROZEN.BOTTOM_UP
     timm = {

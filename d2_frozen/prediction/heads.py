@@ -20,6 +20,7 @@ from d2_frozen import tasks
 from d2_frozen.backbone import share_equal_backbones
 from d2_frozen.data.draws import start_values
 from d2_frozen.engine import FrozenCheckpointer, read_checkpoint
+from d2_frozen.engine.caching import network_settings
 from d2_frozen.files import write_text
 from d2_frozen.tasks import Classes, ClipPrediction, Prediction
 from detectron2.config import CfgNode
@@ -177,7 +178,7 @@ def backbone_settings(cfg: CfgNode) -> Hashable:
     model = cfg.MODEL
     parts = [model.FROZEN, model.TIMM, model.BACKBONE, model.RESNETS]
     texts = [str(_without(part)) for part in parts]
-    return tuple(texts)
+    return *texts, network_settings(cfg)  # which knows of keys of one's own
 
 
 def _without(node: Any) -> Any:

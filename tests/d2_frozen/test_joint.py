@@ -15,11 +15,12 @@ import pytest
 import torch
 from tiny_runs import SEGMENTATION, sem_seg_entries, trained_on, write_config
 
-from d2_frozen import joint, train_net
+from d2_frozen import joint, tasks, train_net
 from d2_frozen.engine import FrozenTrainer
 from d2_frozen.engine.hooks import StoppedBySignal
 from d2_frozen.engine.joint import JointTraining, same_batches
 from d2_frozen.train_net import argument_parser
+from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog
 from detectron2.engine import HookBase
 
@@ -294,6 +295,19 @@ def test_only_equal_loaders_share_batches(detection: Yaml) -> None:
                   ("DATASETS.SUBSET.PERCENT", "50.0"), ("MODEL.MASK_ON", "False"),
                   ("INPUT.SCALE_CROP.MIN_SCALE", "0.5")):  # fmt: skip
         assert not same_batches(first, loader(*other)), other
+
+
+def test_networks_of_ones_own_with_other_settings_stay_apart() -> None:
+    """A dilation, say: of equal weights. The second head trained on features of the first one's."""
+    cfg = tasks.read_config("")
+    cfg.MINE = CfgNode({"DILATION": 1})
+    kinds = set()
+    for builder in ("build_timm_backbone", "build_mine"):
+        cfg.MODEL.FROZEN.BOTTOM_UP = builder
+        for dilation in (1, 2):
+            cfg.MINE.DILATION = dilation
+            kinds.add(joint.backbone_settings(cfg))
+    assert len(kinds) == 3  # timm's networks do not know of the key
 
 
 def test_configs_without_their_ending_are_not_taken_for_options(capsys: pytest.CaptureFixture[str]) -> None:
