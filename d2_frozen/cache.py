@@ -204,6 +204,10 @@ def _config(config_file: str, options: list[str]) -> CfgNode:
     except (KeyError, AssertionError) as err:  # an unknown key; the message names it
         raise ValueError(err.args[0] if err.args else str(err)) from err
     check_cache_settings(cfg)
+    # As Detectron2's default_setup does for a training.
+    if (precision := cfg.get("FLOAT32_PRECISION", "")) and torch.cuda.is_available():
+        torch.set_float32_matmul_precision(precision)
+        torch.backends.cudnn.allow_tf32 = precision != "highest"
     cfg.SEED = max(cfg.SEED, 0)
     tasks.task_of(cfg).prepare_datasets(cfg, train=True)
     cfg.freeze()

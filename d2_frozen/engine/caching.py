@@ -117,7 +117,8 @@ def arithmetic_of(cfg: CfgNode) -> str:
     """All of the config that decides how the frozen forward computes, as text."""
     others = ("CACHE", "SAVE_FULL_MODEL", "BOTTOM_UP")
     settings = {key: value for key, value in cfg.MODEL.FROZEN.items() if key not in others}
-    if (precision := cfg.get("FLOAT32_PRECISION", "")) not in ("", "highest"):
+    # "highest" too: "" leaves torch's own setting, by which convolutions on GPUs are in TF32.
+    if precision := cfg.get("FLOAT32_PRECISION", ""):
         settings["FLOAT32_PRECISION"] = precision
     return canonical(settings)
 

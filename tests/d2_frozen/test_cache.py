@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from d2_frozen import cache
 from d2_frozen.caching import Space, Store, spaces_in
@@ -48,6 +49,25 @@ def test_build_then_train_then_build_again(
     trainer = FrozenTrainer(setup(flags))
     trainer.train()
     assert trainer.feature_cache.statistics.hit_rate() == 1
+
+
+def test_build_computes_in_the_precision_of_a_training(
+    tiny_config: Path, options: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """FLOAT32_PRECISION is part of what features are known by, and build did not set it."""
+    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    try:
+        for wanted, found in (
+            ("high", ("high", True)),
+            ("", ("high", True)),
+            ("highest", ("highest", False)),
+        ):
+            cache._config(str(tiny_config), [*options, "FLOAT32_PRECISION", wanted])
+            assert (torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32) == found
+    finally:
+        torch.set_float32_matmul_precision(before[0])
+        torch.backends.cudnn.allow_tf32 = before[1]
 
 
 def test_parts_and_processes_share_the_work(

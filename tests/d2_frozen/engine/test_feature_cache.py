@@ -108,6 +108,7 @@ def test_features_in_low_precision_are_the_same_computed_or_read(flags: Flags, t
         ("MODEL.FROZEN.CACHE.DTYPE", "fp16"),
         ("MODEL.PIXEL_MEAN", "(1.0, 2.0, 3.0)"),
         ("INPUT.FORMAT", "BGR"),
+        ("FLOAT32_PRECISION", "highest"),  # of convolutions, "" leaves torch's TF32
         ("MODEL.NECK.NAME", "SimpleFeaturePyramid", "MODEL.TIMM.NAME", "vit_tiny_patch16_224"),
         (
             *(
