@@ -24,7 +24,6 @@ from d2_frozen.caching import FeatureCache
 from d2_frozen.data import build_test_loader, build_train_loader
 from d2_frozen.data.device import on_device
 from d2_frozen.data.draws import start_values
-from d2_frozen.data.loader import SampleError
 from d2_frozen.data.prepare import class_names
 from d2_frozen.data.transforms import build_augmentations
 from d2_frozen.data.written import file_name_of
@@ -189,8 +188,9 @@ class FrozenTrainer(DefaultTrainer):
                 less_memory(self.cfg),
             )
             raise
-        except SampleError:
-            self._save_before_this_step()
+        except Exception:
+            if self.stream.failed:
+                self._save_before_this_step()
             raise
 
     def _save_before_this_step(self) -> None:
@@ -383,6 +383,7 @@ class ResumableStream:
         build: start iteration -> batches from there on.
         bring: these batches -> the same ones where the model is; it may take one ahead of its turn.
         start_iteration: where it begins.
+        failed: it has raised, so that nothing of this iteration has happened.
     """
 
     def __init__(
@@ -393,9 +394,17 @@ class ResumableStream:
         self.build = build
         self.bring = bring
         self.start_iteration = 0
+        self.failed = False
 
     def __iter__(self) -> Iterator[Any]:
-        return iter(self.bring(self.build(self.start_iteration)))
+        return self._watched(iter(self.bring(self.build(self.start_iteration))))
+
+    def _watched(self, batches: Iterator[Any]) -> Iterator[Any]:
+        try:
+            yield from batches
+        except Exception:
+            self.failed = True
+            raise
 
 
 class _CPUAutocastTrainer(SimpleTrainer):

@@ -10,6 +10,7 @@ import sys
 from argparse import Namespace
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -532,3 +533,19 @@ def test_an_image_that_goes_bad_and_a_failing_evaluation_cost_no_training(
     assert seen and (out / "last_checkpoint").read_text() == "model_0000003.pth"
     main(flags("--resume", *never))
     assert_same_weights(tmp_path / "whole" / "model_final.pth", out / "model_final.pth")
+
+
+def test_data_that_fails_in_another_way_costs_no_training(flags: Flags, tmp_path: Path) -> None:
+    """Workers that the system ends again and again, a loader of one's own: what was trained was lost."""
+
+    class Fails(FrozenTrainer):
+        @classmethod
+        def build_train_loader(cls, cfg: CfgNode, start_iteration: int = 0) -> Any:
+            yield from islice(super().build_train_loader(cfg, start_iteration), 2)
+            raise RuntimeError("DataLoader worker (pid 1) is killed")
+
+    trainer = Fails(setup(flags("SOLVER.CHECKPOINT_PERIOD", "1000", "DATASETS.TEST", "()")))
+    with pytest.raises(RuntimeError, match="is killed"):
+        trainer.train()
+    assert (tmp_path / "out" / "last_checkpoint").read_text() == "model_0000001.pth"
+    assert read(tmp_path / "out" / "model_0000001.pth")["iteration"] == 1
