@@ -101,7 +101,8 @@ class KeepBestCheckpoint(HookBase):
         self._told = False
 
     def state_dict(self) -> dict[str, Any]:
-        return {"best": {self.metric: self._best}}
+        # The others have no results. One that saves for an image that it cannot read leaves it to model_best.pth.
+        return {"best": {self.metric: self._best}} if comm.is_main_process() else {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """A checkpoint says how good its run was; model_best.pth may be of another one in this folder."""
@@ -145,6 +146,9 @@ class KeepBestCheckpoint(HookBase):
             try:
                 best = {self.metric: self._best}
                 self.checkpointer.save(self.FILE, iteration=done, best_metric=best)
+            except OSError:
+                self._best = before  # what is on the disk, for the next evaluation to be better than
+                raise
             finally:
                 self.trainer.iter = now
             than = "" if before is None else f" (before: {before:.4f})"

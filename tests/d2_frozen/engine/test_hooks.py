@@ -1,5 +1,6 @@
-"""What the progress line tells, and what a signal does."""
+"""What the progress line tells, what a signal does, and which model is the best."""
 
+import errno
 import os
 import signal
 import subprocess
@@ -10,12 +11,14 @@ import numpy as np
 import pytest
 
 from d2_frozen.engine.hooks import (
+    KeepBestCheckpoint,
     SaveAndLeaveOnSignal,
     SignalWatch,
     StoppedBySignal,
     WritesWhenItCan,
     peak_memory_mib,
 )
+from detectron2.utils import comm
 from detectron2.utils.events import EventStorage, JSONWriter
 
 
@@ -135,3 +138,30 @@ def test_ctrl_c_while_a_signal_has_an_evaluation_save_ends_when_that_is_written(
         assert done == ["begun", "whole"]
     finally:
         watch.stop()
+
+
+def test_a_best_checkpoint_that_cannot_be_written_is_not_the_best() -> None:
+    """AP is 40, 30, 20, and the disk is full at the first. What came then was not good enough to be written."""
+    written = []
+
+    def save(name: str, iteration: int, best_metric: dict[str, float]) -> None:
+        if iteration == 0:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        written.append((name, iteration, best_metric))
+
+    hook = KeepBestCheckpoint(SimpleNamespace(save=save), "bbox/AP")
+    with EventStorage() as storage:
+        hook.trainer = SimpleNamespace(iter=0, storage=storage)
+        for iteration, ap in enumerate((40.0, 30.0, 20.0)):
+            hook.trainer.iter = storage.iter = iteration
+            storage.put_scalar("bbox/AP", ap)
+            hook.after_step()
+    assert written == [("model_best", 1, {"bbox/AP": 30.0})]
+    assert hook.state_dict() == {"best": {"bbox/AP": 30.0}}
+
+
+def test_a_process_without_results_does_not_say_what_the_best_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It saves for an image that it alone cannot read. Resumed from there, any evaluation was the best so far."""
+    hook = KeepBestCheckpoint(SimpleNamespace(save_dir=""), "bbox/AP")
+    monkeypatch.setattr(comm, "is_main_process", lambda: False)
+    assert hook.state_dict() == {}
