@@ -11,7 +11,10 @@ from torch import nn
 
 from d2_frozen.data import build_test_loader, build_train_loader
 from d2_frozen.engine import FrozenTrainer
+from d2_frozen.files import by_the_way
 from detectron2.config import CfgNode
+from detectron2.engine import HookBase
+from detectron2.engine.hooks import CallbackHook
 from detectron2.evaluation import DatasetEvaluator
 from video_app.clips.mapper import ClipMapper
 from video_app.evaluation import TopKEvaluator
@@ -66,6 +69,19 @@ class VideoTrainer(FrozenTrainer):
             return build_sweep_optimizer(cfg, model)
         return super().build_optimizer(cfg, model)
 
+    def build_hooks(self) -> list[HookBase]:
+        """As every task's; that of a sweep writes ``model_final.pth`` again when its best head is found."""
+        hooks = super().build_hooks()
+        if self.cfg.MODEL.META_ARCHITECTURE == SWEEP and self.cfg.DATASETS.TEST:
+            hooks.append(CallbackHook(after_train=_write_best_head))
+        return hooks
+
+    def record_last_evaluation(self, results: dict[str, Any]) -> None:
+        """See :class:`FrozenTrainer`."""
+        super().record_last_evaluation(results)
+        if sweep_inside(self.model) is not None and self.cfg.DATASETS.TEST:
+            _write_best_head(self)
+
     @classmethod
     def check_testing(cls, cfg: CfgNode, model: nn.Module) -> None:
         """See :class:`FrozenTrainer`."""
@@ -77,3 +93,16 @@ class VideoTrainer(FrozenTrainer):
         results = super().test(cfg, model, evaluators)
         sweep = sweep_inside(model)
         return results if sweep is None else report(cfg, sweep, results)
+
+
+def _write_best_head(trainer: Any) -> None:
+    """The last checkpoint was written before the last evaluation; who loads it would predict by another head."""
+    done = max(trainer.iter, trainer.start_iter)
+    if done < trainer.max_iter:
+        return
+    now, trainer.iter = trainer.iter, done - 1
+    try:
+        with by_the_way("model_final.pth does not say which head is the best"):
+            trainer.checkpointer.save("model_final", iteration=done - 1)
+    finally:
+        trainer.iter = now

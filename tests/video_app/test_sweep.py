@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from tiny_runs import Flags, weights
+from tiny_runs import Flags, loaded_trainer, weights
+from torch import nn
 
 from d2_frozen import tasks
 from d2_frozen.train_net import argument_parser, main, setup
+from detectron2.config import CfgNode
 from detectron2.modeling import build_model
 from detectron2.utils import comm
 from video_app.models.sweep import Candidate, candidates
@@ -153,6 +156,30 @@ def test_a_head_that_was_the_best_once_is_no_result(flags: Flags, tmp_path: Path
     cfg.MODEL.VIDEO_HEAD.SWEEP.SAVE = "all"
     report(cfg, model, {f"head_{k:02d}": {"top1": float(k == 4)} for k in range(6)})
     assert len(list(folder.iterdir())) == 6
+
+
+def test_the_file_of_a_sweep_predicts_by_the_head_that_is_best_in_the_end(
+    flags: Flags, tmp_path: Path
+) -> None:
+    """It was written before the evaluation that finds it, and predicted by the first head."""
+
+    class Chooses(VideoTrainer):
+        best = iter([3, 4])
+
+        @classmethod
+        def test(cls, cfg: CfgNode, model: nn.Module, evaluators: Any = None) -> dict[str, Any]:
+            model.best.fill_(next(cls.best))
+            return {"video": {"top1": 50.0}}
+
+    options = (*SWEEP, "SOLVER.MAX_ITER", "1", "TEST.PICTURES", "0")
+    Chooses(setup(flags(*options))).train()
+    assert weights(tmp_path / "out")["best"] == 3
+    # And where the last evaluation was interrupted, and is made up for.
+    resumed = Chooses(setup(flags("--resume", *options)))
+    resumed.resume_or_load(resume=True)
+    resumed.record_last_evaluation(resumed.test(resumed.cfg, resumed.model))
+    assert weights(tmp_path / "out")["best"] == 4
+    assert loaded_trainer(flags("--resume", *options)).start_iter == 1
 
 
 def test_the_best_is_also_measured_where_it_was_not_chosen(flags: Flags, tmp_path: Path) -> None:
