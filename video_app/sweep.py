@@ -20,7 +20,7 @@ from torch import nn
 
 from d2_frozen.engine import FrozenCheckpointer, build_optimizer
 from d2_frozen.engine.trainer import facts_for_prediction
-from d2_frozen.files import write_text
+from d2_frozen.files import by_the_way, write_text
 from detectron2.config import CfgNode
 from detectron2.evaluation import DatasetEvaluator
 from detectron2.utils import comm
@@ -147,18 +147,22 @@ def report(cfg: CfgNode, model: FrozenVideoSweep, results: dict[str, Any]) -> di
         ),
     )
     logger.info("%s", _what_the_best_is_worth(cfg.DATASETS.TEST, per_set, best, len(rows)))
+    with by_the_way("sweep.json or heads in sweep/ are not written; an evaluation of model_final.pth will"):
+        _write(cfg, model, rows, best)
+    found = {name: {"video": of_set[_key(best)], **of_set} for name, of_set in per_set.items()}
+    return found if several else found[cfg.DATASETS.TEST[0]]
+
+
+def _write(cfg: CfgNode, model: FrozenVideoSweep, rows: list[dict[str, Any]], best: int) -> None:
     saved = cfg.MODEL.VIDEO_HEAD.SWEEP.SAVE
-    document = {"dataset": cfg.DATASETS.TEST[0], "best": best, "saved": saved, "heads": rows}
-    os.makedirs(cfg.OUTPUT_DIR, exist_ok=True)
     before = _document_before(cfg)
-    write_text(os.path.join(cfg.OUTPUT_DIR, "sweep.json"), json.dumps(document, indent=1))
     for index in range(len(rows)) if saved == "all" else [best]:
         save_head(cfg, model, index)
+    document = {"dataset": cfg.DATASETS.TEST[0], "best": best, "saved": saved, "heads": rows}
+    write_text(os.path.join(cfg.OUTPUT_DIR, "sweep.json"), json.dumps(document, indent=1))
     if saved == before.get("saved") == "best" and before["best"] != best:
         # From the middle of training, it would look like a result.
         shutil.rmtree(_folder_of_head(cfg, before["best"]), ignore_errors=True)
-    found = {name: {"video": of_set[_key(best)], **of_set} for name, of_set in per_set.items()}
-    return found if several else found[cfg.DATASETS.TEST[0]]
 
 
 def save_head(cfg: CfgNode, model: FrozenVideoSweep, index: int) -> Path:

@@ -182,6 +182,16 @@ def test_the_file_of_a_sweep_predicts_by_the_head_that_is_best_in_the_end(
     assert loaded_trainer(flags("--resume", *options)).start_iter == 1
 
 
+def test_heads_that_cannot_be_written_end_no_training(flags: Flags, caplog: pytest.LogCaptureFixture) -> None:
+    """A disk that is full during an evaluation: its numbers count, and sweep.json names no head that is not there."""
+    cfg = setup(flags(*SWEEP, "TEST.PICTURES", "0"))
+    Path(cfg.OUTPUT_DIR, "sweep").write_text("no folder can be made here")
+    results = {f"head_{k:02d}": {"top1": float(k)} for k in range(6)}
+    assert report(cfg, VideoTrainer.build_model(cfg), results)["video"] == {"top1": 5.0}
+    assert "heads in sweep/ are not written" in caplog.text and "The run goes on" in caplog.text
+    assert not Path(cfg.OUTPUT_DIR, "sweep.json").exists()
+
+
 def test_the_best_is_also_measured_where_it_was_not_chosen(flags: Flags, tmp_path: Path) -> None:
     """The log says that the first set chose the head, and what the head does on the second."""
     options = ["TEST.PICTURES", "0", "SOLVER.MAX_ITER", "1", "MODEL.META_ARCHITECTURE", "FrozenVideoSweep"]
