@@ -495,6 +495,11 @@ def _build_sampler(cfg: CfgNode, records: Sequence[Record]) -> Iterable[int]:
     if name == "TrainingSampler":
         return TrainingSampler(len(records), seed=seed)
     if name == "RepeatFactorTrainingSampler":
+        if not all("annotations" in record for record in records):
+            raise ValueError(
+                "DATALOADER.SAMPLER_TRAIN is RepeatFactorTrainingSampler, which repeats images of rare objects, but "
+                "this data has no objects ('annotations'), as label maps and videos have none. Choose TrainingSampler."
+            )
         factors = RepeatFactorTrainingSampler.repeat_factors_from_category_frequency(
             records, cfg.DATALOADER.REPEAT_THRESHOLD, sqrt=cfg.DATALOADER.REPEAT_SQRT
         )

@@ -241,6 +241,14 @@ def test_bad_settings(shapes):
         build_train_loader(shapes("SEED", -1))
     with pytest.raises(ValueError, match="SAMPLER_TRAIN is 'Shuffle'; choose TrainingSampler"):
         build_train_loader(shapes("DATALOADER.SAMPLER_TRAIN", "Shuffle"))
+    with pytest.raises(ValueError, match="RepeatFactorTrainingSampler, which .* this data has no objects"):
+        cfg = shapes(
+            "DATALOADER.SAMPLER_TRAIN",
+            "RepeatFactorTrainingSampler",
+            "DATALOADER.ASPECT_RATIO_GROUPING",
+            False,
+        )
+        build_train_loader(cfg, dataset=[{"file_name": "street.jpg", "sem_seg_file_name": "street.png"}])
     with pytest.raises(ValueError, match="IMS_PER_BATCH is 0"):
         build_train_loader(shapes("SOLVER.IMS_PER_BATCH", 0))
 
