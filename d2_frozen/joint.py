@@ -34,7 +34,8 @@ def main(args: argparse.Namespace) -> dict[str, dict[str, Any] | None]:
     """One process of the run; head name -> metrics, None for heads without evaluation.
 
     Raises:
-        ValueError: two heads with one OUTPUT_DIR, and everything that ``train_net.setup`` raises for one of them.
+        ValueError: two heads with one OUTPUT_DIR, or with two FLOAT32_PRECISIONs, and everything that
+            ``train_net.setup`` raises for one of them.
     """
     with contextlib.ExitStack() as claims:
         return _train(build_heads(args, claims))
@@ -62,6 +63,7 @@ def build_heads(args: argparse.Namespace, claims: contextlib.ExitStack | None = 
     """Trainers, each built as ``train_net`` does, right after its seed was set; ``claims``: see ``train_net.setup``."""
     logs = HeadLogs()
     heads: list[JointHead] = []
+    _check_precisions(args)
     folders: dict[str, str] = {}
     names = distinct_names([Path(file).stem for file in args.config_files])
     for name, file in zip(names, args.config_files):
@@ -91,6 +93,19 @@ def build_heads(args: argparse.Namespace, claims: contextlib.ExitStack | None = 
             trainer.resume_or_load(resume=args.resume)
         heads.append(JointHead(name, trainer, own, backbone_settings(cfg)))
     return heads
+
+
+def _check_precisions(args: argparse.Namespace) -> None:
+    """FLOAT32_PRECISION is a setting of the process: that of the last head would be everybody's."""
+    files: dict[str, str] = {}
+    for file in args.config_files:
+        files.setdefault(tasks.read_config(file, args.opts).get("FLOAT32_PRECISION", ""), file)
+    if len(files) > 1:
+        seen = ", ".join(f"{precision!r} in {file}" for precision, file in files.items())
+        raise ValueError(
+            f"FLOAT32_PRECISION is {seen}; heads that train together have one. Give it behind the files, for all: "
+            "FLOAT32_PRECISION high, say."
+        )
 
 
 def argument_parser() -> argparse.ArgumentParser:

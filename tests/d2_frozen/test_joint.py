@@ -279,6 +279,13 @@ def test_one_folder_for_two_heads_is_refused(detection: Yaml) -> None:
         joint.main(joint.parse(["--config-files", str(detection("a")), str(detection("b"))]))
 
 
+def test_heads_of_several_precisions_are_refused(detection: Yaml) -> None:
+    """All trained, and stored features, in that of the last one."""
+    files = [str(detection("a")), str(detection("b", "FLOAT32_PRECISION: high"))]
+    with pytest.raises(ValueError, match=r"FLOAT32_PRECISION is '' in .*a\.yaml, 'high' in .*b\.yaml"):
+        joint.main(joint.parse(["--config-files", *files, "--output", "never_made"]))
+
+
 def test_options_may_follow_the_files() -> None:
     args = joint.parse(["--config-files", "a.yaml", "b.yml", "SEED", "3"])
     assert (args.config_files, args.opts) == (["a.yaml", "b.yml"], ["SEED", "3"])
