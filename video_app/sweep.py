@@ -147,7 +147,9 @@ def report(cfg: CfgNode, model: FrozenVideoSweep, results: dict[str, Any]) -> di
         ),
     )
     logger.info("%s", _what_the_best_is_worth(cfg.DATASETS.TEST, per_set, best, len(rows)))
-    with by_the_way("sweep.json or heads in sweep/ are not written; an evaluation of model_final.pth will"):
+    with by_the_way(
+        "sweep.json or heads in sweep/ are not written (an evaluation of model_final.pth writes them)"
+    ):
         _write(cfg, model, rows, best)
     found = {name: {"video": of_set[_key(best)], **of_set} for name, of_set in per_set.items()}
     return found if several else found[cfg.DATASETS.TEST[0]]
