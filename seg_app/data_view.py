@@ -14,6 +14,7 @@ from d2_frozen.detection.pictures import captioned, spread
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data import detection_utils as utils
+from seg_app.data.prepare import classes_of
 from seg_app.evaluation.pictures import class_colours, legend, overlay, true_labels
 
 
@@ -40,11 +41,11 @@ class SegmentationData:
         return [self._picture(name, np.asarray(pixels), sample["sem_seg"].numpy(), sample["file_name"])]
 
     def dataset_facts(self, dataset_name: str) -> str:
-        classes = MetadataCatalog.get(dataset_name).stuff_classes
+        classes = self._classes(dataset_name)
         return f"{dataset_name}: {len(DatasetCatalog.get(dataset_name))} images, {len(classes)} classes"
 
     def sample_facts(self, samples: Sequence[dict[str, Any]]) -> str:
-        classes = MetadataCatalog.get(self.cfg.DATASETS.TRAIN[0]).stuff_classes
+        classes = self._classes(self.cfg.DATASETS.TRAIN[0])
         ignored = self.cfg.MODEL.SEM_SEG_HEAD.IGNORE_VALUE
         pixels, samples_with, unlabelled, everything = (
             np.zeros(len(classes)),
@@ -74,7 +75,12 @@ class SegmentationData:
         )
 
     def _picture(self, dataset_name: str, image: np.ndarray, labels: np.ndarray, file: str) -> np.ndarray:
-        facts = MetadataCatalog.get(dataset_name)
-        colours = class_colours(facts.stuff_classes, facts.get("stuff_colors", None))
+        classes = self._classes(dataset_name)
+        colours = class_colours(classes, MetadataCatalog.get(dataset_name).get("stuff_colors", None))
         picture = captioned(overlay(image, labels, colours), Path(file).name)
-        return np.vstack([picture, legend(facts.stuff_classes, colours, [labels], picture.shape[1])])
+        return np.vstack([picture, legend(classes, colours, [labels], picture.shape[1])])
+
+    def _classes(self, dataset_name: str) -> list[str]:
+        """Names; their numbers where the data has none, and only the config their count."""
+        found = classes_of(dataset_name)
+        return found.names if found else [str(k) for k in range(self.cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES)]

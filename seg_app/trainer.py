@@ -14,6 +14,7 @@ from d2_frozen.engine import FrozenTrainer
 from detectron2.config import CfgNode
 from detectron2.evaluation import DatasetEvaluator
 from seg_app.data import SegmentationMapper
+from seg_app.data.prepare import classes_of
 from seg_app.evaluation import LabelMapEvaluator, LabelModel, MultiScaleModel, sliding_window_of
 
 
@@ -44,6 +45,14 @@ class SegmentationTrainer(FrozenTrainer):
     @classmethod
     def check_testing(cls, cfg: CfgNode, model: nn.Module) -> None:
         """See :class:`FrozenTrainer`."""
+        if getattr(cls.build_evaluator, "__func__", None) is SegmentationTrainer.build_evaluator.__func__:  # type: ignore[attr-defined]
+            for name in cfg.DATASETS.TEST:
+                if classes_of(name) is None:
+                    raise ValueError(
+                        f"dataset {name} of DATASETS.TEST does not name its classes, which its evaluation needs. Give "
+                        "`classes` in its DATASETS.REGISTER entry, as in that of the training data; put classes.txt "
+                        "(one name per line) or classes.json beside its label maps; or set DATASETS.TEST to ()."
+                    )
         if not getattr(model, "semantic_on", True):
             raise ValueError(
                 "MODEL.MASK_FORMER.TEST.SEMANTIC_ON is False, but it is what is evaluated; set it to True, or "

@@ -84,6 +84,14 @@ def test_label_maps(tmp_path: Path, view: Callable[..., str]) -> None:
     ]
 
 
+def test_label_maps_of_classes_without_names(tmp_path: Path, view: Callable[..., str]) -> None:
+    generate(tmp_path, train=1, val=1, seed=1, size=64)
+    (tmp_path / "labels/classes.txt").unlink()
+    training = trained_on(sem_seg_entries(tmp_path, "vis_nameless"), iterations=1)
+    told = view(SEGMENTATION, training, options=("MODEL.SEM_SEG_HEAD.NUM_CLASSES", "7"))
+    assert "vis_nameless_val: 1 images, 7 classes" in told
+
+
 def test_clips(tmp_path: Path, view: Callable[..., str]) -> None:
     moving_shapes.generate(tmp_path, train=4, val=2, seed=1, size_px=48, frames=16)
     told = view(VIDEO, trained_on(video_entries(tmp_path, "vis_video"), iterations=1))

@@ -3,13 +3,24 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
-from tiny_runs import Flags, assert_resumed_equals_uninterrupted, weights
+from tiny_runs import (
+    SEGMENTATION,
+    Flags,
+    Part,
+    assert_resumed_equals_uninterrupted,
+    flags_for,
+    sem_seg_entries,
+    trained_on,
+    weights,
+    write_config,
+)
 
 from d2_frozen import tasks
 from d2_frozen.train_net import main, setup
@@ -61,6 +72,20 @@ def test_settings_of_testing_are_looked_at_before_training(
 ) -> None:
     cfg = setup(flags(*options))
     with pytest.raises(ValueError, match=message):
+        SegmentationTrainer(cfg)
+
+
+def test_classes_that_the_test_data_does_not_name_are_told_before_training(
+    tiny_world: Path, tmp_path: Path
+) -> None:
+    """Those of the training data stand beside its label maps. The first evaluation would end the run."""
+    train, val = sem_seg_entries(tiny_world, "half_named")
+    shutil.copytree(val["labels"], tmp_path / "ids" / "val")
+    entries: list[Part] = [train, {**val, "labels": f"{tmp_path}/ids/val"}]
+    output: Part = {"OUTPUT_DIR": f"{tmp_path}/out"}
+    path = write_config(tmp_path / "half.yaml", SEGMENTATION, trained_on(entries, iterations=1), output)
+    cfg = setup(flags_for(path)())
+    with pytest.raises(ValueError, match="half_named_val of DATASETS.TEST does not name its classes"):
         SegmentationTrainer(cfg)
 
 
