@@ -29,7 +29,9 @@ VIDEOS = (
     ".flv",
     ".ts",
     ".mts",
+    ".m2ts",
     ".3gp",
+    ".ogv",
 )
 
 

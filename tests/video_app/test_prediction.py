@@ -14,12 +14,14 @@ from tiny_runs import write_config
 from d2_frozen import tasks
 from d2_frozen.engine import FrozenCheckpointer
 from d2_frozen.predict import Predictor, main
+from d2_frozen.prediction.inputs import find_items
 from d2_frozen.prediction.outputs import read_lines
 from d2_frozen.prediction.video_file import VideoReader
 from detectron2.modeling import build_model
 from detectron2.utils.env import seed_all_rng
 from video_app.clips.mapper import ClipMapper
 from video_app.clips.sampling import SamplingPlan
+from video_app.data.lists import VIDEOS as VIDEO_FILES
 from video_app.prediction import VideoPrediction, clip_plans
 
 VIDEO = ["MODEL.META_ARCHITECTURE", "FrozenVideoClassifier", "MODEL.VIDEO_HEAD.NUM_CLASSES", "3"]
@@ -38,6 +40,14 @@ def head(tmp_path: Path) -> Path:
     facts = {"config": cfg.dump(), "classes": NAMES.names, "class_ids": NAMES.ids}
     FrozenCheckpointer(build_model(cfg), str(tmp_path), extra=facts).save("action")
     return tmp_path / "action.pth"
+
+
+def test_files_that_train_as_videos_are_predicted_as_such(tmp_path: Path) -> None:
+    """But for GIF, which is a picture there."""
+    for suffix in VIDEO_FILES:
+        (tmp_path / f"a{suffix}").touch()
+    taken = {item.path.suffix for item in find_items([tmp_path]) if item.is_video}
+    assert {*taken, ".gif"} == set(VIDEO_FILES)
 
 
 def test_clips_follow_each_other_and_the_last_ends_with_the_video() -> None:
