@@ -27,7 +27,7 @@ class VideoData:
 
     def labelled(self, dataset_name: str, count: int) -> list[np.ndarray]:
         records = DatasetCatalog.get(dataset_name)
-        classes = class_names(dataset_name)
+        classes = self._classes(dataset_name)
         mapper = ClipMapper.from_config(self.cfg, is_train=False)
         try:
             items = [mapper(records[i]) for i in spread(len(records), count)]
@@ -40,14 +40,14 @@ class VideoData:
             mapper.decoder.close()
 
     def sample(self, sample: dict[str, Any]) -> list[np.ndarray]:
-        classes = class_names(self.cfg.DATASETS.TRAIN[0])
+        classes = self._classes(self.cfg.DATASETS.TRAIN[0])
         label = sample["label"]
         name = classes[label] if label < len(classes) else str(label)
         views = sample["video"].flip(2) if self.cfg.INPUT.FORMAT == "BGR" else sample["video"]
         return [clip_strip(name, view, _said(sample)) for view in views]
 
     def dataset_facts(self, dataset_name: str) -> str:
-        records, classes = DatasetCatalog.get(dataset_name), class_names(dataset_name)
+        records, classes = DatasetCatalog.get(dataset_name), self._classes(dataset_name)
         of_class = Counter(record["label"] for record in records)
         rows = [
             [classes[k], of_class[k]] for k in sorted(range(len(classes)), key=lambda k: (-of_class[k], k))
@@ -63,6 +63,9 @@ class VideoData:
             f"{len(samples)} training samples of {frames} frames, {side} px; from the first to the last it is "
             f"{low:.0f} to {high:.0f} frames of the file ({middle:.0f} in the median)"
         )
+
+    def _classes(self, dataset_name: str) -> list[str]:
+        return class_names(dataset_name, self.cfg.MODEL.VIDEO_HEAD.NUM_CLASSES)
 
 
 def _said(item: dict[str, Any]) -> str:

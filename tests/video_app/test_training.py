@@ -9,11 +9,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from tiny_runs import Flags, assert_resumed_equals_uninterrupted, weights
 
 from d2_frozen import tasks
 from d2_frozen.data.problems import BadDataError
 from d2_frozen.train_net import main, setup
+from detectron2.data import DatasetCatalog
+from video_app.data import load_video_list
 from video_app.trainer import VideoTrainer
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -59,6 +62,24 @@ def test_class_counts_come_from_the_data_or_are_checked(flags: Flags, tmp_path: 
     assert setup(flags()).MODEL.VIDEO_HEAD.NUM_CLASSES == 10
     with pytest.raises(ValueError, match="NUM_CLASSES is 7, but dataset tiny_video_train has 10 classes"):
         setup(flags("MODEL.VIDEO_HEAD.NUM_CLASSES", "7"))
+
+
+def test_data_of_ones_own_that_does_not_name_its_classes(
+    flags: Flags, tiny_clips: Path, tmp_path: Path
+) -> None:
+    """The config has their number: they are called by number, in checkpoints and in the evaluation."""
+    records = [{**one, "label": k % 2} for k, one in enumerate(load_video_list(f"{tiny_clips}/val.txt"))]
+    for split in ("train", "val"):
+        DatasetCatalog.register(f"nameless_{split}", lambda: records)
+    try:
+        names = ("DATASETS.TRAIN", "('nameless_train',)", "DATASETS.TEST", "('nameless_val',)")
+        results = main(flags(*names, "MODEL.VIDEO_HEAD.NUM_CLASSES", "2", "SOLVER.MAX_ITER", "2"))
+    finally:
+        for split in ("train", "val"):
+            DatasetCatalog.remove(f"nameless_{split}")
+    assert results["video"]["bad"] == 0
+    saved = torch.load(tmp_path / "out/model_final.pth", weights_only=True)
+    assert saved["classes"] == ["0", "1"]
 
 
 def test_datasets_must_agree_on_their_classes(flags: Flags, tiny_clips: Path) -> None:

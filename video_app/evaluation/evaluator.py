@@ -48,7 +48,7 @@ class TopKEvaluator(DatasetEvaluator):
     without bad videos.
 
     Args:
-        dataset_name: a registered dataset with ``classes`` in its metadata.
+        dataset_name: a registered dataset; ``classes`` in its metadata are their names.
         output_dir: for predictions_NAME.jsonl and confusion_NAME.png; None writes nothing.
         distributed: each process has seen a part of the dataset, and the first evaluates all of it.
         num_classes: of the model, as of :func:`class_names`.
@@ -174,12 +174,12 @@ def class_names(dataset_name: str, num_classes: int = 0) -> list[str]:
 
     Args:
         num_classes: of the model. A list of numbers without names has classes up to its highest label, and gets those
-            that it has no video of.
+            that it has no video of; a dataset that says nothing of its classes gets all of them, by number.
     """
     facts = MetadataCatalog.get(dataset_name)
     if facts.get("classes", None) is None:
         DatasetCatalog.get(dataset_name)
-    names = [str(name) for name in facts.classes]
+    names = [str(name) for name in facts.get("classes", None) or ()]
     if only_numbered(names):
         names += [str(label) for label in range(len(names), num_classes)]
     return names
