@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from d2_frozen.data import build_test_loader, build_train_loader
+from d2_frozen.data.written import file_name_of
 from d2_frozen.detection.test_time_augmentation import evaluate_augmented
 from d2_frozen.engine import FrozenTrainer
 from detectron2.config import CfgNode
@@ -38,8 +39,10 @@ class SegmentationTrainer(FrozenTrainer):
     def build_evaluator(
         cls, cfg: CfgNode, dataset_name: str, output_folder: str | None = None
     ) -> DatasetEvaluator:
-        """mIoU and so on; files go to ``OUTPUT_DIR/inference``."""
+        """mIoU and so on; files go to ``OUTPUT_DIR/inference``, of several test sets to a folder in it each."""
         folder = output_folder or os.path.join(cfg.OUTPUT_DIR, "inference")
+        if len(set(cfg.DATASETS.TEST)) > 1:
+            folder = os.path.join(folder, file_name_of(dataset_name))
         return LabelMapEvaluator(dataset_name, output_dir=folder, write_predictions=cfg.TEST.SAVE_PREDICTIONS)
 
     @classmethod

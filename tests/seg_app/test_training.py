@@ -75,6 +75,13 @@ def test_settings_of_testing_are_looked_at_before_training(
         SegmentationTrainer(cfg)
 
 
+def test_results_of_several_test_sets_do_not_replace_each_other(flags: Flags, tmp_path: Path) -> None:
+    names = ["tiny_seg_val", "tiny_seg_train"]
+    cfg = setup(flags("DATASETS.TEST", str(tuple(names))))
+    folders = [SegmentationTrainer.build_evaluator(cfg, name)._output_dir for name in names]
+    assert folders == [f"{tmp_path}/out/inference/{name}" for name in names]
+
+
 def test_classes_that_the_test_data_does_not_name_are_told_before_training(
     tiny_world: Path, tmp_path: Path
 ) -> None:
