@@ -156,9 +156,11 @@ class KeepBestCheckpoint(HookBase):
 
     def _tell_of_other_metrics(self) -> None:
         results = getattr(self.trainer, "_last_eval_results", None)
-        if results and not self._told:
+        if results is not None and not self._told:
             self._told = True
-            names = ", ".join(flatten_results_dict(results))
+            names = (
+                ", ".join(flatten_results_dict(results)) or "nothing, as where the test data has no labels"
+            )
             logger.error(
                 "SOLVER.BEST_CHECKPOINT is %r, which the evaluation does not give: no %s.pth is written. It gives %s.",
                 self.metric,

@@ -386,6 +386,19 @@ def test_the_best_checkpoint_stays_also_over_an_interruption(
     assert told.endswith("It gives bbox/AP.")
 
 
+def test_no_best_checkpoint_without_labels_to_test_on(flags: Flags, caplog: pytest.LogCaptureFixture) -> None:
+    class Unlabelled(FrozenTrainer):
+        @classmethod
+        def test(cls, cfg: CfgNode, model: nn.Module, evaluators: Any = None) -> dict:
+            return {}
+
+    options = ("SOLVER.MAX_ITER", "2", "TEST.EVAL_PERIOD", "1", "SOLVER.BEST_CHECKPOINT", "bbox/AP")
+    Unlabelled(setup(flags(*options))).train()
+    assert (
+        "no model_best.pth is written. It gives nothing, as where the test data has no labels." in caplog.text
+    )
+
+
 def test_mixed_precision_is_that_of_the_device_of_the_config(flags: Flags) -> None:
     """Not of the first parameter: below fp32 the weights of a frozen network stay on the CPU, and come first."""
     options = ("MODEL.FROZEN.PRECISION", "bf16", "SOLVER.AMP.ENABLED", "True")
