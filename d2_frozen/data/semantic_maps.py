@@ -1,24 +1,37 @@
-"""Has every training image the semantic label map that HTC's semantic branch learns from?"""
+"""Has every training image the semantic label map that HTC's semantic branch learns from, and can it?"""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
+from d2_frozen.cpus import usable_cpus
+from d2_frozen.data.checks import AUTO_FULL_UP_TO
+from d2_frozen.data.label_maps import LabelMapError, read_label_map
+from d2_frozen.data.label_values import values_of
+from d2_frozen.data.problems import BadDataError, Problem
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog
 
 
 def check_semantic_maps(cfg: CfgNode) -> None:
-    """With MODEL.HTC.SEMANTIC_ON, look for the label map of every image of DATASETS.TRAIN; contents are not read.
+    """With MODEL.HTC.SEMANTIC_ON, look for the label map of every image of DATASETS.TRAIN, and into those of sets whose
+    images DATASETS.CHECK_IMAGES decodes.
 
     Raises:
         ValueError: a record names no map.
         FileNotFoundError: there is no such file.
+        BadDataError: maps with labels that are no classes, which no sample may have; of another size than the image, or
+            no maps, which DATASETS.SKIP_BAD replaces while training.
     """
     if not cfg.MODEL.HTC.SEMANTIC_ON or not cfg.MODEL.ROI_HEADS.NAME.endswith("HTCROIHeads"):
         return
+    problems: list[Problem] = []
     for name in cfg.DATASETS.TRAIN:
-        for record in DatasetCatalog.get(name):
+        records = DatasetCatalog.get(name)
+        for record in records:
             place = f"{name}: image {record.get('image_id', '?')!r}, {record.get('file_name')}"
             path = record.get("sem_seg_file_name")
             if path is None:
@@ -30,3 +43,35 @@ def check_semantic_maps(cfg: CfgNode) -> None:
                 raise FileNotFoundError(
                     f"{place}: no semantic label map at {path} (MODEL.HTC.SEMANTIC_ON is True)."
                 )
+        wanted = cfg.DATASETS.CHECK_IMAGES
+        if wanted == "full" or (wanted == "auto" and len(records) <= AUTO_FULL_UP_TO):
+            problems += _faults(cfg, name, records)
+    if problems and not (cfg.DATASETS.SKIP_BAD and all(problem.skippable for problem in problems)):
+        raise BadDataError(problems)
+
+
+def _faults(cfg: CfgNode, name: str, records: Sequence[dict[str, Any]]) -> list[Problem]:
+    classes, ignored = cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES, cfg.MODEL.SEM_SEG_HEAD.IGNORE_VALUE
+
+    def look(record: dict[str, Any]) -> Problem | None:
+        path = record["sem_seg_file_name"]
+        where = f"{name}: image {record.get('image_id', '?')!r}"
+        try:
+            labels = read_label_map(path)
+        except LabelMapError as err:
+            return Problem(err.kind, where, err.seen)
+        height, width = labels.shape
+        shown = record.get("height", height), record.get("width", width)
+        if shown != labels.shape:
+            seen = f"{path} is {width}x{height}, the image {shown[1]}x{shown[0]}"
+            return Problem("label map and image differ in size", where, seen)
+        wrong = [value for value in values_of(labels) if value >= classes and value != ignored]
+        if not wrong:
+            return None
+        allowed = f"MODEL.SEM_SEG_HEAD.NUM_CLASSES is {classes}, and IGNORE_VALUE {ignored}"
+        seen = f"{path} has {', '.join(map(str, wrong[:5]))}; {allowed}"
+        return Problem("label value out of range", where, seen, skippable=False)
+
+    # Opening a file and decoding it release the interpreter lock.
+    with ThreadPoolExecutor(max_workers=min(32, 4 * usable_cpus())) as pool:
+        return [problem for problem in pool.map(look, records) if problem]

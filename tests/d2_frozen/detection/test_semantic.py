@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 from collections.abc import Callable
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from d2_frozen.data import build_train_loader, prepare_datasets
+from d2_frozen.data import BadDataError, build_train_loader, prepare_datasets
 from d2_frozen.data.label_values import LABEL_VALUES
 from d2_frozen.detection.semantic import SemanticBranch, padded_label_maps
 from detectron2.config import CfgNode
@@ -167,4 +168,24 @@ def test_a_missing_file_is_named(small_config: Config, two_halves: Path) -> None
     (two_halves / "maps/sub/a.png").unlink()
     cfg = data_config(small_config, two_halves, sem_seg=str(two_halves / "maps"))
     with pytest.raises(FileNotFoundError, match=r"image 3.*no semantic label map at .*maps/sub/a.png"):
+        prepare_datasets(cfg)
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        (np.full((60, 80), 54, np.uint8), r"label value out of range .*a.png has 54; .*NUM_CLASSES is 54"),
+        (np.zeros((80, 60), np.uint8), r"differ in size .*a.png is 60x80, the image 80x60.*SKIP_BAD True"),
+    ],
+)
+def test_maps_that_cannot_be_are_found_before_training(
+    small_config: Config, two_halves: Path, labels: np.ndarray, message: str
+) -> None:
+    """Labels that are no classes end a run at their first sample; other sizes may be left out."""
+    cv2.imwrite(str(two_halves / "maps/sub/a.png"), labels)
+    cfg = data_config(small_config, two_halves, sem_seg=str(two_halves / "maps"))
+    with pytest.raises(BadDataError, match=f"(?s){message}"):
+        prepare_datasets(cfg)
+    cfg.DATASETS.SKIP_BAD = True
+    with pytest.raises(BadDataError) if labels.any() else contextlib.nullcontext():
         prepare_datasets(cfg)
