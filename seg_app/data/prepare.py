@@ -27,7 +27,7 @@ def prepare_datasets(cfg: CfgNode, train: bool = True) -> None:
     With several processes, the first one checks and tells the others.
 
     Args:
-        cfg: gets MODEL.SEM_SEG_HEAD.NUM_CLASSES and IGNORE_VALUE where the former is -1.
+        cfg: gets MODEL.SEM_SEG_HEAD.NUM_CLASSES where that is -1, and then IGNORE_VALUE where 255 is a class.
         train: False for evaluation only: DATASETS.TRAIN is not looked at.
     Raises:
         BadDataError: a list of the problems, unless DATASETS.SKIP_BAD is True and all of them can be skipped.
@@ -150,11 +150,18 @@ def _resolve_classes(cfg: CfgNode, names: Sequence[str]) -> None:
     count = len(facts.stuff_classes)
     if head.NUM_CLASSES < 0:
         head.NUM_CLASSES = count
-        if count > head.IGNORE_VALUE:
+        if head.IGNORE_VALUE == 255 < count:
             head.IGNORE_VALUE = 65535  # 255 is a class here
     elif count != head.NUM_CLASSES:
         shown = ", ".join(facts.stuff_classes[:12]) + ", ..." * (count > 12)
         raise ValueError(
             f"MODEL.SEM_SEG_HEAD.NUM_CLASSES is {head.NUM_CLASSES}, but dataset {name} has {count} classes ({shown}). "
             "Set it to -1 to take the number from the data."
+        )
+    if 0 <= head.IGNORE_VALUE < count and head.IGNORE_VALUE != 255:
+        raise ValueError(
+            f"MODEL.SEM_SEG_HEAD.IGNORE_VALUE is {head.IGNORE_VALUE}, the number of the class "
+            f"{facts.stuff_classes[head.IGNORE_VALUE]}. It is that of ignored pixels in the model: leave it at 255. "
+            "The number that is ignored in your files is ignore_label of the DATASETS.REGISTER entry; where classes "
+            "there do not begin at 0, list their numbers in label_values, and all others are ignored."
         )

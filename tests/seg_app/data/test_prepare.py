@@ -119,6 +119,15 @@ def test_another_class_count_or_none_at_all_is_an_error(label_folders, tmp_path:
         prepare_datasets(cfg)
 
 
+def test_a_class_is_not_ignored_within_the_model(label_folders, tmp_path: Path) -> None:
+    """IGNORE_VALUE 0, for instance, where it is 0 in the files that is to be ignored."""
+    cfg = config_of(*label_folders({"a": GOOD}), tmp_path, classes=["sky", "sea", "land"])
+    for count in (-1, 3):
+        cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES, cfg.MODEL.SEM_SEG_HEAD.IGNORE_VALUE = count, 0
+        with pytest.raises(ValueError, match=r"IGNORE_VALUE is 0, the number of the class sky.*ignore_label"):
+            prepare_datasets(cfg)
+
+
 def test_more_than_255_classes(label_folders, tmp_path: Path) -> None:
     folders = label_folders({"a": np.uint16([[0, 299], [65535, 256]])})
     cfg = config_of(*folders, tmp_path, classes=[f"c{i}" for i in range(300)])
