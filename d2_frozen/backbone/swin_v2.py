@@ -5,7 +5,7 @@ image size.
 Method: Lin et al., arXiv:2211.02043, section 3.3, enlarges the image and leaves the window alone. As in the
 detectors of the Swin papers (arXiv:2103.14030, 2111.09883) every stage has window w, odd blocks are shifted
 by w // 2, and maps that are no multiple of w are padded before they are shifted, also where a map is smaller than
-one window.
+one window. Where pretraining had a smaller window, as its map was smaller, SwinV2's positions are measured by that one.
 """
 
 from __future__ import annotations
@@ -112,3 +112,28 @@ def pad_before_shift(network: nn.Module) -> None:
     for module in network.modules():
         if type(module) in kinds:
             module.__class__ = kinds[type(module)]
+
+
+def keep_position_units(network: nn.Module) -> None:
+    """Let SwinV2 measure positions as in pretraining, in place; no weight changes.
+
+    At 192 pixels with window 12 the last map has 6 x 6 cells, which is then its window, and the next cell is 1/5 of the
+    unit away. Left alone, timm calls it 1/11 in the window of 12 that the stage has here, and each bias is that of a
+    nearer cell. The released networks with another window have it so (``pretrained_window_sizes`` 12, 12, 12, 6).
+    """
+    if not isinstance(network, SwinTransformerV2):
+        return
+    for block in network.modules():
+        if not isinstance(block, SwinTransformerV2Block):
+            continue
+        attention = block.attn
+        window = tuple(min(w, side) for w, side in zip(attention.window_size, block.input_resolution))
+        if window != attention.window_size and not any(attention.pretrained_window_size):
+            attention.pretrained_window_size = window
+            attention.init_non_persistent_buffers()
+
+
+def windows_of_positions(network: nn.Module) -> list[int]:
+    """In cells, those by which SwinV2 measures positions where they are not the windows that it has."""
+    windows = (getattr(module, "pretrained_window_size", (0,)) for module in network.modules())
+    return sorted({max(window) for window in windows} - {0})

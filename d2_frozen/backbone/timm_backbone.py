@@ -20,7 +20,11 @@ from torch.func import functional_call
 
 from d2_frozen.backbone import swin_v2_giant  # noqa: F401  (registers its names in timm)
 from d2_frozen.backbone.plain_vit import PlainViT, is_plain, plain_vit_arguments
-from d2_frozen.backbone.swin_v2 import pad_before_shift, unchanged_window_arguments
+from d2_frozen.backbone.swin_v2 import (
+    keep_position_units,
+    pad_before_shift,
+    unchanged_window_arguments,
+)
 from d2_frozen.backbone.weight_files import WeightFiles
 from d2_frozen.backbone.weights import load_weights
 from detectron2.config import CfgNode
@@ -278,6 +282,7 @@ def create_timm_backbone(
     if not plain:
         _pyramid(network, name)
         pad_before_shift(network)
+        keep_position_units(network)
     if files is not None:
         load_weights(network, files, ignore=_head_prefixes(network, final_norm=not (plain or final_norm)))
     backbone = (

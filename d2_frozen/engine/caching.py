@@ -11,6 +11,7 @@ from torch import nn
 
 from d2_frozen.backbone import FrozenBackbone
 from d2_frozen.backbone.by_sample import FeatureService
+from d2_frozen.backbone.swin_v2 import windows_of_positions
 from d2_frozen.caching import FeatureCache, Space
 from d2_frozen.caching.features import DTYPES
 from d2_frozen.caching.keys import canonical
@@ -110,6 +111,9 @@ def space_of(cfg: CfgNode, model: nn.Module) -> Space:
         "maps": maps_used(model),
         "dtype": dtype,
     }
+    # They change features, not weights: nothing else tells what was stored before positions were measured by them.
+    if windows := windows_of_positions(frozen):
+        facts["windows_of_positions"] = windows
     return Space(Path(settings.DIR), facts)
 
 

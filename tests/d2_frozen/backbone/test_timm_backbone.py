@@ -6,7 +6,7 @@ import torch
 from torchvision.models.swin_transformer import PatchMergingV2, SwinTransformer, SwinTransformerBlockV2
 
 from d2_frozen.backbone import FrozenBackbone, build_timm_backbone, create_timm_backbone, freeze_backbone
-from d2_frozen.backbone.swin_v2 import PICO_NAME
+from d2_frozen.backbone.swin_v2 import PICO_NAME, windows_of_positions
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY
 
@@ -128,6 +128,23 @@ def test_released_window_changes_keep_their_pretraining_window_in_the_position_t
     ]
     assert {size for blocks in _blocks(network) for size, _ in blocks} == {(24, 24)}
     assert [blocks[1][1] for blocks in _blocks(network)] == [(12, 12)] * 4
+
+
+@pytest.mark.parametrize(
+    ("name", "native"), [("swinv2_base_window12_192", 6), ("swinv2_base_window16_256", 8)]
+)
+def test_one_cell_in_the_last_stage_is_as_far_as_in_pretraining(name, native):
+    """Its map has 6 x 6 cells at 192 pixels, 8 x 8 at 256, and timm's window there is no larger."""
+    shape = {"embed_dim": 16, "depths": (1, 1, 1, 2), "num_heads": (1, 1, 1, 1)}
+    pretraining = timm.create_model(name, num_classes=0, **shape).layers[3].blocks[0].attn
+    assert pretraining.window_size == (native, native)
+    network = create_timm_backbone(name, arguments=shape).network
+    ours = network.layers[3].blocks[0].attn
+    middle, reach = ours.window_size[0] - 1, native - 1
+    around = slice(middle - reach, middle + reach + 1)
+    assert torch.equal(ours.relative_coords_table[:, around, around], pretraining.relative_coords_table)
+    assert windows_of_positions(network) == [native]
+    assert windows_of_positions(create_timm_backbone(PICO_NAME)) == []
 
 
 def test_at_native_size_the_unshifted_stages_equal_timm():
