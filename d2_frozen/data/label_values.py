@@ -23,6 +23,8 @@ def values_of(labels: Tensor | np.ndarray) -> list[int]:
     if isinstance(labels, np.ndarray) and labels.dtype == np.uint8 and labels.size:
         counts = cv2.calcHist([np.ascontiguousarray(labels)], [0], None, [256], [0, 256])
         return np.flatnonzero(counts).tolist()
+    if isinstance(labels, np.ndarray):
+        labels = np.ascontiguousarray(labels)  # a mirrored one goes backwards, which torch does not take
     labels = torch.as_tensor(labels).to(torch.int64)  # torch counts no uint16
     if labels.numel() == 0:
         return []

@@ -15,6 +15,7 @@ from d2_frozen.data.label_values import LABEL_VALUES, values_in, values_of
         np.array([[3, 0, 3], [255, 7, 0]], dtype=np.uint8),
         np.arange(60, dtype=np.uint8).reshape(6, 10)[::-2, 1:7:3],  # turned, and with gaps
         np.array([[65535, 2], [2, 65535]], dtype=np.int64),
+        np.array([[300, 2], [2, 0]], dtype=np.float32)[:, ::-1],  # mirrored ids above 255
         np.array([[70000, -1], [5, 70000]], dtype=np.int64),  # too large, or negative, to be counted
         np.zeros((0, 4), dtype=np.int64),
     ],
