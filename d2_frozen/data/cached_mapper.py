@@ -42,10 +42,12 @@ class FrozenDatasetMapper(DatasetMapper):
 
     Attributes:
         fast_reading: INPUT.FAST_READING, for training.
+        ignore_value: MODEL.SEM_SEG_HEAD.IGNORE_VALUE, with which augmentations pad label maps.
     """
 
     cache: FeatureCache | None = None
     fast_reading = False
+    ignore_value = 255
 
     def __call__(self, dataset_dict: dict[str, Any]) -> dict[str, Any]:
         """As DatasetMapper; see the top of the file."""
@@ -54,7 +56,7 @@ class FrozenDatasetMapper(DatasetMapper):
         sample = _copied(dataset_dict)
         label_file = sample.pop("sem_seg_file_name", None)
         # Detectron2 takes the brightness of what is no picture of one channel: of a palette's colours, say.
-        labels = None if label_file is None else resizable(read_label_map(label_file))
+        labels = None if label_file is None else resizable(read_label_map(label_file), self.ignore_value)
         path = sample["file_name"]
         if "height" not in sample or "width" not in sample:
             sample["height"], sample["width"] = image_size(path)

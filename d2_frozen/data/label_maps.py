@@ -70,9 +70,14 @@ def check_id_mode(path: str, mode: str) -> None:
         )
 
 
-def resizable(numbers: np.ndarray) -> np.ndarray:
-    """A label map in the type in which Detectron2 resizes it: 8 bits by pixel centres, larger numbers as float32."""
-    return numbers.astype(np.uint8 if numbers.max(initial=0) <= 255 else np.float32)
+def resizable(numbers: np.ndarray, ignored: int = 255) -> np.ndarray:
+    """A label map in the type in which Detectron2 resizes it: 8 bits by pixel centres, larger numbers as float32.
+
+    Args:
+        ignored: what padding puts beside them; the type holds it too.
+    """
+    small = numbers.max(initial=0) <= 255 and 0 <= ignored <= 255
+    return numbers.astype(np.uint8 if small else np.float32)
 
 
 def _as_classes(numbers: np.ndarray, label_values: Sequence[int], ignore_label: int) -> np.ndarray:

@@ -487,6 +487,7 @@ def _default_mapper(cfg: CfgNode, is_train: bool) -> FrozenDatasetMapper:
         keypoint_hflip_indices=create_keypoint_hflip_indices(cfg.DATASETS.TRAIN) if keypoints else None,
     )
     mapper.fast_reading = cfg.INPUT.FAST_READING
+    mapper.ignore_value = cfg.MODEL.SEM_SEG_HEAD.IGNORE_VALUE
     return mapper
 
 

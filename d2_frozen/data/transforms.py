@@ -137,7 +137,8 @@ def _scale_crop(cfg: CfgNode, is_train: bool) -> list[T.Augmentation]:
             return detection_utils.build_augmentation(cfg, is_train=False)
         # The long side to SIZE: the short one would be SIZE, but the long one must not exceed it.
         return [T.ResizeShortestEdge(size, size)]
-    augmentations = [T.ResizeScale(low, high, size, size), SquareCrop(size)]
+    crop = SquareCrop(size, seg_pad_value=cfg.MODEL.SEM_SEG_HEAD.IGNORE_VALUE)
+    augmentations = [T.ResizeScale(low, high, size, size), crop]
     flip = cfg.INPUT.RANDOM_FLIP
     if flip not in ("none", "horizontal", "vertical"):
         raise ValueError(f"INPUT.RANDOM_FLIP is {flip!r}; choose none, horizontal or vertical.")

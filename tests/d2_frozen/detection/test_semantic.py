@@ -142,21 +142,23 @@ def data_config(small_config: Config, folder: Path, **fields: str) -> CfgNode:
     return small_config(*ON, *options)
 
 
-def test_maps_follow_the_augmentation(small_config: Config, two_halves: Path) -> None:
-    """Resize 0.1 to 2, crop, flip: where the picture is black the label is 0, where white 1, in the padding 255."""
+@pytest.mark.parametrize("ignored", [255, 7, 300])
+def test_maps_follow_the_augmentation(small_config: Config, two_halves: Path, ignored: int) -> None:
+    """Resize 0.1 to 2, crop, flip: where the picture is black the label is 0, where white 1, ignored in the padding."""
     cfg = data_config(small_config, two_halves, sem_seg=str(two_halves / "maps"))
+    cfg.MODEL.SEM_SEG_HEAD.IGNORE_VALUE = ignored
     prepare_datasets(cfg)
     seen = set()
     for _, (sample,) in zip(range(12), build_train_loader(cfg)):
         image, labels = sample["image"][0], sample["sem_seg"]
         assert labels.shape == image.shape == (64, 64)
-        assert (image[labels == 255] == 128).all()
+        assert (image[labels == ignored] == 128).all()
         black, white = image < 20, image > 235
         assert (labels[black] == 0).float().mean() > 0.97 or not black.any()
         assert (labels[white] == 1).float().mean() > 0.97 or not white.any()
         assert sample[LABEL_VALUES] == labels.unique().tolist()
         seen |= set(sample[LABEL_VALUES])
-    assert seen == {0, 1, 255}
+    assert seen == {0, 1, ignored}
 
 
 def test_missing_maps_are_found_before_training(small_config: Config, two_halves: Path) -> None:
