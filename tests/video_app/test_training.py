@@ -103,6 +103,8 @@ def test_datasets_must_agree_on_their_classes(flags: Flags, tiny_clips: Path) ->
     "options, message",
     [
         (["TEST.AUG.ENABLED", "True"], "VIDEO.TEST.CLIPS"),
+        (["INPUT.RANDOM_FLIP", "none"], r"^INPUT\.RANDOM_FLIP: .*VIDEO\..*FLIP"),
+        (["INPUT.CROP.ENABLED", "True", "INPUT.FORMAT", "BGR"], r"^INPUT\.CROP\.ENABLED: .*TRAIN_CROP"),
         (["DATALOADER.ASPECT_RATIO_GROUPING", "True"], "ASPECT_RATIO_GROUPING"),
         (["MODEL.VIDEO_HEAD.SWEEP.SAVE", "some"], "SWEEP.SAVE"),
     ],

@@ -7,12 +7,14 @@ import os
 from collections import Counter
 from typing import Any
 
+from d2_frozen.config import add_frozen_config
 from d2_frozen.data import register_from_config
 from d2_frozen.data.checks import difference
 from d2_frozen.data.prepare import on_first_process
 from d2_frozen.data.problems import BadDataError, Problem
 from d2_frozen.data.subset import check_subset
-from detectron2.config import CfgNode
+from d2_frozen.tasks import leaves
+from detectron2.config import CfgNode, get_cfg
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from video_app.data.lists import only_numbered
 
@@ -40,6 +42,7 @@ def prepare_datasets(cfg: CfgNode, train: bool = True) -> None:
     names = list(dict.fromkeys([*(cfg.DATASETS.TRAIN if train else ()), *cfg.DATASETS.TEST]))
     if train:
         check_subset(cfg)
+        _refuse_settings_of_images(cfg)
     if cfg.TEST.AUG.ENABLED:
         raise ValueError(
             "TEST.AUG.ENABLED is for images. Videos are tested on several views: VIDEO.TEST.CLIPS and CROPS."
@@ -68,6 +71,16 @@ def prepare_datasets(cfg: CfgNode, train: bool = True) -> None:
     if train:
         _tell_absent_classes(cfg, records, classes)
     _resolve_classes(cfg, classes, train)
+
+
+def _refuse_settings_of_images(cfg: CfgNode) -> None:
+    own = dict(leaves(add_frozen_config(get_cfg()).INPUT))
+    changed = [key for key, value in leaves(cfg.INPUT) if key != "FORMAT" and value != own.get(key, value)]
+    if changed:
+        raise ValueError(
+            f"{', '.join(f'INPUT.{key}' for key in changed)}: of INPUT, video has FORMAT only; the rest is for images. "
+            "Sizes, crops and mirroring of clips are VIDEO.SHORT_SIDE, CROP_SIZE, TRAIN_CROP and FLIP."
+        )
 
 
 def _differences(classes: dict[str, list[str] | None]) -> list[Problem]:
