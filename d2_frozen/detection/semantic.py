@@ -46,9 +46,14 @@ class SemanticBranch(nn.Module):
             loss_weight: on the loss.
             ignore_value: label of pixels without a class.
         Raises:
-            ValueError: no such level, or none of that stride.
+            ValueError: no such level, or none of that stride; a number of classes that is none.
         """
         super().__init__()
+        if num_classes < 1:
+            raise ValueError(
+                f"MODEL.SEM_SEG_HEAD.NUM_CLASSES is {num_classes}; for MODEL.HTC.SEMANTIC_ON: True it is the number of "
+                "labels in the semantic maps, which is not taken from the data."
+            )
         unknown = [name for name in in_features if name not in input_shape]
         strides = {name: input_shape[name].stride for name in in_features if name in input_shape}
         if unknown or stride not in strides.values():

@@ -101,6 +101,11 @@ def test_its_features_reach_boxes_and_masks(small_config: Config, labelled_image
         assert model.eval()([labelled_image()])[0]["instances"].has("pred_masks")  # no map needed
 
 
+def test_a_number_of_labels_that_is_none_is_named(small_config: Config) -> None:
+    with pytest.raises(ValueError, match=r"MODEL.SEM_SEG_HEAD.NUM_CLASSES is -1.*HTC.SEMANTIC_ON"):
+        build_model(small_config(*ON, "MODEL.SEM_SEG_HEAD.NUM_CLASSES", -1))
+
+
 def test_another_meta_architecture_is_refused(
     small_config: Config, labelled_image: Callable[[], dict]
 ) -> None:
