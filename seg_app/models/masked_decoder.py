@@ -72,6 +72,12 @@ class MaskedTransformerDecoder(nn.Module):
         )
         self.class_embed = nn.Linear(hidden_dim, num_classes + 1)
         self.mask_embed = MLP(hidden_dim, hidden_dim, mask_dim, 3)
+        # What no layer reads is there for the checkpoints, but does not train: several processes would wait for its
+        # gradient.
+        self.input_proj[dec_layers:].requires_grad_(False)
+        if not dec_layers:
+            self.query_embed.requires_grad_(False)
+            self.level_embed.requires_grad_(False)
 
     def forward(
         self,

@@ -135,7 +135,8 @@ class _LevelEncoder(nn.Module):
         self, levels: int, width: int, layers: int, heads: int, feedforward: int, dropout: float, points: int
     ) -> None:
         super().__init__()
-        self.level_embed = nn.Parameter(torch.empty(levels, width).normal_())
+        # Without layers nothing reads it, and several processes would wait for its gradient.
+        self.level_embed = nn.Parameter(torch.empty(levels, width).normal_(), requires_grad=layers > 0)
         blocks = (EncoderLayer(width, feedforward, dropout, levels, heads, points) for _ in range(layers))
         # The public names have a level between: transformer.encoder.layers.0 ...
         self.encoder = nn.ModuleDict({"layers": nn.ModuleList(blocks)})

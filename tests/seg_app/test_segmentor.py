@@ -174,6 +174,22 @@ def test_losses_of_every_layer_or_only_of_the_last() -> None:
     assert set(model_of("MODEL.MASK_FORMER.DEEP_SUPERVISION", False)(batch)) == names
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("MODEL.SEM_SEG_HEAD.TRANSFORMER_ENC_LAYERS", 0),
+        ("MODEL.MASK_FORMER.DEC_LAYERS", 1),
+        ("MODEL.MASK_FORMER.DEC_LAYERS", 3, "MODEL.MASK_FORMER.HIDDEN_DIM", 32),
+    ],
+)
+def test_with_few_layers_all_that_trains_gets_a_gradient(options: tuple) -> None:
+    """DistributedDataParallel ends with an error at the second iteration where a parameter gets none."""
+    model = build_model(config(*options)).train()
+    labels = torch.randint(0, 5, (40, 56))
+    sum(model([sample(40, 56, labels)]).values()).backward()
+    assert [n for n, p in model.named_parameters() if p.requires_grad and p.grad is None] == []
+
+
 def test_instances_as_targets_equal_a_label_map() -> None:
     labels = torch.full((40, 48), 255)
     labels[:, :20], labels[10:20, 30:] = 3, 1
