@@ -91,6 +91,13 @@ def resolve_num_classes(cfg: CfgNode, names: Sequence[str] | None = None) -> int
             )
         return None
     name, classes = found
+    if twice := sorted({label for label in classes if classes.count(label) > 1}):
+        logger.warning(
+            "dataset %s has several categories that are called %s. They train as different classes; of their AP-NAME "
+            "in metrics.json only the last one's is left. Give them different names.",
+            name,
+            ", ".join(twice),
+        )
     if wanted < 0:
         _set(cfg.MODEL.ROI_HEADS, "NUM_CLASSES", len(classes))
     elif wanted != len(classes):

@@ -424,6 +424,19 @@ def test_class_count_comes_from_the_data(two_sets, make_cfg):
         resolve_num_classes(cfg)
 
 
+def test_categories_of_one_name_are_told(two_sets, world, make_cfg, caplog):
+    entries, write = two_sets
+    with caplog.at_level(logging.WARNING, "d2_frozen"):
+        prepare_datasets(make_cfg(entries))
+        assert "several categories" not in caplog.text
+        for category in world["categories"]:
+            category["name"] = "nut"
+        write(train=world, val=world)
+        cfg = make_cfg(entries)
+        prepare_datasets(cfg)
+    assert "several categories that are called nut." in caplog.text and cfg.MODEL.ROI_HEADS.NUM_CLASSES == 2
+
+
 @pytest.mark.parametrize("fast", [False, True])
 def test_masks_as_rle_are_trained_on(two_sets, world, make_cfg, fast):
     """A mask of columns 2 to 6 and rows 2 to 6, once as a polygon, once as RLE (column by column): equal pixels."""
