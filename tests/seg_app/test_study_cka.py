@@ -11,7 +11,18 @@ from d2_frozen.study.__main__ import main
 
 
 def panels(preset: str, config: Path, output: Path, *options: str) -> list[dict]:
-    flags = ["--config-file", str(config), "--split", "train", "--batch", "4", "--output", str(output)]
+    flags = [
+        "--config-file",
+        str(config),
+        "--split",
+        "train",
+        "--batch",
+        "4",
+        "--output",
+        str(output),
+        "--name",
+        preset,
+    ]
     assert main(["cka", preset, *flags, "--options", *options]) == 0
     return json.loads((output / f"{preset}.json").read_text())["panels"]
 

@@ -36,9 +36,9 @@ def config(write_video: Callable[..., Path], tmp_path: Path) -> Path:
 
 
 def test_blocks_and_pooling_query(config: Path, tmp_path: Path) -> None:
-    flags = ["--config-file", str(config), "--batch", "6", "--output", str(tmp_path)]
+    flags = ["--config-file", str(config), "--batch", "6", "--output", str(tmp_path), "--name", "blocks"]
     assert main(["cka", "video_blocks", *flags]) == 0
-    found = json.loads((tmp_path / "video_blocks.json").read_text())
+    found = json.loads((tmp_path / "blocks.json").read_text())
     assert (found["clips"], found["side_px"]) == (5, 32)
     (panel,) = found["panels"]
     assert panel["rows"] == ["input", "block 1", "block 2", "query"]

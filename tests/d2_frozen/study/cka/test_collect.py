@@ -139,8 +139,9 @@ def test_some_rois_of_an_image_are_drawn_the_same_for_all_stages() -> None:
     whole = {}
     with GramCollector(Model(), anything, rois=100) as collector:
         whole = collector.grams(images)
-    diagonal = whole["box_pooler"].matrix.diagonal().tolist()
-    assert set(first["box_pooler"].matrix.diagonal().tolist()) <= set(diagonal)
+    # Each drawn one is one of the whole, up to the order of summation, which follows the size of the matrix.
+    apart = first["box_pooler"].matrix.diagonal()[:, None] - whole["box_pooler"].matrix.diagonal()
+    assert apart.abs().amin(dim=1).max() < 1e-9
 
 
 def test_images_without_rois_leave_empty_matrices() -> None:
