@@ -38,6 +38,7 @@ def _stopped(config: Path, out: Path, options: list[str], stop: Callable[[subpro
     # Detectron2 itself trains in several processes on GPUs only.
     environment = {**os.environ, "D2_FROZEN_ENGINE": "embedded", "OMP_NUM_THREADS": "1"}
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
+    environment["PYTHONFAULTHANDLER"] = "1"  # where it stood, if it does not end
     command = [sys.executable, "-m", "d2_frozen.train_net", "--config-file", str(config), *options]
     command += ["SOLVER.MAX_ITER", "100000", "SOLVER.CHECKPOINT_PERIOD", "100000", "DATASETS.TEST", "()"]
     with open(out.with_suffix(".txt"), "wb") as output:
@@ -48,7 +49,12 @@ def _stopped(config: Path, out: Path, options: list[str], stop: Callable[[subpro
     try:
         _until(lambda: metrics.exists() and metrics.stat().st_size > 0, "metrics")
         stop(run)
-        code = run.wait(60)
+        try:
+            code = run.wait(60)
+        except subprocess.TimeoutExpired:
+            run.send_signal(signal.SIGABRT)
+            run.wait(60)
+            raise AssertionError(f"it did not end:\n{out.with_suffix('.txt').read_text()[-8000:]}") from None
         _until(lambda: _is_empty(run.pid), "end of the other processes", 60)
     finally:
         if not _is_empty(run.pid):
