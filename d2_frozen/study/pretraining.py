@@ -151,8 +151,7 @@ def check_pretrained(what: Pretraining, path: Path, batch: int = _BATCH) -> None
         ValueError: it is of another, or cannot be read.
     """
     try:
-        with safe_open(path, framework="pt") as file:
-            found = file.metadata() or {}
+        found = _metadata(path)
     except SafetensorError as err:
         raise ValueError(f"{path} is no complete safetensors file: {err}. Remove it.") from err
     _require_same(what, batch, found, path)
@@ -164,13 +163,17 @@ def facts_of_file(path: str | Path) -> dict[str, int]:
     if path.suffix != ".safetensors" or not path.is_file():
         return {}
     try:
-        with safe_open(path, framework="pt") as file:
-            found = file.metadata() or {}
+        found = _metadata(path)
     except SafetensorError:  # whoever loads it says so
         return {}
     if found.get("kind") not in KINDS:
         return {}
     return {fact: int(found.get(fact, usual)) for fact, usual in _USUAL.items()}
+
+
+def _metadata(path: Path) -> dict[str, str]:
+    with safe_open(path, framework="pt") as file:
+        return file.metadata() or {}
 
 
 def _facts(what: Pretraining, batch: int) -> dict[str, int]:
