@@ -11,6 +11,7 @@ from torch import nn
 
 from d2_frozen.data import build_test_loader, build_train_loader
 from d2_frozen.engine import FrozenTrainer
+from d2_frozen.engine.checkpoint import save_after
 from d2_frozen.files import by_the_way
 from detectron2.config import CfgNode
 from detectron2.engine import HookBase
@@ -100,9 +101,5 @@ def _write_best_head(trainer: Any) -> None:
     done = max(trainer.iter, trainer.start_iter)
     if done < trainer.max_iter:
         return
-    now, trainer.iter = trainer.iter, done - 1
-    try:
-        with by_the_way("model_final.pth does not say which head is the best"):
-            trainer.checkpointer.save("model_final", iteration=done - 1)
-    finally:
-        trainer.iter = now
+    with by_the_way("model_final.pth does not say which head is the best"):
+        save_after(trainer.checkpointer, trainer, done - 1, "model_final")

@@ -11,11 +11,11 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import unquote
 
 import numpy as np
@@ -33,6 +33,8 @@ CROWDS_DO_NOT_TRAIN = (
     "set iscrowd to 0 if each is one object"
 )
 _OUTSIDE = "bbox is outside the image"
+_Record = TypeVar("_Record")
+_Found = TypeVar("_Found")
 _EXIF_ORIENTATION = 0x0112
 _EXIF_SIDEWAYS = (5, 6, 7, 8)
 
@@ -293,12 +295,16 @@ def _check_image_files(report: CocoReport, image_root: str, level: str) -> None:
         found = _image_fault(image_root, image["file_name"], image["width"], image["height"], decode)
         return Problem(found[0], _where(report, image), found[1]) if found else None
 
-    # Opening a file and decoding it release the interpreter lock.
+    for position, problem in zip(to_check, look_at_files(look, to_check)):
+        if problem:
+            report.problems.append(problem)
+            report._bad_images.add(position)
+
+
+def look_at_files(look: Callable[[_Record], _Found], records: Sequence[_Record]) -> list[_Found]:
+    """``look`` at the files of each record, many at once: opening and decoding them release the interpreter lock."""
     with ThreadPoolExecutor(max_workers=min(32, 4 * usable_cpus())) as pool:
-        for position, problem in zip(to_check, pool.map(look, to_check, chunksize=64)):
-            if problem:
-                report.problems.append(problem)
-                report._bad_images.add(position)
+        return list(pool.map(look, records))
 
 
 def _image_fault(

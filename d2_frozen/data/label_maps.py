@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -67,6 +68,39 @@ def check_id_mode(path: str, mode: str) -> None:
         raise LabelMapError(
             "label map holds colours instead of class ids",
             f"{path} is {mode}; one channel of 8 or 16 bits is wanted, with the number of its class at each pixel",
+        )
+
+
+def check_map_size(path: str, size: tuple[int, int], shown: tuple[Any, Any], why: str = "") -> None:
+    """
+    Args:
+        path: of the label map.
+        size: its (width, height).
+        shown: that of the image as the user sees it.
+        why: what the error says behind the image's size.
+    Raises:
+        LabelMapError: they differ.
+    """
+    if size != shown:
+        raise LabelMapError(
+            "label map and image differ in size",
+            f"{path} is {size[0]}x{size[1]}, the image {shown[0]}x{shown[1]}{why}",
+        )
+
+
+def check_map_values(path: str, present: Sequence[int], classes: int, ignored: int, allowed: str) -> None:
+    """
+    Args:
+        present: the values that occur in the label map of this path.
+        classes: ids 0 to classes - 1 are right, and ``ignored``.
+        allowed: words for that.
+    Raises:
+        LabelMapError: another value occurs.
+    """
+    wrong = [value for value in present if value != ignored and not 0 <= value < classes]
+    if wrong:
+        raise LabelMapError(
+            "label value out of range", f"{path} has {', '.join(map(str, wrong[:5]))}; {allowed}"
         )
 
 

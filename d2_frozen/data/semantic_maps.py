@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from d2_frozen.cpus import usable_cpus
-from d2_frozen.data.checks import AUTO_FULL_UP_TO
-from d2_frozen.data.label_maps import LabelMapError, read_label_map
+from d2_frozen.data.checks import AUTO_FULL_UP_TO, look_at_files
+from d2_frozen.data.label_maps import LabelMapError, check_map_size, check_map_values, read_label_map
 from d2_frozen.data.label_values import values_of
 from d2_frozen.data.problems import BadDataError, Problem
 from detectron2.config import CfgNode
@@ -52,26 +50,21 @@ def check_semantic_maps(cfg: CfgNode) -> None:
 
 def _faults(cfg: CfgNode, name: str, records: Sequence[dict[str, Any]]) -> list[Problem]:
     classes, ignored = cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES, cfg.MODEL.SEM_SEG_HEAD.IGNORE_VALUE
+    allowed = f"MODEL.SEM_SEG_HEAD.NUM_CLASSES is {classes}, and IGNORE_VALUE {ignored}"
 
     def look(record: dict[str, Any]) -> Problem | None:
         path = record["sem_seg_file_name"]
         where = f"{name}: image {record.get('image_id', '?')!r}"
         try:
             labels = read_label_map(path)
+            height, width = labels.shape
+            check_map_size(path, (width, height), (record.get("width", width), record.get("height", height)))
         except LabelMapError as err:
             return Problem(err.kind, where, err.seen)
-        height, width = labels.shape
-        shown = record.get("height", height), record.get("width", width)
-        if shown != labels.shape:
-            seen = f"{path} is {width}x{height}, the image {shown[1]}x{shown[0]}"
-            return Problem("label map and image differ in size", where, seen)
-        wrong = [value for value in values_of(labels) if value >= classes and value != ignored]
-        if not wrong:
-            return None
-        allowed = f"MODEL.SEM_SEG_HEAD.NUM_CLASSES is {classes}, and IGNORE_VALUE {ignored}"
-        seen = f"{path} has {', '.join(map(str, wrong[:5]))}; {allowed}"
-        return Problem("label value out of range", where, seen, skippable=False)
+        try:
+            check_map_values(path, values_of(labels), classes, ignored, allowed)
+        except LabelMapError as err:
+            return Problem(err.kind, where, err.seen, skippable=False)
+        return None
 
-    # Opening a file and decoding it release the interpreter lock.
-    with ThreadPoolExecutor(max_workers=min(32, 4 * usable_cpus())) as pool:
-        return [problem for problem in pool.map(look, records) if problem]
+    return [problem for problem in look_at_files(look, records) if problem]

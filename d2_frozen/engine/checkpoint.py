@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+from fvcore.common.checkpoint import Checkpointer
 from torch import nn
 
 from d2_frozen.backbone import FrozenBackbone, frozen_parts
@@ -269,6 +270,18 @@ class FrozenCheckpointer(DetectionCheckpointer):
                 f"{keep} holds heads only; the weights of its backbone came from {source}, which is not there any more."
             ) from err
         self._frozen_source = source
+
+
+def save_after(checkpointer: Checkpointer, trainer: Any, iteration: int, name: str, **facts: Any) -> None:
+    """A checkpoint as PeriodicCheckpointer writes it after ``iteration``, at another time.
+
+    A trainer's state names the iteration that it is in, which is another one before a step and behind the last.
+    """
+    now, trainer.iter = trainer.iter, iteration
+    try:
+        checkpointer.save(name, iteration=iteration, **facts)
+    finally:
+        trainer.iter = now
 
 
 def read_checkpoint(path: str) -> dict[str, Any]:

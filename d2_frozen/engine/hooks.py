@@ -20,6 +20,7 @@ import torch
 from fvcore.common.checkpoint import Checkpointer
 
 from d2_frozen.data.workers import NOTICES
+from d2_frozen.engine.checkpoint import save_after
 from d2_frozen.files import by_the_way
 from detectron2.engine import HookBase
 from detectron2.evaluation.testing import flatten_results_dict
@@ -142,15 +143,13 @@ class KeepBestCheckpoint(HookBase):
             return
         before, self._best = self._best, float(value)
         with by_the_way(f"{self.FILE}.pth is not written"):
-            now, self.trainer.iter = self.trainer.iter, done
             try:
-                best = {self.metric: self._best}
-                self.checkpointer.save(self.FILE, iteration=done, best_metric=best)
+                save_after(
+                    self.checkpointer, self.trainer, done, self.FILE, best_metric={self.metric: self._best}
+                )
             except OSError:
                 self._best = before  # what is on the disk, for the next evaluation to be better than
                 raise
-            finally:
-                self.trainer.iter = now
             than = "" if before is None else f" (before: {before:.4f})"
             logger.info("%s is %.4f, the best so far%s.", self.metric, value, than)
 

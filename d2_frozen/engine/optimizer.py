@@ -19,6 +19,7 @@ from detectron2.solver.build import (
 )
 
 CLIP_TYPES = ("value", "norm", "full_model")
+LR_SCHEDULERS = ("WarmupMultiStepLR", "WarmupCosineLR", "WarmupStepWithFixedGammaLR", "WarmupPolyLR")
 
 
 def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
@@ -117,8 +118,15 @@ def build_lr_scheduler(
     """Detectron2's schedules, and "WarmupPolyLR" of its DeepLab project, (1 - progress) ** SOLVER.POLY_LR_POWER.
 
     As there, the latter knows no SOLVER.RESCALE_INTERVAL: it goes to 0 at MAX_ITER, whatever the warm-up.
+
+    Raises:
+        ValueError: an unknown SOLVER.LR_SCHEDULER_NAME or WARMUP_METHOD.
     """
     solver = cfg.SOLVER
+    if solver.LR_SCHEDULER_NAME not in LR_SCHEDULERS:
+        raise ValueError(
+            f"SOLVER.LR_SCHEDULER_NAME is {solver.LR_SCHEDULER_NAME!r}; use one of {', '.join(LR_SCHEDULERS)}."
+        )
     if solver.LR_SCHEDULER_NAME != "WarmupPolyLR":
         return build_detectron2_scheduler(cfg, optimizer)
     schedule = PolyWithWarmup(

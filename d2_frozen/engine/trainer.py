@@ -30,7 +30,7 @@ from d2_frozen.data.written import file_name_of
 from d2_frozen.detection import FrozenRCNNWithTTA, evaluate_with_tta
 from d2_frozen.engine.allocator import less_memory
 from d2_frozen.engine.caching import CacheReport, check_cache_settings, serve_features
-from d2_frozen.engine.checkpoint import CheckpointMismatchError, FrozenCheckpointer
+from d2_frozen.engine.checkpoint import CheckpointMismatchError, FrozenCheckpointer, save_after
 from d2_frozen.engine.hooks import (
     KeepBestCheckpoint,
     KeepNewestCheckpoints,
@@ -201,14 +201,13 @@ class FrozenTrainer(DefaultTrainer):
         done = self.iter - 1
         if done < self.start_iter:
             return
-        failed_at, self.iter = self.iter, done
         writes, self.checkpointer.save_to_disk = self.checkpointer.save_to_disk, True
         try:
             with by_the_way(f"What was trained up to iteration {done} is not saved"):
-                self.checkpointer.save(f"model_{done:07d}", iteration=done)
+                save_after(self.checkpointer, self, done, f"model_{done:07d}")
                 logger.error("The data failed; saved after iteration %d, --resume goes on from there.", done)
         finally:
-            self.iter, self.checkpointer.save_to_disk = failed_at, writes
+            self.checkpointer.save_to_disk = writes
 
     def build_hooks(self) -> list[HookBase]:
         """Detectron2's between ours: draws first, leaving on a signal before evaluations, TEST.AUG before writing."""

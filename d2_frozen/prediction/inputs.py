@@ -43,7 +43,7 @@ class Item:
         path: where it lies.
         name: relative to the folder that was given, or the file's own; unique.
         stem: the name without its suffix, where that is unique too; results are named by it.
-        is_video: read frame by frame.
+        is_video: read frame by frame. A GIF is a video if it has more than one frame.
     """
 
     path: Path
@@ -121,6 +121,16 @@ def _is_media(path: Path) -> bool:
     return not path.name.startswith(".") and path.suffix.lower() in PICTURES + VIDEOS and path.is_file()
 
 
+def _is_animated(path: Path) -> bool:
+    if path.suffix.lower() != ".gif":
+        return False
+    try:
+        with Image.open(path) as image:
+            return getattr(image, "is_animated", False)
+    except (OSError, SyntaxError, EOFError):
+        return False  # who reads the picture says what is wrong
+
+
 def _named(found: list[tuple[Path, str]]) -> list[Item]:
     # Two files of one name from different places: the second gets its folder in front, then a number.
     names: list[str] = []
@@ -139,7 +149,7 @@ def _named(found: list[tuple[Path, str]]) -> list[Item]:
     items = []
     for (path, _), name in zip(found, names):
         stem = os.path.splitext(name)[0]
-        is_video = path.suffix.lower() in VIDEOS
+        is_video = path.suffix.lower() in VIDEOS or _is_animated(path)
         # Frames of a video go into a folder of its own, not into that of pictures which were cut out of it before.
         unique = stems[stem] == 1 and stem not in taken and not (is_video and stem in folders)
         items.append(Item(path, name, stem if unique else name, is_video))

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from d2_frozen.cpus import usable_cpus
-from d2_frozen.data.checks import AUTO_FULL_UP_TO, IMAGE_CHECKS, ImageFileError, image_size
-from d2_frozen.data.label_maps import LabelMapError, check_id_mode, read_label_map
+from d2_frozen.data.checks import AUTO_FULL_UP_TO, IMAGE_CHECKS, ImageFileError, image_size, look_at_files
+from d2_frozen.data.label_maps import (
+    LabelMapError,
+    check_id_mode,
+    check_map_size,
+    check_map_values,
+    read_label_map,
+)
 from d2_frozen.data.problems import Problem
 from d2_frozen.files import walk
 from detectron2.data import DatasetCatalog, MetadataCatalog
@@ -112,17 +116,14 @@ def _check_files(
     report: LabelMapReport, records: Sequence[dict[str, Any]], facts: Any, decode: bool, training: bool
 ) -> None:
     ignore_label, values = facts.get("ignore_label", 255), facts.get("label_values", None)
-    allowed = np.append(np.arange(len(report.classes)), ignore_label) if report.classes else None
 
     def look(record: dict[str, Any]) -> tuple[tuple[str, str] | None, np.ndarray | None]:
         try:
-            return None, _look(record, decode, ignore_label, values, allowed)
+            return None, _look(record, decode, ignore_label, values, len(report.classes))
         except (ImageFileError, LabelMapError) as err:
             return (err.kind, err.seen), None
 
-    # Opening a file and decoding it release the interpreter lock.
-    with ThreadPoolExecutor(max_workers=min(32, 4 * usable_cpus())) as pool:
-        results = list(pool.map(look, records))
+    results = look_at_files(look, records)
     for record, (fault, _) in zip(records, results):
         if fault:
             report.add(fault[0], record["file_name"], fault[1])
@@ -158,28 +159,26 @@ def _look(
     decode: bool,
     ignore_label: int,
     values: Sequence[int] | None,
-    allowed: np.ndarray | None,
+    classes: int,
 ) -> np.ndarray | None:
     """The numbers that occur in a label map, if it is decoded; raises what is wrong with it or the image."""
     path = record["sem_seg_file_name"]
     (width, height), sideways = image_size(record["file_name"], decode)
     shown = (height, width) if sideways else (width, height)
     size, _ = image_size(path, decode=False, photo=False)
-    if shown != size:
-        raise LabelMapError(
-            "label map and image differ in size",
-            f"{path} is {size[0]}x{size[1]}, the image {shown[0]}x{shown[1]}"
-            + " as its EXIF orientation turns it" * sideways,
-        )
+    check_map_size(path, size, shown, " as its EXIF orientation turns it" * sideways)
     if not decode:
         with PathManager.open(path, "rb") as file, Image.open(file) as image:
             check_id_mode(path, image.mode)
         return None
     present = np.flatnonzero(np.bincount(read_label_map(path, values, ignore_label).ravel()))
-    if allowed is not None and len(wrong := np.setdiff1d(present, allowed)):
-        raise LabelMapError(
-            "label value out of range",
-            f"{path} has {', '.join(map(str, wrong[:5]))}; the {len(allowed) - 1} classes are 0 to {len(allowed) - 2}, "
-            f"and {allowed[-1]} is ignored. Where other numbers stand for classes, list them in label_values",
+    if classes:
+        check_map_values(
+            path,
+            present.tolist(),
+            classes,
+            ignore_label,
+            f"the {classes} classes are 0 to {classes - 1}, and {ignore_label} is ignored. Where other numbers stand "
+            "for classes, list them in label_values",
         )
     return present

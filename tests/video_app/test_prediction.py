@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from tiny_runs import VIDEO as VIDEO_MODEL
 from tiny_runs import write_config
 
@@ -43,11 +44,17 @@ def head(tmp_path: Path) -> Path:
 
 
 def test_files_that_train_as_videos_are_predicted_as_such(tmp_path: Path) -> None:
-    """But for GIF, which is a picture there."""
+    """A GIF too, if it has more than one frame."""
+    frames = [Image.new("L", (16, 16), grey) for grey in (0, 90, 180)]
     for suffix in VIDEO_FILES:
         (tmp_path / f"a{suffix}").touch()
-    taken = {item.path.suffix for item in find_items([tmp_path]) if item.is_video}
-    assert {*taken, ".gif"} == set(VIDEO_FILES)
+    frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:], duration=100)
+    frames[0].save(tmp_path / "one.gif")
+    (tmp_path / "broken.gif").touch()
+    taken = {item.name for item in find_items([tmp_path]) if item.is_video}
+    assert taken == {f"a{suffix}" for suffix in VIDEO_FILES}
+    reader = VideoReader(tmp_path / "a.gif")
+    assert reader.rate == 10 and [frame[0, 0, 0] for _, frame in reader] == [0, 90, 180]
 
 
 def test_clips_follow_each_other_and_the_last_ends_with_the_video() -> None:

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import d2_frozen
-from d2_frozen.engine.optimizer import build_lr_scheduler, build_optimizer
+from d2_frozen.engine.optimizer import LR_SCHEDULERS, build_lr_scheduler, build_optimizer
 from detectron2.config import CfgNode, get_cfg
 
 
@@ -43,6 +43,15 @@ def test_poly_schedule(warmup: int, method: str) -> None:
     assert rates == pytest.approx([0.1 * factor * (1 - i / 8) ** 0.9 for i, factor in enumerate(warm)])
     with pytest.raises(ValueError, match="WARMUP_METHOD"):
         build_lr_scheduler(config(*options[:-1], "nope"), optimizer)
+
+
+def test_an_unknown_schedule_is_told_all_that_there_are() -> None:
+    cfg = config("SOLVER.LR_SCHEDULER_NAME", "WarmupLinearLR")
+    optimizer = build_optimizer(cfg, nn.Linear(2, 2))
+    with pytest.raises(ValueError, match=f"WarmupLinearLR.*{', '.join(LR_SCHEDULERS)}"):
+        build_lr_scheduler(cfg, optimizer)
+    for name in LR_SCHEDULERS:
+        build_lr_scheduler(config("SOLVER.LR_SCHEDULER_NAME", name), optimizer)
 
 
 def test_embeddings_do_not_decay() -> None:
