@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import logging
 import math
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterable, Sequence
@@ -27,6 +28,7 @@ import torch
 import yaml
 from tabulate import tabulate
 
+from d2_frozen.files import whole_file
 from d2_frozen.study.cka.command import add_cka_command
 from d2_frozen.study.findings import write_findings
 from d2_frozen.study.jobs import Job
@@ -40,6 +42,7 @@ from d2_frozen.study.pretraining import (
     Pretraining,
     check_pretrained,
     pretrain,
+    shipped,
 )
 from d2_frozen.study.probe import Estimate, count_up, disk_free_mib, probe, probe_synthetic
 from d2_frozen.study.queue import LocalQueue
@@ -168,7 +171,7 @@ def _run(
     _check_backbones(left, args.pretraining_iterations)
     if args.scale == "mini" and left:
         _generate(tasks)
-    _pretrain_missing(left, args.pretraining_iterations, args.slurm is not None)
+    _provide_backbones(left, args.pretraining_iterations, args.slurm is not None)
     logger.info("%d of %d jobs have finished.", len(jobs) - len(left), len(jobs))
     return queue.run(left)
 
@@ -244,20 +247,31 @@ def _check_backbones(jobs: Sequence[Job], iterations: int) -> None:
         check_pretrained(what, path)
 
 
-def _pretrain_missing(jobs: Sequence[Job], iterations: int, on_cluster: bool) -> None:
-    missing = sorted({path for job in jobs if (path := _missing_backbone(job))})
+def _provide_backbones(jobs: Sequence[Job], iterations: int, on_cluster: bool) -> None:
+    """Those that are missing: copied where they come with the package, or pretrained."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    if missing and on_cluster:
+    left: list[Pretraining] = []
+    for path in sorted({path for job in jobs if (path := _missing_backbone(job))}):
+        what = Pretraining.of_name(path.stem, iterations=iterations)
+        ready = shipped(what)
+        if ready is None:
+            left.append(what)
+        else:
+            logger.info("%s is missing; it comes with the package.", path)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with whole_file(path) as partial:
+                shutil.copyfile(ready, partial)
+    if left and on_cluster:
         logger.warning(
             "Before anything is submitted, %s %s pretrained here, in this process, on %s: hours without a GPU. "
             "To do that elsewhere first: study pretrain --kind ... --size ... --images ...",
-            ", ".join(path.stem for path in missing),
-            "is" if len(missing) == 1 else "are",
+            ", ".join(what.name for what in left),
+            "is" if len(left) == 1 else "are",
             device,
         )
-    for path in missing:
-        logger.info("%s is missing; pretraining it.", path)
-        pretrain(Pretraining.of_name(path.stem, iterations=iterations), _PRETRAINED, Machine(device))
+    for what in left:
+        logger.info("%s is missing; pretraining it.", _PRETRAINED / f"{what.name}.safetensors")
+        pretrain(what, _PRETRAINED, Machine(device))
 
 
 def _root(args: argparse.Namespace) -> Path:
@@ -343,10 +357,10 @@ def _plan(args: argparse.Namespace, jobs: Sequence[Job], left: Sequence[Job], mo
             "Measured on a generated batch in memory, for one GPU of each run: without reading data and without what "
             "GPUs send each other."
         )
-    if missing:
-        lines.append(
-            f"Before that, these backbones are pretrained: {', '.join(sorted({p.stem for p in missing.values()}))}."
-        )
+    names = sorted({path.stem for path in missing.values()})
+    names = [n for n in names if not shipped(Pretraining.of_name(n, iterations=args.pretraining_iterations))]
+    if names:
+        lines.append(f"Before that, these backbones are pretrained: {', '.join(names)}.")
     if disk > free:
         lines.append(
             "The disk is too small: keep fewer checkpoints (--options SOLVER.CHECKPOINTS_KEPT 1), or choose another "

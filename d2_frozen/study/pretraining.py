@@ -7,6 +7,7 @@ All kinds see the same generated scenes (``backbone/pretraining/scenes.py``), th
     contrastive   which two crops are of one image? SimCLR's loss (arXiv 2002.05709, equation 1)
     masked        what colours have the hidden pixels? SimMIM (arXiv 2111.09886): squares of 32 px, 60 % hidden, L1
 Out: NAME.safetensors for MODEL.TIMM.PRETRAINED. A call that was interrupted goes on from NAME.partial.pth.
+Some come with the package, made by the same command: ``backbone/pretrained/study``.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ from d2_frozen.backbone.pretraining.shapes import NUM_SHAPES
 from d2_frozen.backbone.pretraining.textures import NUM_TEXTURES
 from d2_frozen.backbone.swin_v2 import PICO_NAME
 from d2_frozen.backbone.timm_backbone import TimmBackbone, create_timm_backbone
-from d2_frozen.backbone.weights import save_weights
+from d2_frozen.backbone.weights import SHIPPED_DIR, save_weights
 from d2_frozen.claims import claimed
 from d2_frozen.files import whole_file
 
@@ -142,6 +143,12 @@ def pretrain(
                 _train(what, path, unfinished, machine, batch)
     check_pretrained(what, path, batch)
     return path
+
+
+def shipped(what: Pretraining) -> Path | None:
+    """The file of this pretraining that comes with the package, float16; None where none does."""
+    path = SHIPPED_DIR / "study" / f"{what.name}.safetensors"
+    return path if facts_of_file(path) == _facts(what, _BATCH) else None
 
 
 def check_pretrained(what: Pretraining, path: Path, batch: int = _BATCH) -> None:

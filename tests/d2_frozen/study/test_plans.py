@@ -9,6 +9,7 @@ import torch
 
 from d2_frozen.backbone.weights import save_weights
 from d2_frozen.study import __main__ as command
+from d2_frozen.study import pretraining
 from d2_frozen.study.__main__ import main
 from d2_frozen.study.jobs import Job
 from d2_frozen.study.layout import sweep_markdown
@@ -141,6 +142,7 @@ def test_before_submission_it_is_said_where_backbones_are_pretrained(
     monkeypatch.setattr(command, "SlurmQueue", Queue)
     monkeypatch.setattr(command, "_generate", lambda tasks: None)
     monkeypatch.setattr(command, "pretrain", lambda *_: None)
+    monkeypatch.setattr(pretraining, "SHIPPED_DIR", tmp_path)
     monkeypatch.chdir(tmp_path)
     table = ["table", "1", "--cells", "detection/masked_frozen", "--configs", str(CONFIGS), "--output", "out"]
     assert main([*table, "--slurm", "slurm_partition=gpu"]) == 1
@@ -172,9 +174,36 @@ def test_missing_backbones_are_pretrained_for_as_long_as_is_said(
     monkeypatch.setattr(command, "_generate", lambda tasks: None)
     monkeypatch.setattr(command.LocalQueue, "run", lambda self, jobs: [])
     monkeypatch.setattr(command, "pretrain", lambda what, *_: pretrained.append(what))
+    monkeypatch.setattr(pretraining, "SHIPPED_DIR", tmp_path)
     table = ["table", "5", "--cells", "detection/nano_500", "--configs", str(CONFIGS), "--output", "out"]
     assert main([*table, "--pretraining-iterations", "10"]) == 0
     assert pretrained == [Pretraining("supervised", "nano", images=500, iterations=10)]
+
+
+def test_a_backbone_that_comes_with_the_package_is_not_pretrained(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    pretrained = []
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(pretraining, "SHIPPED_DIR", tmp_path / "shipped")
+    monkeypatch.setattr(command, "_generate", lambda tasks: None)
+    monkeypatch.setattr(command.LocalQueue, "run", lambda self, jobs: [])
+    monkeypatch.setattr(command, "pretrain", lambda what, *_: pretrained.append(what.name))
+    facts = {"kind": "supervised", "images": "500", "seed": "0", "iterations": "2000", "batch": "64"}
+    (tmp_path / "shipped/study").mkdir(parents=True)
+    ready = tmp_path / "shipped/study/supervised_pico_500.safetensors"
+    save_weights({"a": torch.zeros(1)}, ready, metadata=facts)
+    table = ["table", "5", "--cells", "detection/pico_500", "detection/nano_500", "--configs", str(CONFIGS)]
+    plan = [*table, "--output", "out", "--dry-run", "--no-probe"]
+    assert main(plan) == 0
+    assert "these backbones are pretrained: supervised_nano_500." in capsys.readouterr().out
+    assert not Path("output").exists()
+    assert main([*plan, "--pretraining-iterations", "10"]) == 0
+    assert "pretrained: supervised_nano_500, supervised_pico_500." in capsys.readouterr().out
+    assert main([*table, "--output", "out"]) == 0
+    assert pretrained == ["supervised_nano_500"]
+    copied = Path("output/study/pretrained/supervised_pico_500.safetensors")
+    assert copied.read_bytes() == ready.read_bytes()
 
 
 def test_submitit_runs_a_job_and_reports_a_failure(configs: Path, tmp_path: Path) -> None:
@@ -192,6 +221,7 @@ def test_a_plan_names_backbones_that_are_missing_and_pretrains_none(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(pretraining, "SHIPPED_DIR", tmp_path)
     flags = ["table", "1", "--cells", "masked_frozen", "--configs", str(CONFIGS), "--dry-run", "--no-probe"]
     assert main(flags) == 0
     out = capsys.readouterr().out
