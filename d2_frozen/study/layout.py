@@ -28,7 +28,7 @@ Results = dict[Cell, list[dict[str, Any]]]
 
 @dataclass
 class Score:
-    """One metric of one cell: seed -> value."""
+    """One metric of one cell: seed -> value, NaN of a model that finds nothing; then mean and deviation are NaN too."""
 
     values: dict[int, float] = field(default_factory=dict)
 
@@ -39,12 +39,14 @@ class Score:
     @property
     def deviation(self) -> float:
         """Sample standard deviation; NaN with fewer than two seeds."""
-        return statistics.stdev(self.values.values()) if len(self.values) > 1 else math.nan
+        if len(self.values) < 2 or math.isnan(self.mean):  # of which the library's fails
+            return math.nan
+        return statistics.stdev(self.values.values())
 
     def __str__(self) -> str:
         if not self.values:
             return ""
-        return f"{self.mean:.1f}" + (f" ± {self.deviation:.1f}" if len(self.values) > 1 else "")
+        return f"{self.mean:.1f}" + ("" if math.isnan(self.deviation) else f" ± {self.deviation:.1f}")
 
 
 def gap(frozen: Score, full: Score) -> Score:

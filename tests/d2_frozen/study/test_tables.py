@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from d2_frozen.study.__main__ import main
-from d2_frozen.study.layout import Score, csv_text, gap, markdown, write_table
+from d2_frozen.study.layout import Score, csv_text, gap, markdown, write_sweep, write_table
 from d2_frozen.study.paper import PaperNumber, paper_numbers
+from d2_frozen.study.sweeps import Point
 from d2_frozen.study.tables import Cell, cells_of, named_cells
 
 CONFIGS = Path(__file__).resolve().parents[3] / "configs"
@@ -106,6 +107,23 @@ def test_the_gap_is_full_minus_frozen_of_the_same_seed() -> None:
     frozen, full = Score({1: 1.0, 2: 7.0}), Score({2: 18.0, 1: 10.0, 3: 99.0})
     assert str(gap(frozen, full)) == "10.0 ± 1.4"  # 9 and 11
     assert str(gap(Score(), full)) == "" and str(gap(Score({3: 98.0}), full)) == "1.0"
+
+
+def test_a_model_that_finds_nothing_in_one_seed_has_no_mean(tmp_path: Path) -> None:
+    """Its AP is NaN, Detectron2's way: that is shown, and the other rows are as they are."""
+    found_nothing = result(math.nan, math.nan, 2)
+    runs = {
+        cell("a_frozen"): [result(10, 20), found_nothing],
+        cell("a_full"): [result(30, 40), result(32, 42, 2)],
+    }
+    text = write_table(runs, 5, tmp_path).read_text()
+    (line,) = [line for line in text.splitlines() if line.startswith("| a ")]
+    assert [part.strip() for part in line.strip("|").split("|")][1:4] == ["nan", "31.0 ± 1.4", "nan"]
+    assert "a_frozen,a,frozen,2,bbox/AP,nan" in (tmp_path / "table5.csv").read_text()
+    point = Point("3", cell("a_frozen"), ())
+    about = {"device": "a CPU", "commit": "abc"}
+    points = [(point, [{**run, **about} for run in runs[point.cell]])]
+    assert "| 3 " in write_sweep("bifpn_layers", "BiFPN layers", points, tmp_path).read_text()
 
 
 def test_a_table_says_how_long_its_backbones_were_pretrained() -> None:
