@@ -81,11 +81,12 @@ def main(arguments: list[str] | None = None) -> int:
 def run_table(args: argparse.Namespace) -> int:
     """``table``: run what has not finished of a table, then write the table of what has."""
     cells = cells_of(args.number, args.scale, args.configs, args.cells)
+    numbers = paper_numbers(args.configs)  # now, so that a bad line in it is said before anything runs
     groups = [cell.jobs(range(1, args.seeds + 1), args.options) for cell in cells]
     left = _run(args, groups, {cell.task for cell in cells})
     if left is None:
         return 0
-    root, numbers = _root(args), paper_numbers(args.configs)
+    root = _root(args)
     seeds = _seeds(args, f"table{args.number}/*/*")
     finished = {
         cell: runs

@@ -36,7 +36,7 @@ def paper_numbers(configs: str | Path) -> PaperNumbers:
         if (header := next(reader, None)) != _COLUMNS:
             raise ValueError(f"{path} starts with {header}; its columns are {','.join(_COLUMNS)}.")
         numbers: PaperNumbers = {}
-        for line in reader:
+        for line in filter(None, reader):  # empty ones too
             try:
                 table, task, row, setting, metric, value, source = line
                 numbers[int(table), task, row, setting, metric] = PaperNumber(float(value), source)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 from pathlib import Path
 
 import pytest
@@ -161,13 +162,25 @@ def test_numbers_that_ship_are_of_rows_that_there_are() -> None:
         assert (task, row, setting) in {(c.task, c.row, c.setting) for c in cells_of(table, "full", CONFIGS)}
 
 
-def test_a_line_that_is_no_number_is_named(tmp_path: Path) -> None:
+def test_a_line_that_is_no_number_is_named(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     (tmp_path / "paper.csv").write_text(
         "table,task,row,setting,metric,value,source\n5,detection,a,frozen,bbox/AP,much,me\n"
     )
     with pytest.raises(ValueError, match=r"paper.csv, line 2: .*much"):
         paper_numbers(tmp_path)
+    flags = ["--cells", "video/linear_frozen", "--output", str(tmp_path / "out")]
+    shutil.copytree(CONFIGS / "mini/video", tmp_path / "mini/video")
+    assert main(["table", "4", "--configs", str(tmp_path), *flags]) == 2  # and nothing has run
+    assert "paper.csv, line 2" in capsys.readouterr().err and not (tmp_path / "out").exists()
     assert paper_numbers(tmp_path / "nowhere") == {}
+
+
+def test_empty_lines_between_the_papers_numbers_are_none(tmp_path: Path) -> None:
+    header = "table,task,row,setting,metric,value,source"
+    (tmp_path / "paper.csv").write_text(f"{header}\n\n5,detection,a,frozen,bbox/AP,59.3,me\n\n")
+    assert paper_numbers(tmp_path) == {
+        (5, "detection", "a", "frozen", "bbox/AP"): PaperNumber(59.3, "me"),
+    }
 
 
 def test_every_full_scale_cell_is_listed_and_builds_without_weights(
