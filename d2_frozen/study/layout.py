@@ -103,7 +103,9 @@ def _about(runs: Sequence[dict[str, Any]]) -> str:
     several = sorted({run["test_sets"][0] for run in runs if len(set(run.get("test_sets", ()))) > 1})
     facts += [f"of several test sets the first, {', '.join(several)}"] if several else []
     time = timedelta(seconds=round(sum(run.get("seconds_of_last_start", 0.0) for run in runs)))
-    return f"Finished runs: {len(runs)}, {time} in all; {'; '.join(facts)}."
+    resumed = sum(bool(run.get("resumed")) for run in runs)
+    of_these = f" ({resumed} resumed, timed from the last start)" if resumed else ""
+    return f"Finished runs: {len(runs)}, {time} in all{of_these}; {'; '.join(facts)}."
 
 
 def _block(results: Results, task: str, paper: PaperNumbers) -> str:

@@ -126,7 +126,8 @@ def _runs(runs: list[dict[str, Any]]) -> Section:
                 f"{run['iterations']}",
                 f"{run['trainable']:,}",
                 f"{run['parameters']:,}",
-                str(timedelta(seconds=int(run["seconds_of_last_start"]))),
+                str(timedelta(seconds=int(run["seconds_of_last_start"])))
+                + (" from the last start" if run.get("resumed") else ""),
                 f"{run['peak_memory_mib']:.0f} MiB",
                 run["device"],
                 run["commit"],

@@ -110,6 +110,7 @@ def _train_and_record(args: argparse.Namespace, job: Job, folder: str, threads: 
 
         torch.set_num_threads(threads)
         cv2.setNumThreads(threads)
+    resumed = args.resume and Path(folder, "last_checkpoint").is_file()
     begun = time.monotonic()
     metrics = train_net.main(args) or {}  # nothing where DATASETS.TEST is empty
     if not comm.is_main_process():
@@ -123,6 +124,7 @@ def _train_and_record(args: argparse.Namespace, job: Job, folder: str, threads: 
             "options": list(job.options),
             **metrics_of_first(metrics, about["test_sets"]),
             "seconds_of_last_start": time.monotonic() - begun,
+            "resumed": resumed,
             **about,
         },
     )

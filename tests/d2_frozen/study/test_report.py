@@ -55,6 +55,14 @@ def test_report_links_tables_pictures_and_failures(tmp_path: Path) -> None:
     assert "| a     | 1.0 ± 0.1 |" in text or "| a | 1.0 ± 0.1 |" in " ".join(text.split())
 
 
+def test_the_time_of_a_resumed_run_is_said_to_be_that_of_its_last_start(tmp_path: Path) -> None:
+    run = tmp_path / "mini" / "a"
+    run.mkdir(parents=True)
+    (run / "result.json").write_text(json.dumps({**RESULT, "resumed": True}))
+    assert main(["report", "--output", str(tmp_path)]) == 0
+    assert "0:01:15 from the last start" in (tmp_path / "mini/report.html").read_text()
+
+
 def test_nothing_to_report_is_an_error(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     assert main(["report", "--output", str(tmp_path)]) == 2
     assert "holds no finished run" in capsys.readouterr().err

@@ -9,12 +9,15 @@ import signal
 import subprocess
 import sys
 import time
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
 import torch
 
+from d2_frozen import train_net
 from d2_frozen.backbone.weights import save_weights
+from d2_frozen.study import worker
 from d2_frozen.study.__main__ import main
 from d2_frozen.study.jobs import SETTINGS_FILE, Job, write_json
 from d2_frozen.study.worker import run_job
@@ -67,6 +70,16 @@ def test_killed_at_three_points_it_ends_with_the_table_of_an_uninterrupted_one(
     assert main(command(configs, tmp_path / "broken", "--cells", *CELLS)) == 0
     assert values(tmp_path / "broken") == values(tmp_path / "whole") != []
     assert (broken / "percent_10_frozen/seed1/result.json").stat().st_mtime_ns == first
+
+
+def test_a_result_says_that_its_run_was_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Then the seconds in it are not those of the whole training."""
+    monkeypatch.setattr(train_net, "main", lambda args: {})
+    monkeypatch.setattr(worker, "about_run", lambda folder: {"test_sets": []})
+    for resumed in (False, True):
+        worker._train_and_record(Namespace(resume=True), Job("one", "a.yaml"), str(tmp_path), 0)
+        assert json.loads((tmp_path / "result.json").read_text())["resumed"] is resumed
+        (tmp_path / "last_checkpoint").write_text("model_0000001.pth")
 
 
 _SIGTERM_TO_THE_FORKSERVER = """

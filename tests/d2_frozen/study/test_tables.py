@@ -133,6 +133,14 @@ def test_a_table_says_how_long_its_backbones_were_pretrained() -> None:
     assert "iterations" not in markdown({cell("a_frozen"): runs[1:]}, 5)
 
 
+def test_a_table_says_whose_time_is_not_the_whole() -> None:
+    runs = [{**result(10, 20, seed), "seconds_of_last_start": 60.0} for seed in (1, 2)]
+    assert "Finished runs: 2, 0:02:00 in all; commit" in markdown({cell("a_frozen"): runs}, 5)
+    runs[1]["resumed"] = True
+    text = markdown({cell("a_frozen"): runs}, 5)
+    assert "Finished runs: 2, 0:02:00 in all (1 resumed, timed from the last start); commit" in text
+
+
 def test_csv_has_a_line_per_run_and_metric() -> None:
     lines = csv_text({cell("a_frozen"): [result(10, 20), result(12, 22, 2)]}).splitlines()
     assert len(lines) == 5
