@@ -309,11 +309,15 @@ def _report(path: Path, left: Sequence[Job], root: Path) -> int:
 
 
 def _plan(args: argparse.Namespace, jobs: Sequence[Job], left: Sequence[Job], models: int) -> str:
-    """What would run. Each model is probed once: with the first seed."""
+    """What would run. Each model that has not finished with all seeds is probed once: with the first seed."""
     root = _root(args)
     states = ["finished" if job not in left else "failed" if job.failure(root) else "to do" for job in jobs]
-    # The first seed of each model; what is only evaluated trains nothing.
-    training = [index for index in range(models) if jobs[index].evaluates is None]
+    # The first seed of each model that something is left of; what is only evaluated trains nothing.
+    training = [
+        index
+        for index in range(models)
+        if jobs[index].evaluates is None and set(states[index::models]) != {"finished"}
+    ]
     first = [jobs[index] for index in training]
     missing = {job.name: path for job in first if (path := _missing_backbone(job))}
     # Random weights take as long.
@@ -333,7 +337,7 @@ def _plan(args: argparse.Namespace, jobs: Sequence[Job], left: Sequence[Job], mo
     hours = disk = 0.0
     unknown = 0
     for index, (job, state) in enumerate(zip(jobs, states)):
-        estimate = estimates.get(index % models, "evaluates another job")
+        estimate = estimates.get(index % models, "evaluates another job" if job.evaluates else "")
         if isinstance(estimate, Estimate):
             rows.append([job.name, state, *_planned(estimate), job.config_file])
             if state != "finished":

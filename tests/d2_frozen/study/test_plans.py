@@ -11,7 +11,7 @@ from d2_frozen.backbone.weights import save_weights
 from d2_frozen.study import __main__ as command
 from d2_frozen.study import pretraining
 from d2_frozen.study.__main__ import main
-from d2_frozen.study.jobs import Job
+from d2_frozen.study.jobs import Job, write_json
 from d2_frozen.study.layout import sweep_markdown
 from d2_frozen.study.pretraining import Pretraining
 from d2_frozen.study.slurm import SlurmQueue
@@ -78,6 +78,33 @@ def test_a_plan_says_what_it_could_not_estimate(
         f"error: table6/detection/percent_1_full/seed1: ValueError: {bad}: " in out and "NO_SUCH_KEY" in out
     )
     assert "Without 2 of 4 jobs to do, which could not be estimated." in out
+
+
+def test_a_plan_probes_no_model_that_has_finished(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """Its data and backbone may be elsewhere."""
+    monkeypatch.chdir(tmp_path)
+    cells = tmp_path / "out/mini/table1/detection"
+    result = {"metrics": {}, "trainable": 1_000_000}
+    for seed in (1, 2):
+        write_json(cells / f"masked_frozen/seed{seed}/result.json", {**result, "seed": seed})
+    write_json(cells / "contrastive_frozen/seed1/result.json", {**result, "seed": 1})
+    probed: list[str] = []
+
+    def count_up(jobs: list[Job]) -> list[str]:
+        probed.extend(job.name for job in jobs)
+        return ["no estimate"] * len(jobs)
+
+    monkeypatch.setattr(command, "count_up", count_up)
+    flags = ["--configs", str(CONFIGS), "--output", "out", "--seeds", "2", "--dry-run", "--no-probe"]
+    wanted = ["detection/masked_frozen", "detection/contrastive_frozen"]
+    assert main(["table", "1", "--cells", *wanted, *flags]) == 0
+    assert probed == ["table1/detection/contrastive_frozen/seed1"]
+    out = capsys.readouterr().out
+    rows = [line.split()[:2] for line in out.splitlines() if line.startswith("table1/")]
+    assert [state for name, state in rows if "masked" in name] == ["finished"] * 2
+    assert "are pretrained: contrastive_pico_4000.\n" in out
 
 
 @pytest.mark.parametrize(
