@@ -394,7 +394,10 @@ def _setting(text: str) -> tuple[str, Any]:
     key, sign, value = text.partition("=")
     if not sign:
         raise ValueError(f"--slurm takes NAME=VALUE, e.g. slurm_partition=gpu; {text!r} is none.")
-    return key, yaml.safe_load(value)
+    found = yaml.safe_load(value)
+    if ":" in value and isinstance(found, (int, float)):  # seconds for yaml, and minutes for submitit
+        raise ValueError(f"--slurm {text}: times are in minutes, e.g. timeout_min=720 for 12 hours.")
+    return key, found
 
 
 def _parser() -> argparse.ArgumentParser:
