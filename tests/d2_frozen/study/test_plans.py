@@ -114,6 +114,7 @@ def test_a_plan_probes_no_model_that_has_finished(
         (["--slurm", "slurm_partition=gpu", "slurm_partitoin=gpu"], "slurm_partitoin"),
         (["--slurm", "timeout_min=long"], "timeout_min"),
         (["--slurm", "slurm_time=12:00:00"], "times are in minutes"),
+        (["--slurm", "slurm_setup=[a"], "while parsing"),
         (["--slurm", "slurm_partition=gpu", "--gpus", "0"], "--num-gpus N asks for N for each run"),
     ],
 )

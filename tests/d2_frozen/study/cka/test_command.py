@@ -253,6 +253,12 @@ def test_what_cannot_be_asked(cka, tmp_path: Path, capsys: pytest.CaptureFixture
     assert "both get the same" in error_of(cka("bifpn", "--other-config-file", config, *other), capsys)
 
 
+def test_a_config_that_is_no_yaml_is_an_error(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    (tmp_path / "a.yaml").write_text("MODEL: [\n")
+    code = main(["cka", "bifpn", "--config-file", str(tmp_path / "a.yaml")])
+    assert "a.yaml is not valid yaml" in error_of(code, capsys)
+
+
 def test_a_folder_without_weights_is_an_error(flags, tmp_path: Path, tiny_config: Path) -> None:
     (tmp_path / "config.yaml").write_text(tiny_config.read_text())
     with pytest.raises(FileNotFoundError, match="has no weights"):
