@@ -134,13 +134,16 @@ def metrics_of_first(results: Mapping[str, Any], test_sets: Sequence[str]) -> di
     """What tables show of a run with several test sets: the first one's metrics; the others stand beside them.
 
     Args:
-        results: as ``DefaultTrainer.test`` gives them: task -> metrics, of several sets set -> task -> metrics.
+        results: as ``DefaultTrainer.test`` gives them: task -> metrics, of several sets set -> task -> metrics. With
+            TEST.AUG there are others whose first key ends in ``_TTA``.
     Returns:
         {"metrics": task -> metrics}, and {"metrics_of_sets": results} of several.
     """
     if len(set(test_sets)) < 2 or test_sets[0] not in results:
         return {"metrics": results}
-    return {"metrics": results[test_sets[0]], "metrics_of_sets": results}
+    augmented = results.get(f"{test_sets[0]}_TTA", {})
+    of_first = {**results[test_sets[0]], **{f"{task}_TTA": found for task, found in augmented.items()}}
+    return {"metrics": of_first, "metrics_of_sets": results}
 
 
 def about_run(folder: Path) -> dict[str, Any]:

@@ -82,6 +82,14 @@ def test_a_result_says_that_its_run_was_resumed(tmp_path: Path, monkeypatch: pyt
         (tmp_path / "last_checkpoint").write_text("model_0000001.pth")
 
 
+def test_of_several_test_sets_the_first_has_its_multi_scale_metrics_too() -> None:
+    """Those of one set are called bbox_TTA; of several, the sets are called so."""
+    one = {"bbox": {"AP": 1.0}, "bbox_TTA": {"AP": 2.0}}
+    assert worker.metrics_of_first(one, ["a"]) == {"metrics": one}
+    two = {"a": {"bbox": {"AP": 1.0}}, "b": {}, "a_TTA": {"bbox": {"AP": 2.0}}, "b_TTA": {}}
+    assert worker.metrics_of_first(two, ["a", "b"]) == {"metrics": one, "metrics_of_sets": two}
+
+
 _SIGTERM_TO_THE_FORKSERVER = """
 import os, signal, time
 from multiprocessing.forkserver import _forkserver
