@@ -30,12 +30,17 @@ from d2_frozen.claims import CLAIM_FILE, claimed
 from d2_frozen.files import whole_file, write_bytes, write_text
 from d2_frozen.prediction.heads import Head
 from d2_frozen.prediction.inputs import Item
+from detectron2.config import CfgNode
 
 logger = logging.getLogger(__name__)
 
 _IN_USE = "Two runs would mix their lines. Wait for that one or stop it, or choose another --output."
 _JPEG_QUALITY = 92
 _LONGEST_JPEG_SIDE = 65500
+# Of a config, sections that say nothing of what a trained head finds, and keys that do not. A video that takes long to
+# read may be tried again with more time.
+_OF_TRAINING = ("DATALOADER", "DATASETS", "GLOBAL", "SOLVER")
+_NO_MATTER = {"MODEL": ("DEVICE", "WEIGHTS"), "VIDEO": ("RECYCLE_AFTER", "TIMEOUT")}
 
 
 class OutputFolder:
@@ -238,8 +243,11 @@ def _write_lines(path: Path, lines: list[dict[str, Any]]) -> None:
 
 def _facts(head: Head) -> dict[str, Any]:
     """Other weights, or another config, make another head."""
-    used = {key: head.cfg[key] for key in ("MODEL", "INPUT", "TEST")}
-    used["MODEL"] = {key: value for key, value in used["MODEL"].items() if key not in ("DEVICE", "WEIGHTS")}
+    used = {
+        name: {key: value for key, value in section.items() if key not in _NO_MATTER.get(name, ())}
+        for name, section in head.cfg.items()
+        if isinstance(section, CfgNode) and name not in _OF_TRAINING
+    }
     path = Path(head.file)
     return {
         "task": head.task,

@@ -15,8 +15,9 @@ from tiny_runs import write_config
 from d2_frozen import tasks
 from d2_frozen.engine import FrozenCheckpointer
 from d2_frozen.predict import Predictor, main
+from d2_frozen.prediction.heads import load_heads
 from d2_frozen.prediction.inputs import find_items
-from d2_frozen.prediction.outputs import read_lines
+from d2_frozen.prediction.outputs import OutputFolder, read_lines
 from d2_frozen.prediction.video_file import VideoReader
 from detectron2.modeling import build_model
 from detectron2.utils.env import seed_all_rng
@@ -104,6 +105,18 @@ def test_a_run_writes_a_line_per_clip_and_the_video(head: Path, video: Path, tmp
     assert len(list(VideoReader(out / "pictures" / f"{video.stem}.mp4"))) == 40
     quick = main(["--heads", str(head), *inputs, "--output", str(tmp_path / "quick"), "--no-pictures"])
     assert quick.inputs == 1 and not (tmp_path / "quick" / "pictures").exists()
+
+
+def test_clips_of_other_lengths_are_not_mixed(head: Path, tmp_path: Path) -> None:
+    """Sections of the head's own task count too; how long a file may take to be read does not."""
+
+    def begin(*options: str) -> None:
+        OutputFolder(tmp_path / "out", load_heads([head], options=options), {}).close()
+
+    begin()
+    begin("VIDEO.TIMEOUT", "90.0")
+    with pytest.raises(ValueError, match="another run"):
+        begin("VIDEO.STRIDE", "1")
 
 
 def test_from_python_by_any_number_of_threads(head: Path, video: Path) -> None:
