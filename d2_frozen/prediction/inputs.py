@@ -127,8 +127,8 @@ def _is_animated(path: Path) -> bool:
     try:
         with Image.open(path) as image:
             return getattr(image, "is_animated", False)
-    except (OSError, SyntaxError, EOFError):
-        return False  # who reads the picture says what is wrong
+    except Exception:  # whatever the bytes lead to; who reads the picture says what is wrong
+        return False
 
 
 def _named(found: list[tuple[Path, str]]) -> list[Item]:

@@ -52,6 +52,9 @@ def test_files_that_train_as_videos_are_predicted_as_such(tmp_path: Path) -> Non
     frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:], duration=100)
     frames[0].save(tmp_path / "one.gif")
     (tmp_path / "broken.gif").touch()
+    whole = (tmp_path / "a.gif").read_bytes()
+    (tmp_path / "cut.gif").write_bytes(whole[:8])
+    (tmp_path / "huge.gif").write_bytes(whole[:6] + b"\xff\xff\xff\xff" + whole[10:])
     taken = {item.name for item in find_items([tmp_path]) if item.is_video}
     assert taken == {f"a{suffix}" for suffix in VIDEO_FILES}
     reader = VideoReader(tmp_path / "a.gif")
