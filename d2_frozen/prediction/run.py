@@ -6,7 +6,7 @@ import logging
 import sys
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
@@ -296,6 +296,9 @@ class PredictionRun:
                 raise _not_written(err) from err
             except Exception as err:
                 if item is None:
+                    # What waits behind a frame is of the same video; the next input would be blamed for it.
+                    wait([future for _, future in self._written])
+                    self._written.clear()
                     raise
                 self._failed(item, err)
 

@@ -173,6 +173,20 @@ def test_a_video_that_breaks_off_leaves_nothing_half_done(
     assert not list((out / "pictures").glob("*"))
 
 
+def test_a_video_that_cannot_be_drawn_fails_alone(
+    heads: list[str], pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Some of its frames wait to be written when the first one fails; the pictures behind it were blamed for them."""
+    write_film(tmp_path / "film.mp4")
+
+    def cannot(*_: object) -> None:
+        raise RuntimeError("no encoder for this size")
+
+    monkeypatch.setattr(VideoWriter, "add", cannot)
+    summary = main([*heads[:2], str(tmp_path / "film.mp4"), str(pictures), "--output", str(tmp_path / "out")])
+    assert summary.inputs == 3 and list(summary.failed) == ["film.mp4"]
+
+
 def test_a_damaged_video_is_predicted_as_far_as_it_decodes(
     heads: list[str], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
