@@ -160,7 +160,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--overwrite", action="store_true", help="remove earlier results in the folder, begin anew"
     )
-    parser.add_argument("--device", help="cpu, cuda, cuda:1 (default: a GPU where there is one)")
+    parser.add_argument(
+        "--device",
+        help="cpu, cuda, cuda:1 (default: that of the head's config where it is there, else a GPU, else the CPU)",
+    )
     parser.add_argument("--readers", type=int, default=2, help="threads that decode pictures")
     parser.add_argument(
         "--options", nargs="+", default=[], metavar="KEY=VALUE", help="config options, for every head"

@@ -73,7 +73,7 @@ def load_heads(
     Args:
         files: checkpoints. A name is by default that of the file; of its folder for ``model_final.pth``.
         config_files: one per file; by default what the checkpoint says, else ``config.yaml`` beside it.
-        device: "cpu", "cuda:0", ...; by default that of the config where it is there, else the CPU.
+        device: "cpu", "cuda:0", ...; by default that of the config where it is there, else a GPU, else the CPU.
         options: KEY VALUE, over the config of every head that has the key.
     Raises:
         FileNotFoundError: no such file, or no config for it.
@@ -137,6 +137,15 @@ def check_device(device: str | None) -> None:
         raise ValueError(f"device {device!r}: torch sees {count} GPUs here. Give another, or cpu.")
 
 
+def device_here(trained_on: str) -> str:
+    """MODEL.DEVICE of a head that may have been trained on another machine, as load_heads says."""
+    if not trained_on.startswith("cuda"):
+        return trained_on
+    if not torch.cuda.is_available():
+        return "cpu"
+    return trained_on if (torch.device(trained_on).index or 0) < torch.cuda.device_count() else "cuda"
+
+
 def build_head(
     name: str, cfg: CfgNode, classes: Classes | None = None, *, device: str | None = None, file: str = ""
 ) -> Head:
@@ -147,10 +156,7 @@ def build_head(
     """
     task = tasks.task_of(cfg)
     prediction = task.prediction(cfg, classes)
-    if device:
-        cfg.MODEL.DEVICE = device
-    elif cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
-        cfg.MODEL.DEVICE = "cpu"
+    cfg.MODEL.DEVICE = device or device_here(cfg.MODEL.DEVICE)
     if cfg.INPUT.FORMAT not in ("RGB", "BGR"):
         raise ValueError(f"{name}: INPUT.FORMAT is {cfg.INPUT.FORMAT!r}; prediction has RGB and BGR.")
     cfg.MODEL.WEIGHTS = file

@@ -14,12 +14,13 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from pycocotools.coco import COCO
 
 from d2_frozen.claims import CLAIM_FILE, InUseError
 from d2_frozen.predict import main, parse
-from d2_frozen.prediction.heads import load_heads
+from d2_frozen.prediction.heads import device_here, load_heads
 from d2_frozen.prediction.inputs import Item, find_items
 from d2_frozen.prediction.outputs import OutputFolder, read_lines
 from d2_frozen.prediction.run import BadInputError, OutputError, PredictionRun, Settings
@@ -299,6 +300,16 @@ def test_devices_and_names_that_cannot_be(heads: list[str]) -> None:
     for name in ("..", "pictures"):
         with pytest.raises(ValueError, match="cannot be called"):
             load_heads([f"{name}={heads[1]}"])
+
+
+def test_a_head_trained_on_a_gpu_that_is_not_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One of four GPUs there, of one here."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    trained_on = ["cuda:3", "cuda:0", "cuda", "cpu"]
+    assert [device_here(one) for one in trained_on] == ["cuda", "cuda:0", "cuda", "cpu"]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert {device_here(one) for one in trained_on} == {"cpu"}
 
 
 def test_odd_sides_are_padded_for_the_codec(tmp_path: Path) -> None:
