@@ -7,7 +7,7 @@ import difflib
 import logging
 import re
 import tempfile
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -101,13 +101,18 @@ def load_heads(
     heads: list[Head] = []
     keys_of_all: set[str] = set()
     for name, (_, file), config in zip(names, named, configs):
-        facts = {key: value for key, value in read_checkpoint(file).items() if key != "model"}
+        checkpoint = read_checkpoint(file)
+        needs_no_other = _has_backbone(checkpoint)
+        facts = {key: value for key, value in checkpoint.items() if key != "model"}
+        del checkpoint
         keys = _keys(_config(file, config, facts, []))
         keys_of_all |= keys
         own = [
             text for key, value in zip(options[::2], options[1::2]) if key in keys for text in (key, value)
         ]
         cfg = _config(file, config, facts, own)
+        if needs_no_other:
+            cfg.MODEL.TIMM.PRETRAINED = ""
         classes = _classes_in(facts) or _built_in_classes(cfg)
         heads.append(build_head(name, cfg, classes, device=device, file=file))
         # One after the other, so that never more than two copies of a backbone are in memory.
@@ -236,6 +241,12 @@ def _read_text(file: str, text: str, options: list[str]) -> CfgNode:
                 "are known once the module that registers them is imported (docs/library.md, parts of your own); a "
                 "newer d2_frozen may have others too."
             ) from err
+
+
+def _has_backbone(checkpoint: Mapping[str, Any]) -> bool:
+    """Are the weights of the bottom-up network in the file too, trained ones or by MODEL.FROZEN.SAVE_FULL_MODEL?"""
+    left_out = [f"{fact['prefix']}." for fact in checkpoint.get("frozen") or ()]
+    return all(any(key.startswith(prefix) for key in checkpoint["model"]) for prefix in left_out)
 
 
 def _classes_in(facts: dict[str, Any]) -> Classes | None:

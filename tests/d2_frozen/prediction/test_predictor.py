@@ -13,14 +13,18 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tiny_runs import DETECTION, write_config
 
 from d2_frozen import tasks
 from d2_frozen.backbone import frozen_parts
+from d2_frozen.backbone.timm_backbone import create_timm_backbone
+from d2_frozen.backbone.weights import save_weights
 from d2_frozen.data import build_test_loader
-from d2_frozen.engine import CheckpointMismatchError
+from d2_frozen.engine import CheckpointMismatchError, FrozenCheckpointer
 from d2_frozen.prediction import Predictor, load_heads
 from d2_frozen.prediction.inputs import read_picture
 from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.modeling import build_model
 
 SaveHead = Callable[..., Path]
 
@@ -112,6 +116,24 @@ def test_heads_of_other_weights_have_backbones_of_their_own(save_head: SaveHead)
 def test_a_head_on_a_backbone_it_was_not_trained_on_is_refused(save_head: SaveHead) -> None:
     with pytest.raises(CheckpointMismatchError):
         load_heads([save_head("det", seed=1)], options=["SEED", "2"])
+
+
+@pytest.mark.parametrize("key", ["SAVE_FULL_MODEL", "FREEZE"])
+def test_a_file_with_its_backbone_inside_needs_no_other(tmp_path: Path, key: str) -> None:
+    weights = tmp_path / "backbone.safetensors"
+    save_weights(create_timm_backbone("swinv2_pico_window8_256").network.state_dict(), weights)
+    own = {"FROZEN": {key: True}} if key == "SAVE_FULL_MODEL" else {"BACKBONE": {key: "none"}}
+    changes = {"MODEL": {"TIMM": {"PRETRAINED": str(weights)}, **own}}
+    cfg = tasks.read_config(write_config(tmp_path / "whole.yaml", DETECTION, changes, {"SEED": 2}))
+    names = tasks.Classes(["nut"], [1])
+    tasks.task_of(cfg).prediction(cfg, names)
+    model = build_model(cfg)
+    facts = {"config": cfg.dump(), "classes": names.names, "class_ids": names.ids}
+    full = cfg.MODEL.FROZEN.SAVE_FULL_MODEL
+    FrozenCheckpointer(model, str(tmp_path), extra=facts, save_full_model=full).save("whole")
+    weights.unlink()
+    loaded = Predictor([tmp_path / "whole.pth"]).heads[0].model.state_dict()
+    assert all(torch.equal(value, loaded[name]) for name, value in model.state_dict().items())
 
 
 def test_a_detection_head_finds_what_evaluation_finds(save_head: SaveHead, pictures: Path) -> None:
