@@ -271,8 +271,12 @@ def _provide_backbones(jobs: Sequence[Job], iterations: int, on_cluster: bool) -
             device,
         )
     for what in left:
-        logger.info("%s is missing; pretraining it.", _PRETRAINED / f"{what.name}.safetensors")
-        pretrain(what, _PRETRAINED, Machine(device))
+        path = _PRETRAINED / f"{what.name}.safetensors"
+        logger.info("%s is missing; pretraining it.", path)
+        try:
+            pretrain(what, _PRETRAINED, Machine(device))
+        except (ImportError, FloatingPointError, ValueError) as err:  # its cells fail, the others go on
+            logger.error("%s is not there: %s", path, err)
 
 
 def _root(args: argparse.Namespace) -> Path:

@@ -85,6 +85,7 @@ def test_a_plan_probes_no_model_that_has_finished(
 ) -> None:
     """Its data and backbone may be elsewhere."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(pretraining, "SHIPPED_DIR", tmp_path)
     cells = tmp_path / "out/mini/table1/detection"
     result = {"metrics": {}, "trainable": 1_000_000}
     for seed in (1, 2):
@@ -207,6 +208,25 @@ def test_missing_backbones_are_pretrained_for_as_long_as_is_said(
     table = ["table", "5", "--cells", "detection/nano_500", "--configs", str(CONFIGS), "--output", "out"]
     assert main([*table, "--pretraining-iterations", "10"]) == 0
     assert pretrained == [Pretraining("supervised", "nano", images=500, iterations=10)]
+
+
+def test_cells_go_on_without_a_backbone_whose_pretraining_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    queued = []
+
+    def fail(what: Pretraining, *_: object) -> None:
+        raise FloatingPointError(f"{what.name}: the loss is nan at iteration 3.")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(pretraining, "SHIPPED_DIR", tmp_path)
+    monkeypatch.setattr(command, "_generate", lambda tasks: None)
+    monkeypatch.setattr(command, "pretrain", fail)
+    monkeypatch.setattr(command.LocalQueue, "run", lambda self, jobs: queued.extend(jobs) or [])
+    cells = ["--cells", "detection/none_frozen", "detection/masked_frozen"]
+    assert main(["table", "1", *cells, "--configs", str(CONFIGS), "--output", "out"]) == 0
+    assert [job.name.split("/")[2] for job in queued] == ["none_frozen", "masked_frozen"]
+    assert "masked_pico_4000.safetensors is not there: masked_pico_4000: the loss is nan" in caplog.text
 
 
 def test_a_backbone_that_comes_with_the_package_is_not_pretrained(
