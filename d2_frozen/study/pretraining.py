@@ -110,7 +110,7 @@ class Machine:
     """How a backbone is pretrained, which does not change what it learns.
 
     Args:
-        device: "cpu" or "cuda".
+        device: "cpu", "cuda", or "cuda:1".
         workers: processes that draw the scenes.
         amp: mixed precision, bfloat16. None: on GPUs. It pays on CPUs with AMX.
         compiled: the backbone by torch.compile, after minutes of compiling.
@@ -205,7 +205,8 @@ def _require_same(what: Pretraining, batch: int, found: Mapping[str, Any], path:
 def _train(what: Pretraining, path: Path, unfinished: Path, machine: Machine, batch: int) -> None:
     device = machine.device
     saved = _saved(unfinished, what, batch, device)
-    amp = device == "cuda" if machine.amp is None else machine.amp
+    kind = torch.device(device).type
+    amp = kind == "cuda" if machine.amp is None else machine.amp
     torch.manual_seed(what.seed)
     backbone = create_timm_backbone(PICO_NAME, arguments=SIZES[what.size], final_norm=True)
     task = _task(what.kind, backbone).to(device)
@@ -231,7 +232,7 @@ def _train(what: Pretraining, path: Path, unfinished: Path, machine: Machine, ba
         chosen = torch.randint(len(scenes), (batch,), generator=generator).to(device)
         for group in optimizer.param_groups:
             group["lr"] = 1e-3 * learning_rate(step, what.iterations)
-        with torch.autocast(device, dtype=torch.bfloat16, enabled=amp):
+        with torch.autocast(kind, dtype=torch.bfloat16, enabled=amp):
             loss = task(scenes[chosen], shown[chosen], generator)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()

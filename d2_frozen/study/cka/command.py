@@ -181,6 +181,8 @@ def _compare(args: argparse.Namespace, comparison: Comparison, models: list[Any]
         _print(panel)
     names = " and ".join(model.cfg.OUTPUT_DIR for model in models)
     caption = f"{names}: linear CKA, {result.examples} {things} in batches of {args.batch}"
+    if not complete:
+        caption += f", interrupted after {result.batches} of {len(batches)}"
     files = result.write(folder, name, about, caption)
     print("written: " + ", ".join(str(file) for file in files))
     if not complete:

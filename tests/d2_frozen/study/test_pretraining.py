@@ -15,9 +15,9 @@ from d2_frozen.backbone.pretraining.scenes import IGNORE
 from d2_frozen.backbone.pretraining.shapes import NUM_SHAPES
 from d2_frozen.backbone.swin_v2 import PICO_NAME
 from d2_frozen.backbone.timm_backbone import create_timm_backbone
-from d2_frozen.backbone.weights import save_weights
+from d2_frozen.backbone.weights import SHIPPED_DIR, save_weights
 from d2_frozen.study import pretraining
-from d2_frozen.study.pretraining import KINDS, SIZES, Machine, Pretraining, pretrain
+from d2_frozen.study.pretraining import KINDS, SIZES, Machine, Pretraining, pretrain, shipped
 
 
 @pytest.fixture
@@ -56,7 +56,9 @@ def test_a_compiled_backbone_learns_the_same(
 def test_mixed_precision_keeps_weights_in_float32(scenes: None, tmp_path: Path) -> None:
     what = Pretraining("supervised", images=4, iterations=2)
     exact = load_file(pretrain(what, tmp_path / "fp32", batch=2))
-    mixed = load_file(pretrain(what, tmp_path / "amp", Machine(amp=True), batch=2))
+    mixed = load_file(
+        pretrain(what, tmp_path / "amp", Machine("cpu:0", amp=True), batch=2)
+    )  # with a number too
     name = "layers.0.blocks.0.attn.qkv.weight"
     assert mixed[name].dtype == torch.float32
     assert 0 < (mixed[name] - exact[name]).abs().max() < 1e-2
@@ -161,6 +163,19 @@ def test_views_of_a_whole_image_keep_a_constant_one_up_to_its_colour() -> None:
     assert views.shape == (3, 3, 32, 32)
     assert torch.allclose(views, views[:, :, :1, :1].expand_as(views), atol=1e-3)
     assert not torch.allclose(views[0], views[1])
+
+
+def test_what_comes_with_the_package_is_what_the_tables_compare() -> None:
+    """Every file there loads, and says the pretraining that its name does."""
+    files = sorted((SHIPPED_DIR / "study").glob("*.safetensors"))
+    assert files
+    for path in files:
+        what = Pretraining.of_name(path.stem)
+        assert shipped(what) == path
+        backbone = create_timm_backbone(
+            PICO_NAME, pretrained=str(path), arguments=SIZES[what.size], final_norm=True
+        )
+        assert all(bool(value.isfinite().all()) for value in backbone.state_dict().values())
 
 
 @pytest.mark.parametrize("name", ["supervised_pico", "guessed_pico_10", "masked_huge_10", "masked_pico_x"])
