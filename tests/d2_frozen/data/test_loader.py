@@ -8,6 +8,7 @@ import os
 import random
 import signal
 from itertools import islice
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -305,7 +306,7 @@ def test_fast_reading_changes_pixels_a_little_and_nothing_else(shapes):
 def test_a_file_server_that_is_away_for_a_moment_costs_no_run(code: int, monkeypatch, caplog) -> None:
     """And changes nothing: the sample is drawn as it would have been."""
     waits: list[float] = []
-    monkeypatch.setattr("d2_frozen.data.loader.time.sleep", waits.append)
+    monkeypatch.setattr("d2_frozen.data.loader.time", SimpleNamespace(sleep=waits.append))
 
     def mapper(record: dict) -> float:
         draw = random.random()
@@ -325,7 +326,7 @@ def test_a_file_server_that_is_away_for_a_moment_costs_no_run(code: int, monkeyp
 
 def test_a_file_server_that_stays_away_and_a_bad_file_are_errors(monkeypatch) -> None:
     waits: list[float] = []
-    monkeypatch.setattr("d2_frozen.data.loader.time.sleep", waits.append)
+    monkeypatch.setattr("d2_frozen.data.loader.time", SimpleNamespace(sleep=waits.append))
     records = [{"file_name": "a.jpg", "image_id": 1}]
 
     def fails(err: Exception) -> str:

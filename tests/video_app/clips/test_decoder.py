@@ -11,6 +11,7 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -238,7 +239,7 @@ def test_a_file_server_that_is_away_makes_no_clip_a_bad_one(
 ) -> None:
     """It was noted, and never tried again, also in later runs."""
     waits: list[float] = []
-    monkeypatch.setattr("d2_frozen.data.loader.time.sleep", waits.append)
+    monkeypatch.setattr("d2_frozen.data.loader.time", SimpleNamespace(sleep=waits.append))
 
     def away(path: str, mode: str) -> None:
         raise OSError(errno.ESTALE, "Stale file handle", path)
