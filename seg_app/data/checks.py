@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 from PIL import Image
 
 from d2_frozen.data.checks import AUTO_FULL_UP_TO, IMAGE_CHECKS, ImageFileError, image_size, look_at_files
@@ -18,6 +17,7 @@ from d2_frozen.data.label_maps import (
     check_map_values,
     read_label_map,
 )
+from d2_frozen.data.label_values import values_of
 from d2_frozen.data.problems import Problem
 from d2_frozen.files import walk
 from detectron2.data import DatasetCatalog, MetadataCatalog
@@ -117,7 +117,7 @@ def _check_files(
 ) -> None:
     ignore_label, values = facts.get("ignore_label", 255), facts.get("label_values", None)
 
-    def look(record: dict[str, Any]) -> tuple[tuple[str, str] | None, np.ndarray | None]:
+    def look(record: dict[str, Any]) -> tuple[tuple[str, str] | None, list[int] | None]:
         try:
             return None, _look(record, decode, ignore_label, values, len(report.classes))
         except (ImageFileError, LabelMapError) as err:
@@ -130,7 +130,7 @@ def _check_files(
             report.bad_files.append(record["file_name"])
     if decode:
         seen = [present for _, present in results if present is not None]
-        report.present = set(np.unique(np.concatenate([np.zeros(0, int), *seen])).tolist()) - {ignore_label}
+        report.present = set().union(*seen) - {ignore_label}
         if training and not report.present and seen:
             report.add(
                 "no pixel has a class",
@@ -138,7 +138,7 @@ def _check_files(
                 f"all label maps hold the ignore label {ignore_label} only",
                 skippable=False,
             )
-        ignored = any(ignore_label in present for _, present in results if present is not None)
+        ignored = any(ignore_label in present for present in seen)
         report.ignored_label = ignore_label if ignored and values is None else None
         if training and len(report.classes) <= 2 and report.present == {0} and report.ignored_label == 255:
             wanted = "label_values: [0, 255] in the entry makes it the second class"
@@ -160,7 +160,7 @@ def _look(
     ignore_label: int,
     values: Sequence[int] | None,
     classes: int,
-) -> np.ndarray | None:
+) -> list[int] | None:
     """The numbers that occur in a label map, if it is decoded; raises what is wrong with it or the image."""
     path = record["sem_seg_file_name"]
     (width, height), sideways = image_size(record["file_name"], decode)
@@ -171,11 +171,11 @@ def _look(
         with PathManager.open(path, "rb") as file, Image.open(file) as image:
             check_id_mode(path, image.mode)
         return None
-    present = np.flatnonzero(np.bincount(read_label_map(path, values, ignore_label).ravel()))
+    present = values_of(read_label_map(path, values, ignore_label))
     if classes:
         check_map_values(
             path,
-            present.tolist(),
+            present,
             classes,
             ignore_label,
             f"the {classes} classes are 0 to {classes - 1}, and {ignore_label} is ignored. Where other numbers stand "
