@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -20,7 +21,7 @@ from torch import nn
 
 from d2_frozen import engine_name
 from d2_frozen.data.loader import DrawnDataset, SampleError
-from d2_frozen.engine import FrozenTrainer, hooks
+from d2_frozen.engine import FrozenTrainer
 from d2_frozen.engine.hooks import StoppedBySignal
 from d2_frozen.engine.trainer import _CPUAutocastTrainer, loop_kind
 from d2_frozen.train_net import main, setup
@@ -217,10 +218,8 @@ def test_a_signal_before_an_evaluation_does_not_wait_for_it(flags: Flags, tmp_pa
 
 KILLED_RUN = """
 import os, signal, sys
-from d2_frozen.data.loader import DrawnDataset, SampleError
-from d2_frozen.engine import FrozenTrainer, hooks
+from d2_frozen.engine import FrozenTrainer
 from d2_frozen.train_net import argument_parser, setup
-from detectron2.config import CfgNode
 from detectron2.engine import HookBase
 
 class Kill(HookBase):
@@ -451,46 +450,54 @@ def test_too_little_gpu_memory_is_answered_with_what_needs_less(flags: Flags, tm
     assert "AMP" not in said and "FREEZE" not in said
 
 
-class SmallFiles(HookBase):
-    """As on a disk that is full: in iterations 1 and 2 no file becomes larger than 1 MB."""
+# As on a disk that is full: in iterations 1 and 2 no file of the process becomes larger than 1 MB.
+FULL_DISK_RUN = """
+import resource, sys
+from d2_frozen.engine import FrozenTrainer, hooks
+from d2_frozen.train_net import argument_parser, setup
+from detectron2.engine import HookBase
 
-    def before_step(self) -> None:
-        resource = pytest.importorskip("resource")
+class SmallFiles(HookBase):
+    def before_step(self):
         _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
         full = self.trainer.iter in (1, 2)
         resource.setrlimit(resource.RLIMIT_FSIZE, (2**20 if full else hard, hard))
 
+hooks._TRY_AGAIN = 2
+trainer = FrozenTrainer(setup(argument_parser().parse_args(sys.argv[1:])))
+trainer.register_hooks([SmallFiles()])
+trainer.resume_or_load(resume=False)
+trainer.train()
+"""
 
-def test_a_disk_that_is_full_for_a_while_costs_no_training(
-    flags: Flags, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+
+def run_on_a_full_disk(config: Path, out: Path, *options: str) -> subprocess.CompletedProcess:
+    pytest.importorskip("resource")
+    options = ("OUTPUT_DIR", str(out), "DATASETS.TEST", "()", *options)
+    command = [sys.executable, "-c", FULL_DISK_RUN, "--config-file", str(config), *options]
+    return subprocess.run(command, capture_output=True, text=True)
+
+
+def test_a_disk_that_is_full_for_a_while_costs_no_training(tiny_config: Path, tmp_path: Path) -> None:
     """The checkpoint after iteration 1 cannot be written, and follows after 3, when there is room."""
-    monkeypatch.setattr(hooks, "_TRY_AGAIN", 2)
     out = tmp_path / "out"
-    trainer = FrozenTrainer(
-        setup(flags("SOLVER.CHECKPOINT_PERIOD", "2", "SOLVER.MAX_ITER", "5", "DATASETS.TEST", "()"))
-    )
-    trainer.register_hooks([SmallFiles()])
-    trainer.resume_or_load(resume=False)
-    trainer.train()
-    assert "No checkpoint after iteration 1: [Errno 27] File too large; not written" in caplog.text
-    assert f"{out}/model_0000001.pth" in caplog.text
+    options = ("SOLVER.CHECKPOINT_PERIOD", "2", "SOLVER.MAX_ITER", "5")
+    done = run_on_a_full_disk(tiny_config, out, *options)
+    assert done.returncode == 0, done.stderr
+    log = (out / "log.txt").read_text()
+    assert "No checkpoint after iteration 1: [Errno 27] File too large; not written" in log
+    assert f"{out}/model_0000001.pth" in log
     assert sorted(path.name for path in out.glob("*model*")) == ["model_0000003.pth", "model_final.pth"]
     assert read(out / "model_final.pth")["iteration"] == 4
 
 
-def test_a_last_checkpoint_that_cannot_be_written_is_an_error(flags: Flags, tmp_path: Path) -> None:
-    trainer = FrozenTrainer(setup(flags("SOLVER.MAX_ITER", "2", "DATASETS.TEST", "()")))
-    trainer.register_hooks([SmallFiles()])
-    trainer.resume_or_load(resume=False)
-    resource = pytest.importorskip("resource")
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    try:
-        with pytest.raises(OSError, match=r"not written.*model_0000001\.pth"):
-            trainer.train()
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    assert not list((tmp_path / "out").glob("*model*"))
+def test_a_last_checkpoint_that_cannot_be_written_is_an_error(tiny_config: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    done = run_on_a_full_disk(tiny_config, out, "SOLVER.MAX_ITER", "2")
+    assert done.returncode == 1
+    last = done.stderr.strip().splitlines()[-1]
+    assert re.match(r"OSError: .*not written.*model_0000001\.pth", last)
+    assert not list(out.glob("*model*"))
 
 
 @pytest.mark.skipif(engine_name() == "embedded", reason="needs an installed Detectron2")
