@@ -99,8 +99,19 @@ class OutputFolder:
         return "error" not in line and line.get("stamp") == item.stamp()
 
     def drop_stale(self, items: list[Item]) -> None:
-        """Remove the lines of inputs that will be predicted again, because the file is another one now."""
+        """Remove the lines of inputs that will be predicted again, because the file is another one now.
+
+        Raises:
+            ValueError: it is another one because it lies elsewhere, as ``1.jpg`` of two folders.
+        """
         stale = {item.name for item in items if item.name in self._done and not self.has(item)}
+        for item in items:
+            before = Path(self._done.get(item.name, {}).get("path") or item.path.absolute())
+            if before != item.path.absolute() and before.exists():
+                raise ValueError(
+                    f"{self.folder} holds results of {before} under the name {item.name}, which those of {item.path} "
+                    "would replace. Choose another --output, or give both in one command, which names them apart."
+                )
         if not stale:
             return
         for name in self.heads:
@@ -135,7 +146,8 @@ class OutputFolder:
     def finish(self, item: Item, **facts: Any) -> None:
         """Everything of this input is written."""
         self._flush()
-        line = {"file": item.name, "stamp": item.stamp() if item.path.exists() else None, **facts}
+        stamp = item.stamp() if item.path.exists() else None
+        line = {"file": item.name, "path": str(item.path.absolute()), "stamp": stamp, **facts}
         self._done[item.name] = line
         self._append(self.folder / "done.jsonl", line)
         self._flush()

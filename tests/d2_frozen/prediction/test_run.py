@@ -125,6 +125,23 @@ def test_another_file_under_the_same_name_is_predicted_again(
     assert sizes == {"a.png": (32, 40), "b.png": (64, 48), "sub/c.jpg": (48, 64)}
 
 
+def test_a_file_of_another_folder_does_not_replace_the_results_of_one_with_its_name(tmp_path: Path) -> None:
+    first, second = (tmp_path / name / "cam" for name in ("monday", "tuesday"))
+    for folder in (first, second):
+        folder.mkdir(parents=True)
+        (folder / "1.jpg").write_bytes(folder.parent.name.encode())
+    output = OutputFolder(tmp_path / "out", [], {})
+    output.finish(*find_items([first]))
+    with pytest.raises(ValueError, match=r"holds results of .*monday/cam/1\.jpg under the name 1\.jpg"):
+        output.drop_stale(find_items([second]))
+    output.drop_stale(find_items([first, second]))
+    # The first folder was moved.
+    first.rename(tmp_path / "archive")
+    output.drop_stale(find_items([second]))
+    assert not output.has(*find_items([second]))
+    output.close()
+
+
 def test_results_of_other_heads_are_not_mixed(
     save_head: SaveHead, heads: list[str], pictures: Path, tmp_path: Path
 ) -> None:
