@@ -56,7 +56,7 @@ HIDDEN_SQUARE_PX = 32
 TEMPERATURE = 0.2
 # A class counts as shown from this share of the pixels on.
 _SHOWN = 0.01
-_SAVE_EVERY = 200
+_LOG_EVERY, _SAVE_EVERY = 20, 200
 ITERATIONS = 2000
 _BATCH = 64
 # Of files from before each fact was written down.
@@ -217,6 +217,7 @@ def _train(what: Pretraining, path: Path, unfinished: Path, machine: Machine, ba
     others = [p for p in task.parameters() if p.ndim <= 1]
     groups = [{"params": decaying, "weight_decay": 0.05}, {"params": others, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=1e-3)
+    logger.info("%s: drawing %d scenes", what.name, what.images)
     scenes, shown = draw_scenes(what.seed, what.images, machine.workers)
     scenes, shown = scenes.to(device), shown.to(device)
     first = 0
@@ -224,7 +225,7 @@ def _train(what: Pretraining, path: Path, unfinished: Path, machine: Machine, ba
         task.load_state_dict(saved["task"])
         optimizer.load_state_dict(saved["optimizer"])
         first = int(saved["step"])
-    begun = time.monotonic()
+    logged, since = first, time.monotonic()
     for step in range(first, what.iterations):
         # Draws are functions of (seed, step), so an interrupted run ends as an uninterrupted one.
         generator = torch.Generator().manual_seed(what.seed * 1_000_003 + step)
@@ -239,12 +240,17 @@ def _train(what: Pretraining, path: Path, unfinished: Path, machine: Machine, ba
         nn.utils.clip_grad_norm_(task.parameters(), 1.0)
         optimizer.step()
         done = step + 1
-        if done % _SAVE_EVERY == 0 or done == what.iterations:
-            if not math.isfinite(loss.item()):
-                raise FloatingPointError(f"{what.name}: the loss is {loss.item()} at iteration {step}.")
-            left = (time.monotonic() - begun) / (done - first) * (what.iterations - done)
-            eta = timedelta(seconds=int(left))
-            logger.info("%s  iter: %d  loss: %.4f  eta: %s", what.name, step, loss.item(), eta)
+        last = done == what.iterations
+        if done % _LOG_EVERY == 0 or last:
+            found = loss.item()
+            if not math.isfinite(found):
+                raise FloatingPointError(f"{what.name}: the loss is {found} at iteration {step}.")
+            each = (time.monotonic() - since) / (done - logged)
+            eta = timedelta(seconds=int(each * (what.iterations - done)))
+            line = "%s  iter: %d  loss: %.4f  eta: %s  images/s: %.1f"
+            logger.info(line, what.name, step, found, eta, batch / each)
+            logged, since = done, time.monotonic()
+        if done % _SAVE_EVERY == 0 or last:
             states = {"task": task.state_dict(), "optimizer": optimizer.state_dict()}
             _save(unfinished, {"step": done, **states, **_facts(what, batch)})
     facts = {fact: str(value) for fact, value in _facts(what, batch).items()}
