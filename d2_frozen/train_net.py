@@ -142,7 +142,7 @@ def evaluation_model(cfg: CfgNode, resume: bool = False) -> nn.Module:
     from d2_frozen.engine import FrozenCheckpointer
     from d2_frozen.engine.resuming import tell_of_other_classes
 
-    model = tasks.task_of(cfg).trainer().build_model(cfg)
+    model = tasks.task_of(cfg).trainer().build_model(_without_needless_weights(cfg, resume))
     checkpointer = FrozenCheckpointer(model, save_dir=cfg.OUTPUT_DIR, strict=True)
     if not cfg.MODEL.WEIGHTS and not (resume and checkpointer.has_checkpoint()):
         logger.warning(
@@ -153,6 +153,24 @@ def evaluation_model(cfg: CfgNode, resume: bool = False) -> nn.Module:
     if comm.is_main_process():
         tell_of_other_classes(checkpointer.facts, cfg, cfg.DATASETS.TEST)
     return model
+
+
+def _without_needless_weights(cfg: CfgNode, resume: bool) -> CfgNode:
+    """The config without MODEL.TIMM.PRETRAINED, which need not be there, where the checkpoint has the backbone too."""
+    from d2_frozen.engine import has_backbone, last_checkpoint, read_checkpoint
+
+    try:
+        path = (resume and last_checkpoint(cfg.OUTPUT_DIR)) or cfg.MODEL.WEIGHTS
+        needless = bool(path) and has_backbone(read_checkpoint(path))
+    except (OSError, ValueError):  # who loads it says what is wrong
+        needless = False
+    if not needless:
+        return cfg
+    cfg = cfg.clone()
+    cfg.defrost()
+    cfg.MODEL.TIMM.PRETRAINED = ""
+    cfg.freeze()
+    return cfg
 
 
 def finish(cfg: CfgNode, model: nn.Module, results: dict[str, Any] | None, trained: bool = True) -> None:

@@ -4,6 +4,8 @@ from d2_frozen.engine.checkpoint import (
     CheckpointMismatchError,
     FrozenCheckpointer,
     frozen_parts,
+    has_backbone,
+    last_checkpoint,
     read_checkpoint,
     saved_seed,
 )
@@ -16,6 +18,8 @@ __all__ = [
     "FrozenTrainer",
     "build_optimizer",
     "frozen_parts",
+    "has_backbone",
+    "last_checkpoint",
     "read_checkpoint",
     "saved_seed",
 ]

@@ -298,16 +298,36 @@ def read_checkpoint(path: str) -> dict[str, Any]:
     return _reading.read_weights(local)
 
 
+def has_backbone(checkpoint: Mapping[str, Any]) -> bool:
+    """Are the weights of the bottom-up network in the file too, trained ones or by MODEL.FROZEN.SAVE_FULL_MODEL?
+
+    Args:
+        checkpoint: of :func:`read_checkpoint`.
+    """
+    left_out = [f"{fact['prefix']}." for fact in checkpoint.get("frozen") or ()]
+    return all(any(key.startswith(prefix) for key in checkpoint["model"]) for prefix in left_out)
+
+
+def last_checkpoint(save_dir: str) -> str:
+    """The file that ``last_checkpoint`` of a folder names; empty where there is none.
+
+    Raises:
+        ValueError: ``last_checkpoint`` is damaged.
+    """
+    if not os.path.isfile(os.path.join(save_dir, "last_checkpoint")):
+        return ""
+    path = os.path.join(save_dir, _named_in_tag(save_dir))
+    return path if os.path.isfile(path) else ""
+
+
 def saved_seed(save_dir: str) -> int | None:
     """The seed stored in the last checkpoint of a folder; None where there is none.
 
     Raises:
         ValueError: the checkpoint, or ``last_checkpoint``, is damaged.
     """
-    if not os.path.isfile(os.path.join(save_dir, "last_checkpoint")):
-        return None
-    path = os.path.join(save_dir, _named_in_tag(save_dir))
-    if not os.path.isfile(path):
+    path = last_checkpoint(save_dir)
+    if not path:
         return None
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)

@@ -7,7 +7,7 @@ import difflib
 import logging
 import re
 import tempfile
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from torch import nn
 from d2_frozen import tasks
 from d2_frozen.backbone import share_equal_backbones
 from d2_frozen.data.draws import start_values
-from d2_frozen.engine import FrozenCheckpointer, read_checkpoint
+from d2_frozen.engine import FrozenCheckpointer, has_backbone, read_checkpoint
 from d2_frozen.engine.caching import network_settings
 from d2_frozen.files import write_text
 from d2_frozen.tasks import Classes, ClipPrediction, Prediction
@@ -102,7 +102,7 @@ def load_heads(
     keys_of_all: set[str] = set()
     for name, (_, file), config in zip(names, named, configs):
         checkpoint = read_checkpoint(file)
-        needs_no_other = _has_backbone(checkpoint)
+        needs_no_other = has_backbone(checkpoint)
         facts = {key: value for key, value in checkpoint.items() if key != "model"}
         del checkpoint
         keys = _keys(_config(file, config, facts, []))
@@ -241,12 +241,6 @@ def _read_text(file: str, text: str, options: list[str]) -> CfgNode:
                 "are known once the module that registers them is imported (docs/library.md, parts of your own); a "
                 "newer d2_frozen may have others too."
             ) from err
-
-
-def _has_backbone(checkpoint: Mapping[str, Any]) -> bool:
-    """Are the weights of the bottom-up network in the file too, trained ones or by MODEL.FROZEN.SAVE_FULL_MODEL?"""
-    left_out = [f"{fact['prefix']}." for fact in checkpoint.get("frozen") or ()]
-    return all(any(key.startswith(prefix) for key in checkpoint["model"]) for prefix in left_out)
 
 
 def _classes_in(facts: dict[str, Any]) -> Classes | None:

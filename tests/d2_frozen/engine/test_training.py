@@ -20,6 +20,8 @@ import torch
 from torch import nn
 
 from d2_frozen import engine_name
+from d2_frozen.backbone.timm_backbone import create_timm_backbone
+from d2_frozen.backbone.weights import save_weights
 from d2_frozen.data.loader import DrawnDataset, SampleError
 from d2_frozen.engine import FrozenTrainer
 from d2_frozen.engine.hooks import StoppedBySignal
@@ -146,6 +148,21 @@ def test_eval_only_repeats_the_result_to_the_last_digit(flags: Flags, tmp_path: 
     again = main(flags("--eval-only", "MODEL.WEIGHTS", str(tmp_path / "out" / "model_final.pth")))
     assert str(trained) == str(again)  # as text, so that NaN equals NaN
     assert list((tmp_path / "out" / "inference").glob("predictions_*.jpg"))
+
+
+@pytest.mark.parametrize("key", ["MODEL.FROZEN.SAVE_FULL_MODEL", "MODEL.BACKBONE.FREEZE"])
+def test_eval_only_of_a_file_with_its_backbone_inside_needs_no_other(
+    flags: Flags, tmp_path: Path, key: str
+) -> None:
+    """It failed where the file of MODEL.TIMM.PRETRAINED was not, or fetched what it did not use."""
+    weights = tmp_path / "backbone.safetensors"
+    save_weights(create_timm_backbone("swinv2_pico_window8_256").network.state_dict(), weights)
+    whole = (key, "none" if key.endswith("FREEZE") else "True", "MODEL.TIMM.PRETRAINED", str(weights))
+    trained = main(flags(*whole, "SOLVER.MAX_ITER", "1"))
+    weights.unlink()
+    final = ("MODEL.WEIGHTS", str(tmp_path / "out" / "model_final.pth"))
+    assert str(main(flags("--eval-only", *whole, *final))) == str(trained)
+    assert str(main(flags("--eval-only", "--resume", *whole))) == str(trained)
 
 
 @pytest.mark.parametrize("workers", ["0", "2"])
