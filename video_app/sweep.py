@@ -18,7 +18,7 @@ import torch
 from tabulate import tabulate
 from torch import nn
 
-from d2_frozen.engine import FrozenCheckpointer, build_optimizer
+from d2_frozen.engine import FrozenCheckpointer, build_optimizer, read_checkpoint
 from d2_frozen.engine.trainer import facts_for_prediction
 from d2_frozen.files import by_the_way, write_text
 from detectron2.config import CfgNode
@@ -176,14 +176,27 @@ def save_head(cfg: CfgNode, model: FrozenVideoSweep, index: int) -> Path:
     folder = Path(alone.OUTPUT_DIR)
     folder.mkdir(parents=True, exist_ok=True)
     write_text(folder / "config.yaml", alone.dump())
+    # An evaluation need not have the training data, which names the classes.
+    facts = {**_classes_before(folder, alone.MODEL.VIDEO_HEAD.NUM_CLASSES), **facts_for_prediction(alone)}
     saver = FrozenCheckpointer(
         model.alone(index),
         str(folder),
         save_full_model=cfg.MODEL.FROZEN.SAVE_FULL_MODEL,
-        extra={"seed": int(cfg.SEED), **facts_for_prediction(alone)},
+        extra={"seed": int(cfg.SEED), **facts},
     )
     saver.save("model_final")
     return folder
+
+
+def _classes_before(folder: Path, count: int) -> dict[str, Any]:
+    """Names of classes in the file of a head that is written again."""
+    try:
+        before = read_checkpoint(str(folder / "model_final.pth"))
+    except (OSError, ValueError):
+        return {}
+    if len(before.get("classes", ())) != count:  # of other data
+        return {}
+    return {key: before[key] for key in ("classes", "class_ids")}
 
 
 def _document_before(cfg: CfgNode) -> dict[str, Any]:

@@ -192,6 +192,19 @@ def test_heads_that_cannot_be_written_end_no_training(flags: Flags, caplog: pyte
     assert not Path(cfg.OUTPUT_DIR, "sweep.json").exists()
 
 
+def test_a_head_written_again_without_the_training_data_keeps_its_class_names(
+    flags: Flags, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As --eval-only does where only the test set is there."""
+    cfg = setup(flags(*SWEEP, "TEST.PICTURES", "0"))
+    model = VideoTrainer.build_model(cfg)
+    file = save_head(cfg, model, 1) / "model_final.pth"
+    named = torch.load(file, weights_only=True)["classes"]
+    monkeypatch.setattr(type(tasks.task_of(cfg)), "classes", lambda self, cfg: None)
+    save_head(cfg, model, 1)
+    assert named and torch.load(file, weights_only=True)["classes"] == named
+
+
 def test_the_best_is_also_measured_where_it_was_not_chosen(flags: Flags, tmp_path: Path) -> None:
     """The log says that the first set chose the head, and what the head does on the second."""
     options = ["TEST.PICTURES", "0", "SOLVER.MAX_ITER", "1", "MODEL.META_ARCHITECTURE", "FrozenVideoSweep"]
