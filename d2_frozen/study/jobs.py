@@ -16,7 +16,7 @@ from typing import Any
 import yaml
 
 from d2_frozen import tasks
-from d2_frozen.files import write_text
+from d2_frozen.files import by_the_way, write_text
 from d2_frozen.study.pretraining import facts_of_file
 from detectron2.config import CfgNode
 
@@ -58,6 +58,15 @@ class Job:
     def failure(self, root: str | Path) -> dict[str, Any] | None:
         """What ``failed.json`` holds: {"error", "traceback"} of the last try; None if there was none."""
         return read_json(self.folder(root) / FAILURE_FILE)
+
+    def why_failed(self, root: str | Path, unsaid: str) -> str:
+        """The error of the last try; ``unsaid``, which is noted, where its process had no time to write one."""
+        failure = self.failure(root)
+        if failure is None:
+            failure = {"error": unsaid, "traceback": ""}
+            with by_the_way(f"Why {self.name} failed is not written"):  # on a full disk others may still end
+                write_json(self.folder(root) / FAILURE_FILE, failure)
+        return str(failure["error"])
 
     def config(self) -> CfgNode:
         """The complete one.

@@ -17,8 +17,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from types import FrameType
 
-from d2_frozen.files import by_the_way
-from d2_frozen.study.jobs import FAILURE_FILE, Job, write_json
+from d2_frozen.study.jobs import Job
 from d2_frozen.study.worker import run_job_in_process
 
 logger = logging.getLogger(__name__)
@@ -103,12 +102,8 @@ class LocalQueue:
             return True
         if self._stopped_by:
             return False
-        failure = job.failure(self.root)
-        if failure is None:
-            failure = killed(process.exitcode)
-            with by_the_way(f"Why {job.name} failed is not written"):  # on a full disk others may still end
-                write_json(job.folder(self.root) / FAILURE_FILE, failure)
-        reason = failure["error"]
+        killed = " (killed: too little memory?)" if process.exitcode == -signal.SIGKILL else ""
+        reason = job.why_failed(self.root, f"exit code {process.exitcode}{killed}")
         logger.error("%s failed: %s (%s)", job.name, reason, job.folder(self.root) / "output.txt")
         return False
 
@@ -140,12 +135,6 @@ class _Signals:
     def __exit__(self, *_: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
-
-
-def killed(exit_code: int | None) -> dict[str, str]:
-    """What ``failed.json`` says of a process that had no time to write it."""
-    advice = " (killed: too little memory?)" if exit_code == -signal.SIGKILL else ""
-    return {"error": f"exit code {exit_code}{advice}", "traceback": ""}
 
 
 def job_context() -> multiprocessing.context.BaseContext:

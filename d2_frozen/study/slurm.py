@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from d2_frozen.study.jobs import Job
+from d2_frozen.study.jobs import FAILURE_FILE, Job
 from d2_frozen.study.worker import run_job
 
 logger = logging.getLogger(__name__)
@@ -81,6 +81,8 @@ class SlurmQueue:
     def _wait(self, jobs: Sequence[Job]) -> None:
         if not jobs:
             return
+        for job in jobs:  # of an earlier try: a task may be killed before it writes why
+            (job.folder(self.root) / FAILURE_FILE).unlink(missing_ok=True)
         with self._executor.batch():
             tasks = [
                 self._executor.submit(ResumableRun(job, self.root, self.threads, self.num_gpus))
@@ -93,12 +95,10 @@ class SlurmQueue:
                 if not task.done():
                     continue
                 del waiting[job]
-                finished = job.result(self.root) is not None
-                failure = None if finished else job.failure(self.root)
-                reason = failure["error"] if failure else f"{task.state}, {task.paths.stderr}"
-                if finished:
+                if job.result(self.root) is not None:
                     logger.info("%s finished, %d left.", job.name, len(waiting))
                 else:
+                    reason = job.why_failed(self.root, f"{task.state}, {task.paths.stderr}")
                     logger.error("%s failed: %s", job.name, reason)
             if waiting:
                 time.sleep(_POLL_SECONDS)

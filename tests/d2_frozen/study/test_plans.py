@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,7 +13,7 @@ from d2_frozen.backbone.weights import save_weights
 from d2_frozen.study import __main__ as command
 from d2_frozen.study import pretraining
 from d2_frozen.study.__main__ import main
-from d2_frozen.study.jobs import Job, write_json
+from d2_frozen.study.jobs import FAILURE_FILE, Job, write_json
 from d2_frozen.study.layout import sweep_markdown
 from d2_frozen.study.pretraining import Pretraining
 from d2_frozen.study.slurm import SlurmQueue
@@ -264,6 +266,23 @@ def test_submitit_runs_a_job_and_reports_a_failure(configs: Path, tmp_path: Path
     result, failure = good.result(tmp_path / "root"), bad.failure(tmp_path / "root")
     assert result is not None and result["iterations"] == 6 and result["metrics"]["bbox"]
     assert failure is not None and "NUM_CLASSES" in failure["error"]
+
+
+def test_a_task_that_is_killed_before_it_says_why_is_not_named_with_an_older_error(tmp_path: Path) -> None:
+    class Executor:
+        batch = contextlib.nullcontext
+
+        def submit(self, run: object) -> SimpleNamespace:
+            paths = SimpleNamespace(stderr="7_0_log.err")
+            return SimpleNamespace(job_id="7_0", done=lambda: True, state="OUT_OF_MEMORY", paths=paths)
+
+    job = Job("killed", "a.yaml")
+    write_json(job.folder(tmp_path) / FAILURE_FILE, {"error": "ValueError: mended since", "traceback": ""})
+    queue = SlurmQueue(tmp_path, parallel=1, num_gpus=0, cluster="local")
+    queue._executor = Executor()
+    assert queue.run([job]) == [job]
+    failure = job.failure(tmp_path)
+    assert failure is not None and failure["error"] == "OUT_OF_MEMORY, 7_0_log.err"
 
 
 def test_a_plan_names_backbones_that_are_missing_and_pretrains_none(
