@@ -156,3 +156,16 @@ def test_equal_seeds_give_equal_augmentations():
         results.append([T.apply_augmentations(policy, image.copy())[0] for _ in range(3)])
     for first, second in zip(*results):
         assert np.array_equal(first, second)
+
+
+@pytest.mark.parametrize("name", ["image", "img", "frame"])
+def test_a_single_parameter_is_the_image_whatever_its_name(name):
+    class Mirror(T.Augmentation):
+        pass
+
+    scope = {"T": T}
+    exec(f"def get_transform(self, {name}):\n    return T.HFlipTransform({name}.shape[1])", scope)
+    Mirror.get_transform = scope["get_transform"]
+    held = T.AugInput(np.arange(12, dtype=np.uint8).reshape(3, 4), boxes=np.array([[0.0, 0, 1, 1]]))
+    Mirror()(held)
+    assert held.image[0].tolist() == [3, 2, 1, 0] and held.boxes.tolist() == [[3, 0, 4, 1]]

@@ -29,7 +29,8 @@ class Augmentation:
     """A policy: looks at (parts of) the input, draws, returns the transform to apply.
 
     A subclass writes ``get_transform(self, image, ...)``; the *names* of its parameters say which attributes
-    of the :class:`AugInput` it wants to see, in that order.
+    of the :class:`AugInput` it wants to see, in that order. A single parameter is the image, whatever its
+    name: older projects call it ``img``.
     """
 
     # Attributes of AugInput that get_transform receives; None: read them from its signature at the first
@@ -84,11 +85,11 @@ class Augmentation:
 
 
 def _parameter_names(augmentation: Augmentation) -> tuple[str, ...]:
-    """Names of get_transform's parameters; a bare ``*args`` counts as ``image`` alone."""
+    """Names of get_transform's parameters; a single one, ``*args`` too, counts as ``image``."""
     parameters = list(inspect.signature(augmentation.get_transform).parameters.values())
+    if len(parameters) == 1:
+        return ("image",)
     if any(p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in parameters):
-        if len(parameters) == 1:
-            return ("image",)
         raise TypeError(
             f"{type(augmentation).__name__}.get_transform() takes *args or **kwargs. Name its parameters "
             "after the AugInput attributes it needs, or set `input_args` on the class."
