@@ -103,6 +103,15 @@ def test_min_iou_crop_keeps_its_promise():
             assert 0 < (x0 + x1) / 2 < width + 1 and 0 < (y0 + y1) / 2 < height + 1
 
 
+def test_min_iou_crop_tries_as_often_as_it_is_told():
+    """No window reaches 0.99 with boxes in two corners, and with these seeds none of two has a centre in it."""
+    image, boxes = np.zeros((37, 53, 3), np.uint8), np.array([[0.0, 0, 5, 5], [48, 32, 53, 37]])
+    augmentation = T.MinIoURandomCrop((0.99,), 0.3, mode_trials=1, crop_trials=2)
+    for seed in range(12):
+        np.random.seed(seed)
+        assert not isinstance(augmentation.get_transform(image, boxes), T.CropTransform)
+
+
 def test_crop_with_area_constraint_avoids_one_class():
     """Left half class 0, right half class 1: a 10x10 window on the border is mixed, elsewhere it is not."""
     np.random.seed(0)

@@ -463,14 +463,23 @@ class MinIoURandomCrop(Augmentation):
     Args:
         min_ious: thresholds to draw from, beside "leave the image whole" and "any window".
         min_crop_size: smallest side of a window as a fraction of the image's.
+        mode_trials: thresholds to draw at most.
+        crop_trials: windows to draw for each of them.
     """
 
     _WHOLE_IMAGE, _ANY_WINDOW = 1, 0
-    _TRIES_PER_THRESHOLD = 50
 
-    def __init__(self, min_ious: Sequence[float] = (0.1, 0.3, 0.5, 0.7, 0.9), min_crop_size: float = 0.3):
+    def __init__(
+        self,
+        min_ious: Sequence[float] = (0.1, 0.3, 0.5, 0.7, 0.9),
+        min_crop_size: float = 0.3,
+        mode_trials: int = 1000,
+        crop_trials: int = 50,
+    ):
         self.min_ious = min_ious
         self.min_crop_size = min_crop_size
+        self.mode_trials = mode_trials
+        self.crop_trials = crop_trials
 
     def get_transform(self, image: np.ndarray, boxes: np.ndarray | None) -> Transform:
         if boxes is None:
@@ -478,14 +487,15 @@ class MinIoURandomCrop(Augmentation):
         boxes = np.asarray(boxes, dtype=np.float64).reshape(-1, 4)
         h, w = image.shape[:2]
         thresholds = (self._WHOLE_IMAGE, *self.min_ious, self._ANY_WINDOW)
-        while True:
+        for _ in range(self.mode_trials):
             min_iou = np.random.choice(thresholds)
             if min_iou == self._WHOLE_IMAGE:
                 return NoOpTransform()
-            for _ in range(self._TRIES_PER_THRESHOLD):
+            for _ in range(self.crop_trials):
                 drawn = self._draw_window(h, w)
                 if drawn is not None and self._keeps(boxes, drawn[1], min_iou):
                     return drawn[0]
+        return NoOpTransform()
 
     def _draw_window(self, h: int, w: int) -> tuple[CropTransform, tuple[int, int, int, int]] | None:
         """The crop and its XYXY in whole pixels; None where the draw is too narrow, too flat or empty."""
