@@ -512,3 +512,17 @@ def test_losses_are_finite_numbers_at_the_end():
     trainer = simple_trainer(lr=0.1)
     trainer.train(0, 30)
     assert math.isclose(trainer.model.a.item(), 3.0, abs_tol=0.02)
+
+
+def test_memory_statistics_need_no_arguments():
+    trainer = simple_trainer()
+    trainer.register_hooks([hooks.TorchMemoryStats(), hooks.TorchMemoryStats(period=1, max_runs=1)])
+    trainer.train(0, 2)
+
+
+def test_a_hook_has_no_trainer_until_it_is_registered():
+    hook = HookBase()
+    assert hook.trainer is None
+    trainer = simple_trainer()
+    trainer.register_hooks([hook])
+    assert hook.trainer.iter == 0

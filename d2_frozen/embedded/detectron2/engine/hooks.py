@@ -492,25 +492,19 @@ class TorchMemoryStats(HookBase):
     """Logs reserved and allocated GPU memory; does nothing without CUDA.
 
     Args:
-        enable_predicate: of the trainer: in which iterations.
-        output_dir: torch's full table goes there, as ``memory-iterN.txt``.
-        step_period: every so many iterations.
+        period: every so many iterations, and after the last one.
         max_runs: so many times at most.
     """
 
-    def __init__(
-        self, enable_predicate: _Predicate, output_dir: str, *, step_period: int = 20, max_runs: int = 10
-    ) -> None:
-        self._enable_predicate = enable_predicate
-        self._output_dir = output_dir
-        self._step_period = step_period
+    def __init__(self, period: int = 20, max_runs: int = 10) -> None:
+        self._period = period
         self._runs_left = max_runs
 
     def after_step(self) -> None:
-        if not torch.cuda.is_available() or self._runs_left <= 0 or not self._enable_predicate(self.trainer):
+        if not torch.cuda.is_available() or self._runs_left <= 0:
             return
         done = self.trainer.iter + 1
-        if done % self._step_period and done != self.trainer.max_iter:
+        if done % self._period and done != self.trainer.max_iter:
             return
         self._runs_left -= 1
         mib = {
@@ -520,13 +514,9 @@ class TorchMemoryStats(HookBase):
             "allocated at most": torch.cuda.max_memory_allocated(),
         }
         logging.getLogger(__name__).info(
-            "GPU memory after iteration %d, MiB: %s",
+            "GPU memory after iteration %d, MiB: %s\n%s",
             self.trainer.iter,
             ", ".join(f"{what} {amount / 2**20:.0f}" for what, amount in mib.items()),
+            torch.cuda.memory_summary(),
         )
-        PathManager.mkdirs(self._output_dir)
-        with PathManager.open(
-            os.path.join(self._output_dir, f"memory-iter{self.trainer.iter}.txt"), "w"
-        ) as handle:
-            handle.write(torch.cuda.memory_summary())
         torch.cuda.reset_peak_memory_stats()

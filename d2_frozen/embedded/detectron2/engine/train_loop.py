@@ -32,7 +32,7 @@ class HookBase:
             iteration.
     """
 
-    trainer: TrainerBase
+    trainer: TrainerBase = None  # type: ignore[assignment]  # until it is registered
 
     def before_train(self) -> None:
         """Once, before the first iteration."""
