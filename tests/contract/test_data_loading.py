@@ -448,3 +448,13 @@ def test_serialized_list_keeps_types_and_order():
     stored = DatasetFromList(elements, serialize=True)
     assert len(stored) == 4 and stored[1] == "text" and stored[2] is None and stored[3] == {"n": [1, 2.5]}
     assert stored[0]["mode"] is BoxMode.XYWH_ABS and stored[0]["array"].tolist() == [0, 1, 2]
+
+
+def test_metadata_by_its_former_names():
+    metadata = MetadataCatalog.get("test_former_names")
+    metadata.set(thing_classes=["nut"], thing_dataset_id_to_contiguous_id={7: 0})
+    metadata.stuff_class_names = ["wall"]
+    assert metadata.class_names == ["nut"] and metadata.get("class_names") == ["nut"]
+    assert metadata.dataset_id_to_contiguous_id == {7: 0}
+    assert metadata.stuff_classes == ["wall"]
+    assert "class_names" not in metadata.as_dict()

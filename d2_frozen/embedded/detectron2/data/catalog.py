@@ -19,6 +19,13 @@ logger = logging.getLogger(__name__)
 # Datasets that Detectron2 itself registers and the embedded engine does not.
 _OUTSIDE_PREFIXES = ("lvis_", "voc_", "cityscapes_", "ade20k_")
 
+# Facts by the names that projects of Detectron2's first months use -> their names since.
+_FORMER_NAMES = {
+    "class_names": "thing_classes",
+    "stuff_class_names": "stuff_classes",
+    "dataset_id_to_contiguous_id": "thing_dataset_id_to_contiguous_id",
+}
+
 
 def _similar(name: str, known: list[str]) -> str:
     import difflib
@@ -94,6 +101,10 @@ class Metadata(SimpleNamespace):
 
     def __getattr__(self, key: str) -> Any:
         # Reached only for attributes that were never set.
+        now = _FORMER_NAMES.get(key)
+        if now in self.__dict__:
+            logger.warning("The metadata %r is called %r now.", key, now)
+            return self.__dict__[now]
         others = sorted(k for k in self.__dict__ if k != "name")
         raise AttributeError(
             f"the metadata of dataset {self.name!r} has no {key!r}. "
@@ -105,6 +116,7 @@ class Metadata(SimpleNamespace):
         )
 
     def __setattr__(self, key: str, value: Any) -> None:
+        key = _FORMER_NAMES.get(key, key)
         unset = object()
         old = self.__dict__.get(key, unset)
         if old is not unset and old != value:
@@ -127,7 +139,7 @@ class Metadata(SimpleNamespace):
 
     def get(self, key: str, default: Any = None) -> Any:
         """The fact ``key``, or ``default`` where it is not set."""
-        return self.__dict__.get(key, default)
+        return self.__dict__.get(_FORMER_NAMES.get(key, key), default)
 
 
 class _MetadataCatalog(UserDict):
