@@ -458,3 +458,8 @@ def test_metadata_by_its_former_names():
     assert metadata.dataset_id_to_contiguous_id == {7: 0}
     assert metadata.stuff_classes == ["wall"]
     assert "class_names" not in metadata.as_dict()
+
+
+def test_channels_beyond_the_colours_are_not_shown():
+    image = np.arange(2 * 3 * 5, dtype=np.uint8).reshape(2, 3, 5)
+    assert (detection_utils.convert_image_to_rgb(image, "BGR") == image[:, :, [2, 1, 0]]).all()

@@ -122,13 +122,13 @@ def convert_PIL_to_numpy(image: Image.Image, format: str | None) -> np.ndarray:
 def convert_image_to_rgb(image: np.ndarray | torch.Tensor, format: str) -> np.ndarray:
     """The inverse of :func:`convert_PIL_to_numpy`: (H, W, C) in ``format`` -> (H, W, 3) RGB in 0..255.
 
-    uint8, but float64 for "YUV-BT.601".
+    uint8, but float64 for "YUV-BT.601". Of "BGR" with further channels, the first three.
     """
     array = image.cpu().numpy() if isinstance(image, torch.Tensor) else np.asarray(image)
     if format == "YUV-BT.601":
         return array @ _RGB_FROM_YUV.T * 255.0
     if format == "BGR":
-        return array[:, :, ::-1]
+        return array[:, :, [2, 1, 0]]
     if format == "L":
         return np.asarray(Image.fromarray(array[:, :, 0].astype(np.uint8)).convert("RGB"))
     array = array.astype(np.uint8)
