@@ -6,12 +6,13 @@ are there, the sample has its labels, moved along as ever, and for "image" zeros
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from fvcore.transforms.transform import TransformList
+from fvcore.transforms.transform import PadTransform, TransformList
 from torch import Tensor
 
 from d2_frozen.caching import SLOT, FeatureCache, Slot
@@ -77,7 +78,9 @@ class FrozenDatasetMapper(DatasetMapper):
             sample["sem_seg"] = torch.as_tensor(done.sem_seg.astype("long"))
             sample[LABEL_VALUES] = values_of(done.sem_seg)
         if "annotations" in sample:
-            self._transform_annotations(sample, done.transforms, tuple(done.image.shape[1:]))
+            self._transform_annotations(
+                sample, _padding_is_no_object(done.transforms), tuple(done.image.shape[1:])
+            )
         return sample
 
 
@@ -126,6 +129,17 @@ def augment(
             f"{width}x{height} were expected: one of its transforms was made for an image of another size."
         )
     return Augmented(torch.from_numpy(channels_first(pixels)), inputs.sem_seg, transforms, slot)
+
+
+def _padding_is_no_object(transforms: TransformList) -> TransformList:
+    """For masks of objects: what label maps get as padding (255, ignored) would be an object's pixels in them."""
+    steps = []
+    for step in transforms.transforms:
+        if isinstance(step, PadTransform):
+            step = copy.copy(step)
+            step.seg_pad_value = 0
+        steps.append(step)
+    return TransformList(steps)
 
 
 def _copied(record: dict[str, Any]) -> dict[str, Any]:

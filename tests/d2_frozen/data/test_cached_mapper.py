@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import pycocotools.mask as mask_util
 import pytest
 import torch
 from PIL import Image
@@ -55,6 +56,26 @@ def record(tmp_path) -> dict:
         "image_id": 1,
         "annotations": [{**annotation, "segmentation": [polygon], "iscrowd": 0}],
     }
+
+
+def test_padding_belongs_to_no_mask_whatever_label_maps_get_there(record: dict) -> None:
+    """An image of 90 x 60 in a square of 100: the left upper quarter of it is an RLE mask; 255 is padded to labels."""
+    quarter = np.zeros((60, 90), np.uint8, order="F")
+    quarter[:30, :45] = 1
+    rle = mask_util.encode(quarter)
+    record["annotations"][0] |= {"segmentation": rle, "bbox": [0.0, 0.0, 45.0, 30.0]}
+    mapper = FrozenDatasetMapper(
+        True,
+        augmentations=[SquareCrop(100)],
+        image_format="RGB",
+        use_instance_mask=True,
+        instance_mask_format="bitmask",
+        recompute_boxes=True,
+    )
+    sample = mapper(record)
+    assert sample["instances"].gt_masks.tensor.sum() == 30 * 45
+    assert sample["instances"].gt_boxes.tensor.tolist() == [[0.0, 0.0, 45.0, 30.0]]
+    assert (sample["sem_seg"][60:] == 255).all() and (sample["sem_seg"][:, 90:] == 255).all()
 
 
 def test_label_maps_with_a_palette_give_their_numbers_and_colours_are_refused(record: dict) -> None:
