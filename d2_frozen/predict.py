@@ -50,7 +50,11 @@ def main(arguments: Sequence[str] | None = None) -> Summary:
     options = [part for line in args.options for part in line.split("=", 1)]
     predictor = Predictor(args.heads, args.config_files, device=args.device, size=args.size, options=options)
     logger.info("Heads:\n%s", predictor.describe())
-    output = OutputFolder(Path(args.output), predictor.heads, {"size": args.size}, overwrite=args.overwrite)
+    # Of an input that is finished, nothing is drawn again.
+    drawn = {"pictures": args.pictures, "min_score": args.min_score if args.pictures else None}
+    output = OutputFolder(
+        Path(args.output), predictor.heads, {"size": args.size, **drawn}, overwrite=args.overwrite
+    )
     on_gpu = any(head.cfg.MODEL.DEVICE.startswith("cuda") for head in predictor.heads)
     settings = Settings(
         batch=args.batch or (4 if on_gpu else 1),

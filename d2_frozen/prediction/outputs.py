@@ -1,6 +1,6 @@
 """The folder of a prediction run: what is written where, and how a run that was stopped goes on.
 
-    DIR/run.json                        what made it: heads, size
+    DIR/run.json                        what made it: heads, size, how pictures are drawn
     DIR/done.jsonl                      a line per finished input, or per failed one with "error"
     DIR/HEAD/predictions.jsonl          a line per picture, frame or clip
     DIR/HEAD/coco.json                  detection: all of them in COCO's format
@@ -49,7 +49,7 @@ class OutputFolder:
     Args:
         folder: made if missing.
         heads: of the run.
-        settings: what else decides the results, as plain values.
+        settings: what else decides results and drawings, as plain values.
         overwrite: begin anew, whatever is there.
     Raises:
         ValueError: the folder holds predictions of other heads or settings.

@@ -142,6 +142,22 @@ def test_a_file_of_another_folder_does_not_replace_the_results_of_one_with_its_n
     output.close()
 
 
+def test_pictures_are_not_left_as_another_command_drew_them(
+    heads: list[str], pictures: Path, tmp_path: Path
+) -> None:
+    """What is finished is not drawn again, so --min-score would do nothing, and after --no-pictures none would come."""
+    drawn, without = (
+        [*heads, str(pictures), "--output", str(tmp_path / name)] for name in ("drawn", "without")
+    )
+    main(drawn)
+    with pytest.raises(ValueError, match=r"differing: min_score in run\.json"):
+        main([*drawn, "--min-score", "0.2"])
+    main([*without, "--no-pictures"])
+    with pytest.raises(ValueError, match=r"differing: min_score, pictures in run\.json"):
+        main(without)
+    assert main([*without, "--no-pictures", "--min-score", "0.2"]).inputs == 0
+
+
 def test_results_of_other_heads_are_not_mixed(
     save_head: SaveHead, heads: list[str], pictures: Path, tmp_path: Path
 ) -> None:
