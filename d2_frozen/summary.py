@@ -10,6 +10,7 @@ and Kinetics-400):
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -178,12 +179,17 @@ def model_of(cfg: CfgNode) -> str:
 
 
 def counts_table(folder: str | Path) -> str:
-    """Markdown: path of every yaml below ``folder`` that is a model of its own, its trainable and all parameters."""
+    """Markdown: path of every yaml below ``folder`` that is a model of its own, its trainable and all parameters.
+
+    Raises:
+        FileNotFoundError: there is none.
+    """
     known: dict[str, Counts] = {}
     rows = []
-    for path in sorted(Path(folder).rglob("*.yaml")):
-        if is_part(path):
-            continue
+    paths = [path for path in sorted(Path(folder).rglob("*.yaml")) if not is_part(path)]
+    if not paths:
+        raise FileNotFoundError(f"no config of a model (*.yaml) in {folder}.")
+    for path in paths:
         cfg = tasks.read_config(path)
         model = model_of(cfg)
         if model not in known:
@@ -194,7 +200,8 @@ def counts_table(folder: str | Path) -> str:
     )
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
+    """Raises: SystemExit: with a message, where flags or the config are wrong."""
     parser = argparse.ArgumentParser(
         prog="python -m d2_frozen.summary", description="Parameters of a config."
     )
@@ -203,13 +210,20 @@ def main() -> None:
         "--table", default="", metavar="FOLDER", help="print one row per yaml below this folder"
     )
     parser.add_argument("options", nargs="*", metavar="KEY VALUE", help="over those of --config-file")
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     if bool(args.config_file) == bool(args.table):
         parser.error("give one of --config-file and --table")
-    if args.table:
-        print(counts_table(args.table))
-    else:
-        print(parts_table(build_weightless(tasks.read_config(args.config_file, args.options))))
+    if args.table and args.options:
+        parser.error(f"{args.options[0]}: KEY VALUE options are for --config-file; --table has none")
+    try:
+        if args.table:
+            print(counts_table(args.table))
+        else:
+            print(parts_table(build_weightless(tasks.read_config(args.config_file, args.options))))
+    except KeyError as err:  # str() of it would be in quotes
+        sys.exit(f"error: {err.args[0]}")
+    except (ValueError, OSError, AssertionError) as err:
+        sys.exit(f"error: {err}")
 
 
 if __name__ == "__main__":
