@@ -209,7 +209,10 @@ def _config(config_file: str, options: list[str]) -> CfgNode:
         torch.set_float32_matmul_precision(precision)
         torch.backends.cudnn.allow_tf32 = precision != "highest"
     cfg.SEED = max(cfg.SEED, 0)
-    tasks.task_of(cfg).prepare_datasets(cfg, train=True)
+    try:
+        tasks.task_of(cfg).prepare_datasets(cfg, train=True)
+    except KeyError as err:  # an unknown dataset
+        raise ValueError(err.args[0]) from err
     cfg.freeze()
     return cfg
 

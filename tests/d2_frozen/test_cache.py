@@ -166,6 +166,15 @@ def test_messages(tiny_config: Path, tmp_path: Path, capsys: pytest.CaptureFixtu
     assert "--part is '3/3'" in run(capsys, "build", "--config-file", tiny_config, "--part", "3/3")[1]
 
 
+def test_an_unknown_dataset_is_an_error_without_traceback(
+    tiny_config: Path, options: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, out = run(
+        capsys, "build", "--config-file", tiny_config, *options, "DATASETS.TRAIN", "('shapes_trian',)"
+    )
+    assert code == 2 and "error: " in out and "shapes_trian" in out
+
+
 def test_folders_that_are_no_cache(
     tiny_config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], options: list[str]
 ) -> None:
