@@ -158,6 +158,8 @@ def build_head(
 
     Args:
         cfg: not frozen; its class count and device are filled in.
+    Raises:
+        ValueError: a part that is not registered, and see ``load_heads``.
     """
     task = tasks.task_of(cfg)
     prediction = task.prediction(cfg, classes)
@@ -168,7 +170,10 @@ def build_head(
     cfg.freeze()
     # A backbone of random weights is that of training again.
     with start_values(cfg.SEED) if cfg.SEED >= 0 else contextlib.nullcontext():
-        model = build_model(cfg)
+        try:
+            model = build_model(cfg)
+        except KeyError as err:  # a part that is not registered: one's own, say, whose module nobody imported
+            raise ValueError(f"{name}: {err.args[0]}") from err
     if file:
         if classes is None:
             logger.warning("%s does not name its classes; they are called by number.", file)

@@ -219,6 +219,11 @@ def test_names_of_heads_are_distinct(save_head: SaveHead, tmp_path: Path) -> Non
         load_heads([final, final], ["a.yaml"])
 
 
+def test_a_head_of_a_class_that_is_not_imported_is_named(save_head: SaveHead) -> None:
+    with pytest.raises(ValueError, match=r"^det: .*MyHeads"):
+        load_heads([save_head("det")], options=["MODEL.ROI_HEADS.NAME", "MyHeads"])
+
+
 def test_a_config_inside_a_file_with_keys_of_somebody_elses_project(save_head: SaveHead) -> None:
     file = save_head("det")
     content = torch.load(file, weights_only=True)
