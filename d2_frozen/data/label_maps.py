@@ -33,7 +33,8 @@ def read_label_map(
     Args:
         path: of a PNG or another lossless image.
         label_values: the number that stands in the file for each class, in the order of classes; all other numbers
-            become ``ignore_label``. None: the file holds class ids.
+            become ``ignore_label``. None: the file holds class ids. Black and white of one bit are 0 and 1, or 0 and
+            255 where 255 stands here, and 1 does not.
     Returns:
         (H, W) integers, 0..65535.
     Raises:
@@ -48,7 +49,9 @@ def read_label_map(
         except (OSError, SyntaxError, EOFError) as err:  # PIL does not name the file
             raise LabelMapError("broken label map", f"{path}: {err}") from err
     if numbers.dtype == bool:
-        numbers = numbers.astype(np.uint8)
+        # White of a PNG of one bit is 1, but looks as 255 does: the one that label_values has is meant.
+        white = 255 if label_values is not None and 255 in label_values and 1 not in label_values else 1
+        numbers = np.where(numbers, np.uint8(white), np.uint8(0))
     lowest, highest = int(numbers.min(initial=0)), int(numbers.max(initial=0))
     if lowest < 0 or highest > _HIGHEST:
         raise LabelMapError(

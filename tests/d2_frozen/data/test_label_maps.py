@@ -36,6 +36,15 @@ def test_label_values_become_classes_and_the_rest_is_ignored(tmp_path: Path) -> 
     assert read_label_map(str(tmp_path / "a.png"), [7, 8], 255).tolist() == [[0, 1], [255, 255]]
 
 
+def test_white_of_one_bit_is_the_white_that_label_values_names(tmp_path: Path) -> None:
+    """A PNG of one bit has 1 where a viewer shows white, as one of 8 bits does for 255."""
+    Image.fromarray(np.array([[False, True]])).save(tmp_path / "a.png")
+    path = str(tmp_path / "a.png")
+    assert read_label_map(path, [0, 255]).tolist() == [[0, 1]]
+    assert read_label_map(path, [1, 0]).tolist() == [[1, 0]]
+    assert read_label_map(path).tolist() == [[0, 1]]
+
+
 def test_a_broken_file_is_named(tmp_path: Path) -> None:
     """PIL's own message, "image file is truncated", names none: the image of the pair would be suspected."""
     whole = tmp_path / "whole.png"
