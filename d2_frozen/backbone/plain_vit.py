@@ -10,10 +10,11 @@ the image is shrunk by 14/16 first: s is 16 pixels of the given image, and the w
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import torch.nn.functional as F
-from timm.models import group_parameters, model_entrypoint
+from timm.models import model_entrypoint
 from torch import Tensor, nn
 
 from detectron2.layers import ShapeSpec
@@ -22,6 +23,9 @@ from detectron2.modeling import Backbone
 PLAIN_FEATURE = "plain"
 _PLAIN_MODULES = ("timm.models.vision_transformer", "timm.models.deit", "timm.models.eva")
 _STRIDES = (8, 16, 32)
+# Not by timm's groups: rotary frequencies that are learned stand behind the last block there, and before timm 1.0.31 so
+# do register tokens and the norm in front of the first block.
+_BLOCK = re.compile(r"blocks\.(\d+)\.")
 
 
 class PlainViT(Backbone):
@@ -91,19 +95,19 @@ class PlainViT(Backbone):
         return {PLAIN_FEATURE: ShapeSpec(channels=channels, stride=self.stride)}
 
     def parameters_by_layer(self) -> list[list[str]]:
-        """Names of the parameters of the patch embedding, then of each block, in the order of the forward pass.
+        """Names of the parameters in front of the blocks, then of each block, in the order of the forward pass.
 
         The final norm is in none of them.
         """
-        groups = group_parameters(self.network, self.network.group_matcher(coarse=False))
-        # timm counts the final norm with the last block.
-        return [
-            [f"network.{name}" for name in groups[key] if not name.startswith(("norm.", "fc_norm."))]
-            for key in sorted(groups)
-        ]
+        layers: list[list[str]] = [[] for _ in range(1 + self._depth)]
+        for name, _ in self.network.named_parameters():
+            if not name.startswith(("norm.", "fc_norm.")):
+                block = _BLOCK.match(name)
+                layers[1 + int(block[1]) if block else 0].append(f"network.{name}")
+        return layers
 
     def parameters_by_stage(self) -> list[list[str]]:
-        """As of a network with four stages: patch embedding, then four quarters of the blocks; all parameters."""
+        """As of a network with four stages: what is in front of the blocks, then quarters of them; all parameters."""
         stem, *blocks = self.parameters_by_layer()
         parts: list[list[str]] = [[], [], [], []]
         for index, names in enumerate(blocks):

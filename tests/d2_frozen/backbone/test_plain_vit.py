@@ -118,6 +118,26 @@ def test_stages_are_quarters_of_the_blocks():
     assert trained == {"3", "4", "5"}
 
 
+@pytest.mark.parametrize(
+    ("name", "part"),
+    [
+        ("vit_small_patch16_rope_mixed_224", "rope"),
+        ("vit_base_patch16_clip_224", "norm_pre"),
+        ("vit_small_patch14_reg4_dinov2", "reg_token"),
+    ],
+)
+def test_what_every_block_depends_on_belongs_to_the_stem(name, part):
+    """timm's groups have learned rotary frequencies behind the last block; before 1.0.31, the two others with it or
+    behind it."""
+    backbone = small(name)
+    stem, *blocks = backbone.parameters_by_layer()
+    assert part in {n.split(".")[1] for n in stem}
+    assert [{n.split(".")[2] for n in block} for block in blocks] == [{"0"}, {"1"}, {"2"}, {"3"}]
+    partly = freeze_backbone(backbone, "stem")
+    trained = {n.split(".")[1] for n, p in partly.named_parameters() if p.requires_grad}
+    assert trained == {"blocks", "norm"}
+
+
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_frozen(precision):
     exact = small("vit_small_patch14_dinov2", img_size=56)
