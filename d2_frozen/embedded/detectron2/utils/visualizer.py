@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import colorsys
 import functools
+import itertools
 import math
 import os
 from collections.abc import Mapping, Sequence
@@ -18,7 +19,7 @@ import cv2
 import numpy as np
 import pycocotools.mask as mask_coding
 import torch
-from PIL import Image, ImageColor, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont
 
 from detectron2._outside import outside_message, outside_subset
 from detectron2.data import MetadataCatalog
@@ -30,18 +31,16 @@ __all__ = ["ColorMode", "GenericMask", "VisImage", "Visualizer"]
 
 __getattr__ = outside_subset(__name__, ("VideoVisualizer", "_PanopticPrediction"))
 
-Color = Any  # "g", "red", "#ff8800", or (r, g, b) in 0..1
+Color = Any  # a name that matplotlib knows ("g", "red", "tab:blue", "#ff8800"), or (r, g, b) in 0..1
 
-_LETTERS = {
-    "b": (0.0, 0.0, 1.0),
-    "g": (0.0, 0.5, 0.0),
-    "r": (1.0, 0.0, 0.0),
-    "c": (0.0, 0.75, 0.75),
-    "m": (0.75, 0.0, 0.75),
-    "y": (0.75, 0.75, 0.0),
-    "k": (0.0, 0.0, 0.0),
-    "w": (1.0, 1.0, 1.0),
+# Lengths in line widths: drawn, left out, drawn, ...; the round ends of what is drawn take one more from the gaps.
+_LINE_STYLES: dict[str, tuple[float, ...]] = {
+    "-": (),
+    "--": (6.0, 6.0),
+    ":": (1.0, 3.0),
+    "-.": (6.0, 3.0, 1.0, 3.0),
 }
+_LINE_STYLE_NAMES = {"solid": "-", "dashed": "--", "dotted": ":", "dashdot": "-."}
 _SUBPIXEL_BITS = 4  # OpenCV takes coordinates as multiples of 1/16 pixel
 # Objects below this area (pixels of the original image) get their label beside the box instead of inside.
 _SMALL_AREA = 1000
@@ -74,7 +73,12 @@ class VisImage:
     def reset_image(self, img: np.ndarray) -> None:
         """Start over on ``img``, same size as before."""
         self.img = np.ascontiguousarray(np.clip(img, 0, 255).astype(np.uint8))
-        size = (max(1, round(self.width * self.scale)), max(1, round(self.height * self.scale)))
+        # Rounded down, so that a video writer opened for int(scale * side) takes the frames; the little more
+        # keeps 1.1 * 100 at 110.
+        size = (
+            max(1, int(self.width * self.scale + 0.01)),
+            max(1, int(self.height * self.scale + 0.01)),
+        )
         self.canvas = self.img.copy() if size == (self.width, self.height) else cv2.resize(self.img, size)
 
     def get_image(self) -> np.ndarray:
@@ -107,7 +111,19 @@ class GenericMask:
 
     def __init__(self, mask_or_polygons: Any, height: int, width: int) -> None:
         self.height, self.width = height, width
+        self._given_polygons: list[np.ndarray] | None = None
+        if isinstance(mask_or_polygons, (list, tuple)):
+            self._given_polygons = [np.asarray(p, dtype=np.float64).ravel() for p in mask_or_polygons]
         self.mask = self._rasterize(mask_or_polygons)
+
+    def polygons_to_mask(self, polygons: Sequence[Any]) -> np.ndarray:
+        """Flat polygons -> (height, width) uint8, 1 inside any of them."""
+        return self._rasterize(list(polygons))
+
+    def mask_to_polygons(self, mask: np.ndarray) -> tuple[list[np.ndarray], bool]:
+        """The outlines of an (H, W) mask, as :attr:`polygons` has them, and whether it has holes."""
+        mask = np.ascontiguousarray(np.asarray(mask).astype(bool).astype(np.uint8))
+        return [(c.reshape(-1, 2) + 0.5).ravel() for c in _outlines(mask) if len(c) >= 3], _has_holes(mask)
 
     def _rasterize(self, given: Any) -> np.ndarray:
         if isinstance(given, dict):
@@ -130,13 +146,14 @@ class GenericMask:
 
     @property
     def polygons(self) -> list[np.ndarray]:
-        """Outlines as flat arrays x0, y0, x1, y1, ...; outer ones and holes."""
-        return [(c.reshape(-1, 2) + 0.5).ravel() for c in _outlines(self.mask) if len(c) >= 3]
+        """Flat arrays x0, y0, x1, y1, ...: what was given, or the outlines, outer ones and holes."""
+        if self._given_polygons is not None:
+            return self._given_polygons
+        return self.mask_to_polygons(self.mask)[0]
 
     @property
     def has_holes(self) -> bool:
-        _, hierarchy = cv2.findContours(self.mask, cv2.RETR_CCOMP, cv2.CHAIN_APPROX_NONE)
-        return hierarchy is not None and bool((hierarchy[0, :, 3] >= 0).any())
+        return _has_holes(self.mask)
 
     def area(self) -> int:
         """In pixels."""
@@ -157,6 +174,7 @@ class Visualizer:
             used.
         scale: size of the output relative to the image.
         instance_mode: how instances are coloured.
+        font_size_scale: of all text, relative to the size that suits the picture.
     """
 
     def __init__(
@@ -165,6 +183,7 @@ class Visualizer:
         metadata: Any = None,
         scale: float = 1.0,
         instance_mode: ColorMode = ColorMode.IMAGE,
+        font_size_scale: float = 1.0,
     ) -> None:
         image = np.asarray(img_rgb)
         if image.ndim != 3 or image.shape[2] != 3:
@@ -173,9 +192,11 @@ class Visualizer:
         self.metadata = MetadataCatalog.get("__nonexist__") if metadata is None else metadata
         self.output = VisImage(self.img, scale=scale)
         self._instance_mode = instance_mode
+        self._varied_colors = 0
         # Pixels of the output.
-        self._default_font_size = max(11.0, math.sqrt(self.output.height * self.output.width) / 40 * scale)
-        self._line_width = max(1, round(self._default_font_size / 8))
+        font_size = max(11.0, math.sqrt(self.output.height * self.output.width) / 40 * scale)
+        self._default_font_size = font_size * font_size_scale
+        self._line_width = max(1, round(font_size / 8))
 
     # ------------------------------------------------------------------ whole results
 
@@ -193,7 +214,7 @@ class Visualizer:
         classes = predictions.pred_classes.tolist() if predictions.has("pred_classes") else None
         scores = predictions.scores if predictions.has("scores") else None
         masks = predictions.pred_masks if predictions.has("pred_masks") else None
-        labels = _labels(classes, scores, self.metadata.get("thing_classes", None))
+        labels = _create_text_labels(classes, scores, self.metadata.get("thing_classes", None))
         alpha, colors = 0.5, None
         if self._instance_mode is ColorMode.SEGMENTATION and classes is not None:
             colors = self._category_colors(classes, jittering)
@@ -225,7 +246,7 @@ class Visualizer:
             self.overlay_instances(
                 masks=masks,
                 boxes=np.asarray(boxes, dtype=np.float32),
-                labels=_labels(classes, None, names, crowd),
+                labels=_create_text_labels(classes, None, names, crowd),
                 assigned_colors=colors,
             )
         labels = dic.get("sem_seg")
@@ -237,7 +258,12 @@ class Visualizer:
         return self.output
 
     def draw_sem_seg(
-        self, sem_seg: torch.Tensor | np.ndarray, area_threshold: int | None = None, alpha: float = 0.8
+        self,
+        sem_seg: torch.Tensor | np.ndarray,
+        area_threshold: int | None = None,
+        alpha: float = 0.8,
+        draw_text: bool = True,
+        edge_color: Color = _REGION_EDGE,
     ) -> VisImage:
         """Draw per-pixel classes.
 
@@ -245,6 +271,8 @@ class Visualizer:
             sem_seg: (H, W) integers; values without a name in ``stuff_classes`` (255, say) are left out.
             area_threshold: connected regions below this many pixels are left out; None for none.
             alpha: 0 (transparent) .. 1.
+            draw_text: write the class on its regions.
+            edge_color: of the regions.
         """
         sem_seg = _array(sem_seg)
         names = self.metadata.get("stuff_classes", None)
@@ -257,8 +285,8 @@ class Visualizer:
             self.draw_binary_mask(
                 (sem_seg == label).astype(np.uint8),
                 color=tuple(c / 255 for c in colors[label]) if has_color else _palette_color(label),
-                edge_color=_REGION_EDGE,
-                text=str(label) if names is None else names[label],
+                edge_color=edge_color,
+                text=(str(label) if names is None else names[label]) if draw_text else None,
                 alpha=alpha,
                 area_threshold=area_threshold,
             )
@@ -329,6 +357,8 @@ class Visualizer:
     def overlay_rotated_instances(self, *args: Any, **kwargs: Any) -> VisImage:
         raise NotImplementedError(outside_message("drawing rotated boxes"))
 
+    draw_rotated_box_with_label = overlay_rotated_instances
+
     def draw_and_connect_keypoints(self, *args: Any, **kwargs: Any) -> VisImage:
         raise NotImplementedError(outside_message("drawing keypoints"))
 
@@ -368,7 +398,7 @@ class Visualizer:
     def draw_box(
         self, box_coord: Sequence[float], alpha: float = 0.5, edge_color: Color = "g", line_style: str = "-"
     ) -> VisImage:
-        """Draw the outline of an XYXY box (pixels); ``line_style`` "-" or "--"."""
+        """Draw the outline of an XYXY box (pixels); ``line_style`` "-", "--", ":" or "-."."""
         x0, y0, x1, y1 = (float(v) for v in box_coord)
         points = [(x0, y0), (x1, y0), (x1, y1), (x0, y1), (x0, y0)]
         self._polyline(points, edge_color, self._line_width, alpha, line_style)
@@ -503,15 +533,13 @@ class Visualizer:
         chosen = [tuple(v / 255 for v in colors[c]) for c in classes]
         if not jittering:
             return chosen
-        varied, used = [], dict.fromkeys(classes, 0)
-        for c, color in zip(classes, chosen):
-            varied.append(self._jitter(color, used[c]))
-            used[c] += 1
-        return varied
+        return [self._jitter(color) for color in chosen]
 
-    def _jitter(self, color: Sequence[float], turn: int = 0) -> tuple[float, float, float]:
+    def _jitter(self, color: Sequence[float]) -> tuple[float, float, float]:
+        """The colour, varied a little; subclasses override it to have one colour per category."""
         # A point on a small circle around the colour, the golden angle further for each instance.
-        angle = 2.39996 * turn
+        angle = 2.39996 * self._varied_colors
+        self._varied_colors += 1
         steps = (math.cos(angle), math.sin(angle), -math.cos(angle))
         red, green, blue = (min(1.0, max(0.0, v + 0.1 * s)) for v, s in zip(color, steps))
         return red, green, blue
@@ -574,9 +602,11 @@ class Visualizer:
         return np.round(scaled * (1 << _SUBPIXEL_BITS)).astype(np.int32)
 
     def _polyline(self, points: list, color: Color, width: int, alpha: float, style: str) -> None:
-        if style not in ("-", "--", "solid", "dashed"):
-            raise ValueError(f"line style is '-' or '--', got {style!r}.")
-        pieces = [points] if style in ("-", "solid") else _dashes(points, 6.0 * width / self.output.scale)
+        pattern = _LINE_STYLES.get(_LINE_STYLE_NAMES.get(style, style))
+        if pattern is None:
+            raise ValueError(f"line style is one of {', '.join(map(repr, _LINE_STYLES))}, got {style!r}.")
+        lengths = [length * width / self.output.scale for length in pattern]
+        pieces = _dashes(points, lengths) if lengths else [points]
         cover = np.zeros(self.output.canvas.shape[:2], np.uint8)
         lines = [self._fixed(piece) for piece in pieces]
         cv2.polylines(cover, lines, False, 255, width, lineType=cv2.LINE_AA, shift=_SUBPIXEL_BITS)
@@ -601,11 +631,12 @@ class Visualizer:
         window[:] = np.round(window * (1 - weight) + patch[:, :, :3] * weight).astype(np.uint8)
 
 
-def _labels(
+# With the original's name, as projects import it.
+def _create_text_labels(
     classes: Sequence[int] | None,
     scores: Any,
-    names: Sequence[str] | None,
-    crowd: Sequence[bool] | None = None,
+    class_names: Sequence[str] | None,
+    is_crowd: Sequence[bool] | None = None,
 ) -> list[str] | None:
     """ "person 98%", "car|crowd"; None without classes and scores."""
     if classes is None and scores is None:
@@ -616,10 +647,11 @@ def _labels(
         parts = []
         if classes is not None:
             c = classes[k]
-            parts.append(names[c] if names is not None and 0 <= c < len(names) else str(c))
+            known = class_names is not None and 0 <= c < len(class_names)
+            parts.append(class_names[c] if known else str(c))
         if scores is not None:
             parts.append(f"{float(scores[k]) * 100:.0f}%")
-        texts.append(" ".join(parts) + ("|crowd" if crowd is not None and crowd[k] else ""))
+        texts.append(" ".join(parts) + ("|crowd" if is_crowd is not None and is_crowd[k] else ""))
     return texts
 
 
@@ -636,22 +668,32 @@ def _outlines(mask: np.ndarray) -> list[np.ndarray]:
     return list(cv2.findContours(mask, cv2.RETR_CCOMP, cv2.CHAIN_APPROX_NONE)[0])
 
 
-def _dashes(points: list, length: float) -> list[list[tuple[float, float]]]:
+def _has_holes(mask: np.ndarray) -> bool:
+    _, hierarchy = cv2.findContours(mask, cv2.RETR_CCOMP, cv2.CHAIN_APPROX_NONE)
+    return hierarchy is not None and bool((hierarchy[0, :, 3] >= 0).any())
+
+
+def _dashes(points: list, lengths: Sequence[float]) -> list[list[tuple[float, float]]]:
+    """The drawn pieces of a line, each side begun anew; ``lengths`` in pixels: drawn, left out, drawn, ..."""
     pieces = []
     for (x0, y0), (x1, y1) in zip(points, points[1:]):
         distance = math.hypot(x1 - x0, y1 - y0)
-        count = max(1, int(distance / length))
-        for k in range(0, count, 2):
-            a, b = k / count, min(1.0, (k + 1) / count)
-            pieces.append(
-                [(x0 + (x1 - x0) * a, y0 + (y1 - y0) * a), (x0 + (x1 - x0) * b, y0 + (y1 - y0) * b)]
-            )
+        start = 0.0
+        for k, length in enumerate(itertools.cycle(lengths)):
+            if start >= distance:
+                break
+            a, b = start / distance, min(1.0, (start + length) / distance)
+            if k % 2 == 0:
+                pieces.append(
+                    [(x0 + (x1 - x0) * a, y0 + (y1 - y0) * a), (x0 + (x1 - x0) * b, y0 + (y1 - y0) * b)]
+                )
+            start += length
     return pieces
 
 
 def _text_patch(text: str, size: float, color: tuple[float, float, float]) -> Image.Image:
     font = _font(size)
-    left, top, right, bottom = font.getbbox(text)
+    left, top, right, bottom = ImageDraw.Draw(Image.new("L", (1, 1))).textbbox((0, 0), text, font=font)
     margin = max(1, round(size / 8))
     patch = Image.new(
         "RGBA", (math.ceil(right - left) + 2 * margin, math.ceil(bottom - top) + 2 * margin), (0, 0, 0, 200)
@@ -681,10 +723,9 @@ def _rgb(color: Color) -> tuple[float, float, float]:
         ValueError: no such colour.
     """
     if isinstance(color, str):
-        if color in _LETTERS:
-            return _LETTERS[color]
-        levels = ImageColor.getrgb(color)
-        return levels[0] / 255, levels[1] / 255, levels[2] / 255
+        from matplotlib.colors import to_rgb  # its names are the ones that Detectron2's users know
+
+        return to_rgb(color)
     red, green, blue = (float(v) for v in tuple(color)[:3])
     if not all(0 <= v <= 1 for v in (red, green, blue)):
         raise ValueError(f"colours are (r, g, b) in 0..1, got {tuple(color)}.")
