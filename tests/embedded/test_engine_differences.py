@@ -14,6 +14,7 @@ import detectron2
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import get_cfg
 from detectron2.engine import AMPTrainer, HookBase, default_argument_parser, default_setup, hooks, launch
+from detectron2.solver import maybe_add_gradient_clipping
 from detectron2.utils.logger import setup_logger
 
 if not hasattr(detectron2, "EMBEDDED_IN"):
@@ -142,3 +143,17 @@ def test_a_log_on_a_full_disk_is_told_in_one_line(tmp_path: Path, capsys: pytest
         line
         == f"{tmp_path}/log.txt cannot be written, and misses lines from now on: [Errno 28] No space left on device"
     )
+
+
+@pytest.mark.parametrize("kind", ["value", "norm"])
+def test_clipping_leaves_out_parameters_without_a_gradient(kind: str):
+    """Torch's clipping by value fails on a list of parameters none of which has a gradient."""
+    cfg = get_cfg()
+    cfg.SOLVER.CLIP_GRADIENTS.ENABLED = True
+    cfg.SOLVER.CLIP_GRADIENTS.CLIP_TYPE = kind
+    cfg.SOLVER.CLIP_GRADIENTS.CLIP_VALUE = 0.5
+    reached, unused = nn.Parameter(torch.tensor(0.0)), nn.Parameter(torch.tensor(1.0))
+    optimizer = maybe_add_gradient_clipping(cfg, torch.optim.SGD)([reached, unused], lr=1.0)
+    (3 * reached).backward()
+    optimizer.step()
+    assert reached.item() == pytest.approx(-0.5) and unused.item() == 1

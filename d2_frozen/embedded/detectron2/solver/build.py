@@ -201,7 +201,9 @@ def _with_clipping(base: type, clip: Callable[[nn.Parameter], Any]) -> type:
     def step(self: torch.optim.Optimizer, closure: Callable[[], float] | None = None) -> Any:
         for group in self.param_groups:
             for parameter in group["params"]:
-                clip(parameter)
+                # What the losses do not reach has none; torch's clipping by value does not take that.
+                if parameter.grad is not None:
+                    clip(parameter)
         return base.step(self, closure)
 
     return type(f"{base.__name__}WithGradientClip", (base,), {"step": step, "__module__": base.__module__})
