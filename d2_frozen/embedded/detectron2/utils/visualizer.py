@@ -647,8 +647,8 @@ def _create_text_labels(
         parts = []
         if classes is not None:
             c = classes[k]
-            known = class_names is not None and 0 <= c < len(class_names)
-            parts.append(class_names[c] if known else str(c))
+            names = class_names or ()
+            parts.append(names[c] if 0 <= c < len(names) else str(c))
         if scores is not None:
             parts.append(f"{float(scores[k]) * 100:.0f}%")
         texts.append(" ".join(parts) + ("|crowd" if is_crowd is not None and is_crowd[k] else ""))
