@@ -545,11 +545,30 @@ def _segmentation_fault(
             good.append(polygon)
         else:
             first = fault
+    if good and (fault := _place_fault(good, annotation["bbox"])):
+        return fault
     if len(good) == len(segmentation):
         return None
     if good:
         report._segmentations[position] = good
     return first
+
+
+def _place_fault(polygons: list[list[float]], box: list[float]) -> tuple[str, str] | None:
+    """Polygons that are not where their box is: training would follow them, and evaluation the box."""
+    xs = [x for polygon in polygons for x in polygon[0::2]]
+    ys = [y for polygon in polygons for y in polygon[1::2]]
+    x0, x1, y0, y1 = min(xs), max(xs), min(ys), max(ys)
+    if x0 == x1 or y0 == y1:
+        return "segmentation without area", f"{polygons!r:.60}"
+    x, y, w, h = box
+    slack = BOX_TOLERANCE_PX
+    if max(box) <= 1:
+        return None  # a share of the image, perhaps: of all boxes together that is told
+    if x1 < x - slack or x0 > x + w + slack or y1 < y - slack or y0 > y + h + slack:
+        seen = f"its points have x {x0:.6g} to {x1:.6g}, y {y0:.6g} to {y1:.6g}; bbox {box}"
+        return "segmentation and bbox lie apart", seen
+    return None
 
 
 def _polygon_fault(polygon: Any) -> tuple[str, str] | None:
