@@ -96,7 +96,9 @@ def main(arguments: list[str] | None = None) -> None:
         cfg = read_config(args.config_file, args.opts)
         folder = Path(args.output_dir or Path(cfg.OUTPUT_DIR, "data")).expanduser()
         print(visualize(cfg, folder, args.pictures, args.samples))
-    except (ValueError, OSError, KeyError, AssertionError) as err:
+    except KeyError as err:  # an unknown dataset or key; str() of it would be in quotes
+        sys.exit(f"error: {err.args[0]}")
+    except (ValueError, OSError, AssertionError) as err:
         sys.exit(f"error: {err}")
 
 

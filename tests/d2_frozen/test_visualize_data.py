@@ -121,3 +121,8 @@ def test_bad_data_is_told_as_in_a_training(tmp_path: Path, view: Callable[..., s
     next((tmp_path / "train").iterdir()).unlink()
     with pytest.raises(SystemExit, match="missing image"):
         view(DETECTION, trained_on(coco_entries(tmp_path, "vis_bad"), iterations=1))
+
+
+def test_a_misspelt_dataset_is_told_without_quotes_around_it(view: Callable[..., str]) -> None:
+    with pytest.raises(SystemExit, match="^error: [Dd]ataset 'vis_misspelt'"):
+        view(DETECTION, options=("DATASETS.TRAIN", "('vis_misspelt',)"))
