@@ -74,12 +74,10 @@ def _check(cfg: CfgNode, names: Sequence[str], train: bool) -> dict[str, list[st
         for name in names
     ]
     problems = [problem for report in reports for problem in report.problems] + _across(reports)
+    if problems and not (cfg.DATASETS.SKIP_BAD and all(problem.skippable for problem in problems)):
+        raise BadDataError(problems)
     for report in reports:
         _tell_absent_classes(report)
-    if not problems:
-        return {}
-    if not cfg.DATASETS.SKIP_BAD or not all(problem.skippable for problem in problems):
-        raise BadDataError(problems)
     bad = {}
     for report in reports:
         if report.problems:

@@ -64,6 +64,7 @@ def test_masks_in_black_and_white_do_not_train_on_black_alone(label_folders, tmp
     cfg = config_of(*folders, tmp_path, classes=["background", "crack"])
     with pytest.raises(BadDataError, match=r"white \(255\) is ignored .*label_values: \[0, 255\]"):
         prepare_datasets(cfg)
+    assert "have no pixel" not in caplog.text  # the error says why
     cfg.DATASETS.TRAIN, cfg.DATASETS.TEST = (), ("mine_train",)
     prepare_datasets(cfg)
     assert "have no pixel: crack; 255 occurs, and is ignored." in caplog.text
