@@ -222,6 +222,30 @@ def test_a_table_in_parts_has_what_earlier_parts_have_run(
     assert [row[:2] for row in rows[1:]] == [["fpn mask", "11.0 ± 1.4"], ["bifpn mask", "16.0 ± 1.4"]]
 
 
+def test_a_table_keeps_the_tasks_that_ran_with_options_of_their_own(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """A part with other options replaced the table by one of its own task alone."""
+    root, configs = tmp_path / "mini", REPOSITORY / "configs"
+    for task, metrics, options in (
+        ("video", {"video": {"top1": 35.0}}, ("SOLVER.MAX_ITER", "3")),
+        ("segmentation", {"sem_seg": {"mIoU": 84.0}}, ("SOLVER.MAX_ITER", "5")),
+    ):
+        config = configs / f"mini/{task}/table1/none_frozen.yaml"
+        job = Job(f"table1/{task}/none_frozen/seed1", str(config), (*options, "SEED", "1"))
+        job.write_settings(root)
+        result = {"metrics": metrics, "trainable": 1_000_000, "seed": 1, "options": list(job.options)}
+        write_json(job.folder(root) / "result.json", result)
+        flags = ["--configs", str(configs), "--output", str(tmp_path), "--options", *options]
+        assert main(["table", "1", "--cells", f"{task}/none_frozen", *flags]) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| none")]
+    assert [[part.strip() for part in line.strip("|").split("|")][1] for line in lines] == [
+        "35.0",
+        "84.0",
+        "35.0",
+    ]
+
+
 @pytest.mark.parametrize(
     "flags, message",
     [
