@@ -123,6 +123,10 @@ def test_bad_data_is_told_as_in_a_training(tmp_path: Path, view: Callable[..., s
         view(DETECTION, trained_on(coco_entries(tmp_path, "vis_bad"), iterations=1))
 
 
-def test_a_misspelt_dataset_is_told_without_quotes_around_it(view: Callable[..., str]) -> None:
+def test_a_misspelt_dataset_is_told_without_quotes_around_it(
+    tmp_path: Path, view: Callable[..., str]
+) -> None:
+    generate(tmp_path, train=2, val=1, seed=1, size=64)
+    data = trained_on(coco_entries(tmp_path, "vis_spelt"), iterations=1)
     with pytest.raises(SystemExit, match="^error: [Dd]ataset 'vis_misspelt'"):
-        view(DETECTION, options=("DATASETS.TRAIN", "('vis_misspelt',)"))
+        view(DETECTION, data, options=("DATASETS.TRAIN", "('vis_misspelt',)"))
