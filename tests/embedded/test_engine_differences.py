@@ -6,6 +6,7 @@ import importlib.util
 import os
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -16,6 +17,7 @@ from detectron2.config import get_cfg
 from detectron2.engine import AMPTrainer, HookBase, default_argument_parser, default_setup, hooks, launch
 from detectron2.solver import maybe_add_gradient_clipping
 from detectron2.utils.logger import setup_logger
+from detectron2.utils.visualizer import Visualizer
 
 if not hasattr(detectron2, "EMBEDDED_IN"):
     pytest.skip("about the embedded engine", allow_module_level=True)
@@ -157,3 +159,10 @@ def test_clipping_leaves_out_parameters_without_a_gradient(kind: str):
     (3 * reached).backward()
     optimizer.step()
     assert reached.item() == pytest.approx(-0.5) and unused.item() == 1
+
+
+@pytest.mark.parametrize("edge", [float("inf"), float("nan")])
+def test_dashes_of_a_box_that_has_no_end_are_not_drawn_for_ever(edge: float):
+    drawing = Visualizer(np.zeros((20, 20, 3), np.uint8))
+    drawn = drawing.draw_box((4, 4, edge, 16), edge_color="w", alpha=1.0, line_style="--").get_image()
+    assert drawn[4:16, 3:5].any() and not drawn[:, 8:].any()  # its left side alone

@@ -680,7 +680,7 @@ def _dashes(points: list, lengths: Sequence[float]) -> list[list[tuple[float, fl
         distance = math.hypot(x1 - x0, y1 - y0)
         start = 0.0
         for k, length in enumerate(itertools.cycle(lengths)):
-            if start >= distance:
+            if not start < distance < math.inf:  # nothing to draw of a side without length
                 break
             a, b = start / distance, min(1.0, (start + length) / distance)
             if k % 2 == 0:
