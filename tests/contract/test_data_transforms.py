@@ -167,14 +167,16 @@ def test_equal_seeds_give_equal_augmentations():
         assert np.array_equal(first, second)
 
 
-@pytest.mark.parametrize("name", ["image", "img", "frame"])
-def test_a_single_parameter_is_the_image_whatever_its_name(name):
-    class Mirror(T.Augmentation):
-        pass
-
-    scope = {"T": T}
-    exec(f"def get_transform(self, {name}):\n    return T.HFlipTransform({name}.shape[1])", scope)
-    Mirror.get_transform = scope["get_transform"]
+@pytest.mark.parametrize(
+    "get_transform",
+    [
+        lambda self, image: T.HFlipTransform(image.shape[1]),
+        lambda self, img: T.HFlipTransform(img.shape[1]),
+        lambda self, frame: T.HFlipTransform(frame.shape[1]),
+    ],
+)
+def test_a_single_parameter_is_the_image_whatever_its_name(get_transform):
+    Mirror = type("Mirror", (T.Augmentation,), {"get_transform": get_transform})
     held = T.AugInput(np.arange(12, dtype=np.uint8).reshape(3, 4), boxes=np.array([[0.0, 0, 1, 1]]))
     Mirror()(held)
     assert held.image[0].tolist() == [3, 2, 1, 0] and held.boxes.tolist() == [[3, 0, 4, 1]]

@@ -139,8 +139,9 @@ def test_text_names_file_image_and_annotation(check, world, tmp_path):
 
 @pytest.mark.parametrize("box", [[-1, -1, 22, 12], [0, 0, 20, 10], [19.5, 9.5, 1, 1]])
 def test_one_pixel_of_rounding_is_fine(check, world, box):
-    world["annotations"][0]["bbox"] = box
-    assert kinds(check(masks=False)) == []
+    x, y, w, h = box
+    world["annotations"][0] |= {"bbox": box, "segmentation": [[x, y, x + w, y, x + w, y + h]]}
+    assert kinds(check()) == []
 
 
 def test_good_polygons_of_an_object_stay(check, world):
