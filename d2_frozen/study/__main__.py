@@ -31,7 +31,7 @@ from tabulate import tabulate
 from d2_frozen.files import whole_file
 from d2_frozen.study.cka.command import add_cka_command
 from d2_frozen.study.findings import write_findings
-from d2_frozen.study.jobs import Job, read_json
+from d2_frozen.study.jobs import Job, compared_options, read_json
 from d2_frozen.study.layout import write_sweep, write_table
 from d2_frozen.study.paper import paper_numbers
 from d2_frozen.study.pretraining import (
@@ -89,8 +89,9 @@ def run_table(args: argparse.Namespace) -> int:
     root = _root(args)
     seeds = _seeds(args, f"table{args.number}/*/*")
     all_cells = named_cells(args.number, args.scale, args.configs)
-    options = {task: _options_of(root / f"table{args.number}" / task) for task in {c.task for c in all_cells}}
-    options |= {cell.task: args.options for cell in cells}
+    options = {cell.task: args.options for cell in cells}
+    for task in {cell.task for cell in all_cells} - options.keys():
+        options[task] = _options_of(root / f"table{args.number}" / task)
     finished = {
         cell: runs
         for cell in all_cells
@@ -295,7 +296,7 @@ def _seeds(args: argparse.Namespace, models: str) -> list[int]:
 def _options_of(folder: Path) -> Sequence[str]:
     """Those of the runs of a task that this call was not about; none, and a warning, where they had different ones."""
     results = (read_json(path) for path in sorted(folder.glob("*/seed*/result.json")))
-    found = {tuple(result.get("options", ())[:-2]) for result in results if result}  # the last are the seed
+    found = {compared_options(result) for result in results if result}
     if len(found) > 1:
         logger.warning("%s has runs with different --options; those without any are in the table.", folder)
     return next(iter(found)) if len(found) == 1 else ()

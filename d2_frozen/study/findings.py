@@ -15,14 +15,11 @@ from typing import NamedTuple
 
 from tabulate import tabulate
 
-from d2_frozen import tasks
 from d2_frozen.files import write_text
 from d2_frozen.study.contrasts import CONFIDENCE, NOT_RUN, Difference, difference, together
-from d2_frozen.study.jobs import read_json
+from d2_frozen.study.jobs import compared_options, read_json
 from d2_frozen.study.tables import METRICS
 
-# Options that may differ between the runs of a table.
-NOT_COMPARED = {"SEED", *tasks.NOT_PART_OF_RESULT}
 Weights = dict[str, float]
 # Metric -> cell -> seed -> score.
 Scores = dict[str, dict[str, dict[int, float]]]
@@ -230,9 +227,7 @@ def unlike(root: Path) -> list[str]:
         options = set()
         for path in folder.glob("*/seed*/result.json"):
             if (run := read_json(path)) is not None:
-                values = dict(zip(run.get("options", [])[::2], run.get("options", [])[1::2]))
-                shown = [f"{key} {value}" for key, value in values.items() if key not in NOT_COMPARED]
-                options.add(" ".join(shown) or "none")
+                options.add(" ".join(compared_options(run)) or "none")
         if len(options) > 1:
             said.append(
                 f"Careful: runs of {folder.parent.name}, {folder.name} had different options: "

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,8 @@ from detectron2.config import CfgNode
 
 logger = logging.getLogger("d2_frozen.study")
 
+# Options that may differ between the runs of a table.
+NOT_COMPARED = {"SEED", *tasks.NOT_PART_OF_RESULT}
 SETTINGS_FILE, FAILURE_FILE = "settings.json", "failed.json"
 
 
@@ -117,6 +120,13 @@ class Job:
         path = self.folder(root) / SETTINGS_FILE
         if read_json(path) is None:
             write_json(path, self.settings())
+
+
+def compared_options(result: Mapping[str, Any]) -> tuple[str, ...]:
+    """KEY VALUE ... that a run had, without those that may differ between the runs of a table."""
+    options = result.get("options", [])
+    values = dict(zip(options[::2], options[1::2]))
+    return tuple(text for pair in values.items() if pair[0] not in NOT_COMPARED for text in pair)
 
 
 def write_json(path: Path, content: Any) -> None:

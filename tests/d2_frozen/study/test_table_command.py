@@ -246,6 +246,27 @@ def test_a_table_keeps_the_tasks_that_ran_with_options_of_their_own(
     ]
 
 
+def test_different_options_are_told_of_tasks_that_the_call_is_not_about(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Of those that it is about, only runs with its own options are taken anyway."""
+    detection = tmp_path / "mini/table1/detection"
+    for cell, value in (("none_frozen", "3"), ("none_full", "5")):
+        result = {
+            "metrics": {},
+            "trainable": 1,
+            "seed": 1,
+            "options": ["SOLVER.MAX_ITER", value, "SEED", "1"],
+        }
+        write_json(detection / cell / "seed1/result.json", result)
+    write_json(tmp_path / "mini/table1/video/none_frozen/seed1/result.json", {**result, "options": []})
+    flags = ["--configs", str(REPOSITORY / "configs"), "--output", str(tmp_path)]
+    for task, told in (("detection", False), ("video", True)):
+        caplog.clear()
+        assert main(["table", "1", "--cells", f"{task}/none_frozen", *flags]) == 0
+        assert (f"{detection} has runs with different --options" in caplog.text) == told
+
+
 @pytest.mark.parametrize(
     "flags, message",
     [
