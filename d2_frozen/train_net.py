@@ -157,11 +157,13 @@ def evaluation_model(cfg: CfgNode, resume: bool = False) -> nn.Module:
 
 def _without_needless_weights(cfg: CfgNode, resume: bool) -> CfgNode:
     """The config without MODEL.TIMM.PRETRAINED, which need not be there, where the checkpoint has the backbone too."""
-    from d2_frozen.engine import has_backbone, last_checkpoint, read_checkpoint
+    from d2_frozen.engine import has_backbone, last_checkpoint, look_into_checkpoint
 
+    if not cfg.MODEL.TIMM.PRETRAINED:
+        return cfg
     try:
         path = (resume and last_checkpoint(cfg.OUTPUT_DIR)) or cfg.MODEL.WEIGHTS
-        needless = bool(path) and has_backbone(read_checkpoint(path))
+        needless = bool(path) and has_backbone(look_into_checkpoint(path))
     except (OSError, ValueError):  # who loads it says what is wrong
         needless = False
     if not needless:

@@ -18,7 +18,7 @@ import torch
 from tabulate import tabulate
 from torch import nn
 
-from d2_frozen.engine import FrozenCheckpointer, build_optimizer, read_checkpoint
+from d2_frozen.engine import FrozenCheckpointer, build_optimizer, look_into_checkpoint
 from d2_frozen.engine.trainer import facts_for_prediction
 from d2_frozen.files import by_the_way, write_text
 from detectron2.config import CfgNode
@@ -191,7 +191,7 @@ def save_head(cfg: CfgNode, model: FrozenVideoSweep, index: int) -> Path:
 def _classes_before(folder: Path, count: int) -> dict[str, Any]:
     """Names of classes in the file of a head that is written again."""
     try:
-        before = read_checkpoint(str(folder / "model_final.pth"))
+        before = look_into_checkpoint(str(folder / "model_final.pth"))
     except (OSError, ValueError):
         return {}
     if len(before.get("classes", ())) != count:  # of other data

@@ -6,6 +6,7 @@ from d2_frozen.engine.checkpoint import (
     frozen_parts,
     has_backbone,
     last_checkpoint,
+    look_into_checkpoint,
     read_checkpoint,
     saved_seed,
 )
@@ -20,6 +21,7 @@ __all__ = [
     "frozen_parts",
     "has_backbone",
     "last_checkpoint",
+    "look_into_checkpoint",
     "read_checkpoint",
     "saved_seed",
 ]

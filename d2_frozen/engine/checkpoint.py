@@ -298,11 +298,22 @@ def read_checkpoint(path: str) -> dict[str, Any]:
     return _reading.read_weights(local)
 
 
+def look_into_checkpoint(path: str) -> dict[str, Any]:
+    """As :func:`read_checkpoint`, for names and facts: tensors of a ``.pth`` stay in the file until they are used."""
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except (
+        Exception
+    ):  # another format or place, or whatever the bytes lead to: the reader of all weights says what
+        return read_checkpoint(path)
+    return content if isinstance(content, dict) and "model" in content else read_checkpoint(path)
+
+
 def has_backbone(checkpoint: Mapping[str, Any]) -> bool:
     """Are the weights of the bottom-up network in the file too, trained ones or by MODEL.FROZEN.SAVE_FULL_MODEL?
 
     Args:
-        checkpoint: of :func:`read_checkpoint`.
+        checkpoint: of :func:`look_into_checkpoint`.
     """
     left_out = [f"{fact['prefix']}." for fact in checkpoint.get("frozen") or ()]
     return all(any(key.startswith(prefix) for key in checkpoint["model"]) for prefix in left_out)
@@ -330,13 +341,9 @@ def saved_seed(save_dir: str) -> int | None:
     if not path:
         return None
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception:  # whatever the bytes lead to; the reader of all weights says what is wrong
-        try:
-            content = _reading.read_weights(path)
-        except ValueError as err:
-            raise ValueError(f"{err} To resume: {_other_checkpoints(path)}") from err
-    return content.get("seed")
+        return look_into_checkpoint(path).get("seed")
+    except ValueError as err:
+        raise ValueError(f"{err} To resume: {_other_checkpoints(path)}") from err
 
 
 def require_same_checkpoint(folder: str) -> None:

@@ -19,7 +19,7 @@ from torch import nn
 from d2_frozen import tasks
 from d2_frozen.backbone import share_equal_backbones
 from d2_frozen.data.draws import start_values
-from d2_frozen.engine import FrozenCheckpointer, has_backbone, read_checkpoint
+from d2_frozen.engine import FrozenCheckpointer, has_backbone, look_into_checkpoint
 from d2_frozen.engine.caching import network_settings
 from d2_frozen.files import write_text
 from d2_frozen.tasks import Classes, ClipPrediction, Prediction
@@ -101,7 +101,7 @@ def load_heads(
     heads: list[Head] = []
     keys_of_all: set[str] = set()
     for name, (_, file), config in zip(names, named, configs):
-        checkpoint = read_checkpoint(file)
+        checkpoint = look_into_checkpoint(file)
         needs_no_other = has_backbone(checkpoint)
         facts = {key: value for key, value in checkpoint.items() if key != "model"}
         del checkpoint
